@@ -1,0 +1,1 @@
+"""Q-Sched's mathematics in plain torch: nothing here imports ComfyUI."""
