@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -157,6 +158,7 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=4000)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--init", type=Path, help="continue from these weights")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -164,9 +166,16 @@ def main() -> None:
 
     pictures = Pictures(rng, args.pool)
     model, tokenize = build().train(), tokenizer()
+    if args.init is not None:
+        load_weights(model, args.init)
+    # The good and bad prompts start out alike, which leaves the picture side without a gradient:
+    # a linear probe, thrown away after training, gives it one.
+    probe = torch.nn.Linear(CONFIG["model_cfg"]["embed_dim"], 1)
     ema = copy.deepcopy(model).requires_grad_(False)
     quality_ids = tokenize([prompt for pair in QUALITY_PROMPTS for prompt in pair])
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.98), weight_decay=0.02)
+    optimizer = torch.optim.AdamW(
+        [*model.parameters(), *probe.parameters()], args.lr, betas=(0.9, 0.98), weight_decay=0.02
+    )
     progress = Progress(args.steps)
     for step in range(args.steps):
         for group in optimizer.param_groups:
@@ -184,7 +193,10 @@ def main() -> None:
             F.cross_entropy(scale * image @ pair.T, bad.long())
             for pair in text[len(scenes) :].split(2)
         ) / len(QUALITY_PROMPTS)
-        loss = contrastive + quality
+        probed = F.binary_cross_entropy_with_logits(
+            10 * probe(image).squeeze(1), 1 - bad.float()
+        )
+        loss = contrastive + quality + probed
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -194,7 +206,7 @@ def main() -> None:
             decay = min(0.998, (step + 1) / (step + 20))
             for a, b in zip(ema.parameters(), model.parameters(), strict=True):
                 a.lerp_(b, 1 - decay)
-        progress(step, contrastive=contrastive.item(), quality=quality.item(), scale=scale.item())
+        progress(step, contrastive=contrastive.item(), quality=quality.item(), probe=probed.item(), scale=scale.item())
         if (step + 1) % 500 == 0 or step + 1 == args.steps:
             figures = evaluate(ema)
             print(json.dumps(figures), flush=True)  # noqa: T201

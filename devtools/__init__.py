@@ -1,0 +1,1 @@
+"""What dev.py, the demo and the tests share; standard library only."""

@@ -1,0 +1,378 @@
+"""The sampling side of ComfyUI's internals (0.30.0): the nodes reach them only through here."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import comfy.model_management
+import comfy.model_sampling
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import folder_paths
+import latent_preview
+import torch
+
+from ..qsched_core.precondition import ScalarCorrection
+from ..qsched_core.prompts import PromptSet
+from ..qsched_core.rollout import rollout
+from ..qsched_core.schedule import QSchedule, ScheduleError
+from ..qsched_core.solvers import get_solver
+
+logger = logging.getLogger(__name__)
+
+SCHEDULERS = comfy.samplers.SCHEDULER_NAMES
+SCHEDULE_FOLDER, SCORER_FOLDER = "qsched", "clip_score"
+
+
+def register_folders() -> None:
+    """Make ``models/qsched`` and ``models/clip_score`` known to ComfyUI."""
+    for name in (SCHEDULE_FOLDER, SCORER_FOLDER):
+        folder_paths.add_model_folder_path(name, str(Path(folder_paths.models_dir) / name))
+
+
+def schedule_files() -> list[str]:
+    return [n for n in folder_paths.get_filename_list(SCHEDULE_FOLDER) if n.endswith(".json")]
+
+
+def schedule_path(name: str, must_exist: bool = True) -> Path:
+    """Where the schedule file ``name`` is, or will be; ScheduleError if it lies elsewhere."""
+    if must_exist:
+        found = folder_paths.get_full_path(SCHEDULE_FOLDER, name)
+        if found is None:
+            raise ScheduleError(
+                f"schedule={name!r} is not in models/{SCHEDULE_FOLDER}; refresh the list, or copy it there"
+            )
+        return Path(found)
+    root = Path(folder_paths.get_folder_paths(SCHEDULE_FOLDER)[0]).resolve()
+    path = (root / name).with_suffix(".json").resolve()
+    if not path.is_relative_to(root) or path.parent == path or not Path(name).name:
+        raise ScheduleError(f"name={name!r} must stay inside models/{SCHEDULE_FOLDER}")
+    return path
+
+
+def report(node_id: str | None, text: str) -> None:
+    """Say something to the user: in the log, and on the node while it runs."""
+    logger.warning(text)
+    progress_text(node_id, text)
+
+
+def progress_text(node_id: str | None, text: str) -> None:
+    """Show ``text`` on the running node, where there is a server to show it."""
+    from server import PromptServer
+
+    server = getattr(PromptServer, "instance", None)
+    if server is not None and node_id is not None:
+        server.send_progress_text(text, node_id)
+
+
+def model_sampling(model):
+    return model.get_model_object("model_sampling")
+
+
+def is_flow(sampling) -> bool:
+    """Whether sigma is a flow's time in [0, 1] rather than the noise's standard deviation."""
+    return isinstance(sampling, comfy.model_sampling.CONST)
+
+
+def sampling_facts(
+    model, scheduler: str, steps: int, denoise: float = 1.0
+) -> tuple[torch.Tensor, bool]:
+    """Sigmas [steps + 1] (CPU) that KSampler would use, and whether the model is a flow."""
+    if scheduler not in SCHEDULERS:
+        raise ScheduleError(
+            f"scheduler={scheduler!r} is unknown; choose one of {', '.join(SCHEDULERS)}"
+        )
+    if steps < 1:
+        raise ScheduleError(f"steps={steps} must be at least 1")
+    if not 0 < denoise <= 1:
+        raise ScheduleError(f"denoise={denoise} must be above 0 and at most 1")
+    sampling = model_sampling(model)
+    total = steps if denoise > 0.9999 else int(steps / denoise)
+    sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, total).cpu()
+    return sigmas[-(steps + 1) :], is_flow(sampling)
+
+
+def make_sampler(
+    schedule: QSchedule, solver: str, mode: str = "interpolate", node_id: str | None = None
+):
+    """A SAMPLER that runs ``solver`` corrected by ``schedule``.
+
+    The schedule is matched to the sigmas and to the model when sampling starts: ScheduleError if
+    they do not fit (or, with ``mode`` "strict", if anything differs from what was learned).
+    """
+    entry = get_solver(solver)
+
+    def sample(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        guider = model.inner_model
+        sampling = guider.inner_model.model_sampling
+        flow = is_flow(sampling)
+        if flow != schedule.flow and not schedule.is_identity:
+            learned, found = ("flow", "epsilon") if schedule.flow else ("epsilon", "flow")
+            raise ScheduleError(
+                f"the schedule was learned for a {learned} model but this is a {found} model; "
+                "calibrate it for this model"
+            )
+        differences = _differences(schedule, solver, guider.model_patcher)
+        if differences and mode == "strict":
+            raise ScheduleError(f"{differences}; calibrate again, or set mode to 'interpolate'")
+        check_sigmas(sigmas)
+        match = schedule.at(sigmas.tolist(), mode)
+        for text in (differences, match.note):
+            if text and not schedule.is_identity:
+                report(node_id, text)
+        options = entry.options(flow)
+        if entry.stochastic:
+            options["s_noise"] = getattr(sampling, "noise_scale", 1.0) if flow else 1.0
+        return entry.function(
+            model, x, sigmas, extra_args, callback, disable, correction=match.correction, **options
+        )
+
+    return comfy.samplers.KSAMPLER(sample)
+
+
+def check_sigmas(sigmas: torch.Tensor) -> None:
+    """ScheduleError unless there is at least one step and sigma falls at every one."""
+    if len(sigmas) < 2:
+        raise ScheduleError(f"sigmas has {len(sigmas)} values; at least 2 are needed for one step")
+    if not (sigmas[:-1] > sigmas[1:]).all():
+        raise ScheduleError(f"sigmas={sigmas.tolist()} must decrease at every step")
+
+
+def _differences(schedule: QSchedule, solver: str, model) -> str:
+    """What the schedule was learned for and is not used with, in words; empty if nothing."""
+    from .host_loading import model_info
+
+    parts = []
+    if solver != schedule.solver:
+        parts.append(f"solver {schedule.solver!r}, not {solver!r}")
+    learned = schedule.provenance.get("model")
+    if isinstance(learned, dict):
+        found = model_info(model)
+        for key, label in (("format", "weight format"), ("source_hash", "model")):
+            if learned.get(key) and found.get(key) and learned[key] != found[key]:
+                name = {"source_hash": "source"}.get(key, key)
+                parts.append(
+                    f"{label} {learned.get(name) or learned[key]!r}, not {found.get(name) or found[key]!r}"
+                )
+    return f"this schedule was learned for {'; '.join(parts)}" if parts else ""
+
+
+def ksampler(
+    model, schedule, solver, mode, node_id, *, seed, steps, cfg, scheduler, positive, negative, latent, denoise
+):  # fmt: skip
+    """KSampler with a corrected solver: the LATENT dict it returns is KSampler's own."""
+    image = comfy.sample.fix_empty_latent_channels(
+        model,
+        latent["samples"],
+        latent.get("downscale_ratio_spacial"),
+        latent.get("downscale_ratio_temporal"),
+    )
+    sigmas, _ = sampling_facts(model, scheduler, steps, denoise)
+    noise = comfy.sample.prepare_noise(image, seed, latent.get("batch_index"))
+    samples = comfy.sample.sample_custom(
+        model,
+        noise,
+        cfg,
+        make_sampler(schedule, solver, mode, node_id),
+        sigmas,
+        positive,
+        negative,
+        image,
+        noise_mask=latent.get("noise_mask"),
+        callback=latent_preview.prepare_callback(model, steps),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
+    out = {k: v for k, v in latent.items() if not k.startswith("downscale_ratio_")}
+    return out | {"samples": samples}
+
+
+class TrajectoryRunner:
+    """Images of many prompts under many corrections, through a ComfyUI MODEL, CLIP and VAE.
+
+    Prompts and candidates share batches of at most ``max_batch`` latents (0 chooses; halved when
+    memory runs out).  Each prompt's picture is what KSampler gives for it alone with its seed, up
+    to the rounding of a batched matrix product.  ``model_evaluations`` counts latents that went
+    through the model.
+    """
+
+    def __init__(
+        self,
+        model,
+        clip,
+        vae,
+        *,
+        sigmas: torch.Tensor,
+        solver: str,
+        cfg: float = 1.0,
+        negative: str = "",
+        width: int,
+        height: int,
+        max_batch: int = 0,
+    ):
+        get_solver(solver)
+        check_sigmas(sigmas)
+        self.model, self.clip, self.vae = model, clip, vae
+        self.sigmas, self.solver, self.cfg, self.negative = sigmas, solver, cfg, negative
+        self.flow = is_flow(model_sampling(model))
+        self.noise_scale = getattr(model_sampling(model), "noise_scale", 1.0) if self.flow else 1.0
+        self.latent = self._empty_latent(width, height)
+        self.width, self.height = width, height
+        self.max_batch = max_batch or self._batch_that_fits()
+        self.model_evaluations = 0
+        self._encoded: dict[str, list] = {}
+        self._first: dict[tuple[str, int, int], torch.Tensor] = {}
+
+    def _empty_latent(self, width: int, height: int) -> torch.Tensor:
+        latent_format = self.model.get_model_object("latent_format")
+        ratio = latent_format.spacial_downscale_ratio
+        for name, value in (("width", width), ("height", height)):
+            if value < ratio or value % ratio:
+                raise ValueError(
+                    f"{name}={value} must be a positive multiple of {ratio} for this model"
+                )
+        latent = torch.zeros(1, latent_format.latent_channels, height // ratio, width // ratio)
+        return latent.unsqueeze(2) if latent_format.latent_dimensions == 3 else latent
+
+    def _batch_that_fits(self) -> int:
+        device = self.model.load_device
+        if comfy.model_management.is_device_cpu(device):
+            return 32  # larger batches gain nothing on a CPU
+        free = comfy.model_management.get_free_memory(device)
+        batch = 128
+        while batch > 1:
+            shape = [batch, *self.latent.shape[1:]]
+            if self.model.model.memory_required(shape) * 1.5 < free:
+                break
+            batch //= 2
+        return batch
+
+    def parameters(self) -> dict:
+        """What fixes the pictures beside model, prompts and seeds: plain JSON."""
+        return {
+            "solver": self.solver,
+            "sigmas": [float(s) for s in self.sigmas],
+            "cfg": self.cfg,
+            "negative": self.negative,
+            "width": self.width,
+            "height": self.height,
+        }
+
+    def images(
+        self, prompts: PromptSet, corrections: Sequence[ScalarCorrection], on_step=None
+    ) -> torch.Tensor:
+        """Pictures [candidates, prompts, height, width, 3] in [0, 1] on the CPU.
+
+        ``on_step()`` is called after every sampling step.  An interrupt is raised between steps.
+        """
+        out: list[list[torch.Tensor]] = [[] for _ in corrections]
+        start = 0
+        while start < len(prompts.prompts):
+            size = min(self.max_batch, len(prompts.prompts) - start)
+            group = max(1, self.max_batch // size)
+            try:
+                chunk = [
+                    self._images_of(prompts, start, size, corrections[k : k + group], on_step)
+                    for k in range(0, len(corrections), group)
+                ]
+            except comfy.model_management.OOM_EXCEPTION:
+                if self.max_batch == 1:
+                    raise
+                self.max_batch = max(1, self.max_batch // 2)
+                logger.warning(
+                    "out of memory; continuing with batches of %d latents", self.max_batch
+                )
+                comfy.model_management.soft_empty_cache(True)
+                continue
+            for candidate, pictures in enumerate(torch.cat(chunk)):
+                out[candidate].append(pictures)
+            start += size
+        return torch.stack([torch.cat(parts) for parts in out])
+
+    def _encode(self, text: str):
+        tokens = self.clip.tokenize(text)
+        return self.clip.encode_from_tokens_scheduled(tokens)
+
+    def _conditioning(self, prompts: PromptSet, start: int, size: int) -> list:
+        """One conditioning whose tensors hold a row a prompt."""
+        if prompts.hash not in self._encoded:
+            self._encoded[prompts.hash] = [self._encode(text) for text in prompts.prompts]
+        rows = self._encoded[prompts.hash][start : start + size]
+        return [_stack_conditioning(rows)]
+
+    def _images_of(self, prompts, start, size, corrections, on_step) -> torch.Tensor:
+        seeds = prompts.seeds[start : start + size]
+        key = (prompts.hash, start, size)
+        candidates = len(corrections)
+        guider = comfy.samplers.CFGGuider(self.model)
+        negative = self._encode(self.negative) if self.cfg != 1.0 else []
+        guider.set_conds(self._conditioning(prompts, start, size), negative)
+        guider.set_cfg(self.cfg)
+        noise = torch.cat([comfy.sample.prepare_noise(self.latent, seed) for seed in seeds])
+
+        def sample(model, x, sigmas, extra_args=None, callback=None, disable=None):
+            def step_done(state):
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                if on_step is not None:
+                    on_step()
+
+            result = rollout(
+                model,
+                x[:size],
+                sigmas,
+                corrections,
+                solver=self.solver,
+                flow=self.flow,
+                seeds=seeds,
+                first=self._first.get(key),
+                extra_args=extra_args,
+                callback=step_done,
+                noise_scale=self.noise_scale,
+            )
+            self._first[key] = result.first.cpu()
+            self.model_evaluations += result.evaluations
+            return result.latents.flatten(0, 1)
+
+        latents = guider.sample(
+            noise.repeat(candidates, *[1] * (noise.ndim - 1)),
+            self.latent.expand(candidates * size, *self.latent.shape[1:]),
+            comfy.samplers.KSAMPLER(sample),
+            self.sigmas,
+            disable_pbar=True,
+            seed=seeds[0],
+        )
+        pictures = self.vae.decode(latents)
+        if pictures.ndim == 5:  # a video model: its first frame
+            pictures = pictures[:, 0]
+        return pictures.float().cpu().clamp(0, 1).unflatten(0, (candidates, size))
+
+
+def _stack_conditioning(rows: Sequence[list]) -> list:
+    """Join single-entry conditionings of several prompts into one with a row a prompt.
+
+    Token lengths that differ are brought to their least common multiple by repetition, as
+    ComfyUI's own batching does.
+    """
+    if any(len(row) != 1 for row in rows):
+        raise ValueError(
+            "a prompt gave several conditionings; prompt schedules can't be calibrated"
+        )
+    lengths = [row[0][0].shape[1] for row in rows]
+    length = math.lcm(*lengths)
+    tokens = torch.cat(
+        [row[0][0].repeat(1, length // n, 1) for row, n in zip(rows, lengths, strict=True)]
+    )
+    extra = dict(rows[0][0][1])
+    for key, value in extra.items():
+        if isinstance(value, torch.Tensor) and value.shape[:1] == (1,):
+            parts = [row[0][1][key] for row in rows]
+            if any(part.shape != value.shape for part in parts):
+                raise ValueError(
+                    f"the prompts' {key} differ in shape; use prompts of similar length, or a batch of 1"
+                )
+            extra[key] = torch.cat(parts)
+    return [tokens, extra]

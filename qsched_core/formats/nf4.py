@@ -1,0 +1,79 @@
+"""NF4: four bits a weight on the quantiles of a normal distribution (QLoRA, arXiv 2305.14314)."""
+
+from __future__ import annotations
+
+import torch
+
+from ..optional import missing
+from .base import Packed, WeightFormat, grouped
+from .tables import byte_table, pack, stochastic_level
+
+# The 16 levels of bitsandbytes' "nf4" (QLoRA, appendix E).
+LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+FP8_MAX = 448.0  # of float8_e4m3fn
+
+
+class NF4(WeightFormat):
+    """Blocks of 64 with their largest magnitude in fp8 times one fp32 number: 4.125 bits.
+
+    Codes are those of bitsandbytes (two a byte, the first in the high half), chosen against the
+    *stored* magnitude, and its kernel unpacks them.
+    """
+
+    name = "nf4"
+    title = "4-bit normal float, weights only"
+    bits = 4.125
+    kind = "extended"
+    aux = ("scale", "scale_2")
+    group = 64
+
+    def available(self, device):
+        return missing("bitsandbytes")
+
+    def backend(self, device):
+        return f"bitsandbytes {torch.device(device).type}"
+
+    def _common(self, weight, like):
+        largest = torch.zeros((), device=weight.device)
+        for rows in weight.split(4096):
+            largest = torch.maximum(largest, rows.abs().amax().float())
+        fits = like is not None and largest <= like.aux["scale_2"] * FP8_MAX * 1.05
+        return like.aux["scale_2"] if fits else (largest / FP8_MAX).clamp_(min=1e-30)
+
+    def _quantize_rows(self, rows, common, random, old):
+        blocks = grouped(rows, self.group)
+        largest = blocks.abs().amax(2)
+        scale = (largest / common).clamp_(max=FP8_MAX).to(torch.float8_e4m3fn)
+        if old is not None and torch.equal(old["scale_2"], common):
+            fits = largest <= old["scale"].float() * common * 1.05
+            scale = torch.where(fits, old["scale"].float(), scale.float()).to(scale.dtype)
+        stored = (scale.float() * common).clamp_(min=1e-30)
+        values = blocks / stored.unsqueeze(2)
+        levels = torch.tensor(LEVELS, device=rows.device)
+        if random is None:
+            codes = torch.bucketize(values, (levels[1:] + levels[:-1]) / 2)
+        else:
+            codes = stochastic_level(values, levels, random)
+        return pack(codes.flatten(1), 4), {"scale": scale}
+
+    def dequantize(self, packed: Packed, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        rows, columns = packed.shape
+        padded = packed.codes.shape[1] * 2
+        largest = packed.aux["scale"].float() * packed.aux["scale_2"]
+        if missing("bitsandbytes") is None:
+            import bitsandbytes  # noqa: F401  (registers the operator)
+
+            values = torch.ops.bitsandbytes.dequantize_4bit.default(
+                packed.codes.reshape(-1, 1), largest.reshape(-1), self.group, "nf4",
+                (rows, padded), dtype,
+            )  # fmt: skip
+        else:
+            table = byte_table(LEVELS, 4, packed.codes.device, dtype)
+            values = table[packed.codes.int()].view(rows, -1, self.group)
+            values = (values * largest.to(dtype).unsqueeze(2)).view(rows, padded)
+        return values[:, :columns]

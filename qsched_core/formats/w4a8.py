@@ -1,0 +1,71 @@
+"""W4A8: int4 weights in groups of 32, int8 activations a token (the paper's, arXiv 2509.01624)."""
+
+from __future__ import annotations
+
+import torch
+
+from .base import Packed, WeightFormat, grouped, round_to_int
+from .tables import byte_table, pack
+
+LOWEST, HIGHEST = -8, 7
+LEVELS = tuple(float(v) for v in range(LOWEST, HIGHEST + 1))
+# Multiples of "the largest magnitude lands on the last code" that are tried for each group.
+SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)
+SCALE_DTYPE = torch.float16
+
+
+class W4A8(WeightFormat):
+    """Symmetric int4 with an fp16 scale every 32 weights; the scale with the least squared error.
+
+    The product is that of int8 activations with int4 weights and group scales; the integers are
+    exact in every float dtype that carries them.
+    """
+
+    name = "w4a8"
+    title = "4-bit weights in groups of 32, 8-bit activations"
+    bits = 4.5
+    kind = "extended"
+    group = 32
+    int8_activations = True
+
+    def _quantize_rows(self, rows, common, random, old):
+        values = grouped(rows, self.group)
+        largest = values.gather(2, values.abs().argmax(2, keepdim=True))
+        best = error = None
+        for end in (LOWEST, HIGHEST):  # a negative scale puts a positive extreme on -8
+            for shrink in SHRINK:
+                scale = _stored(largest / end * shrink)
+                left = (_codes(values, scale, None) * scale - values).square_().sum(2, keepdim=True)
+                if error is None:
+                    best, error = scale, left
+                else:
+                    better = left < error
+                    best, error = torch.where(better, scale, best), torch.where(better, left, error)
+        if old is not None:
+            kept = old["scale"].float().unsqueeze(2)
+            span = values / _nonzero(kept)
+            fits = (span.amin(2, keepdim=True) >= LOWEST - 0.5) & (
+                span.amax(2, keepdim=True) <= HIGHEST + 0.5
+            )
+            best = torch.where(fits, kept, best)
+        codes = _codes(values, best, random) - LOWEST
+        return pack(codes.flatten(1), 4), {"scale": best.squeeze(2).to(SCALE_DTYPE)}
+
+    def dequantize(self, packed: Packed, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        rows, columns = packed.shape
+        table = byte_table(LEVELS, 4, packed.codes.device, dtype)
+        values = torch.nn.functional.embedding(packed.codes.int(), table)
+        values = values.view(rows, -1, self.group).mul_(packed.aux["scale"].to(dtype).unsqueeze(2))
+        return values.view(rows, -1)[:, :columns]
+
+
+def _stored(scale: torch.Tensor) -> torch.Tensor:
+    return scale.to(SCALE_DTYPE).float()
+
+
+def _nonzero(scale: torch.Tensor) -> torch.Tensor:
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+def _codes(values, scale, random):
+    return round_to_int(values / _nonzero(scale), random).clamp_(LOWEST, HIGHEST)

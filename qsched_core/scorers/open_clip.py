@@ -1,0 +1,268 @@
+"""Image and text features from an open_clip dual encoder, and the alignment between them.
+
+CLIPScore: Hessel et al., arXiv 2104.08718, in the scaling of 100 * cosine.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+
+from ..optional import missing, require
+from .base import Batch, Placement, ScorerEntry, ScorerError, stay
+
+logger = logging.getLogger(__name__)
+
+FEATURE, INSTALL = "the open_clip scorer", "open_clip_torch"
+CONFIG_KEY = "open_clip_config"
+IMAGE_BATCH, TEXT_BATCH = 32, 64
+
+
+class DualEncoder:
+    """Unit-length features of images and texts in one space.
+
+    ``place`` brings the model to its device before each use.  ``source`` is provenance, plain JSON.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        tokenizer,
+        preprocess: dict[str, Any],
+        source: dict[str, Any],
+        place: Placement = stay,
+    ):
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer, self.source, self.place = tokenizer, source, place
+        size = preprocess["size"]
+        self.size = (size, size) if isinstance(size, int) else tuple(size)
+        self.mean, self.std = (tuple(preprocess[name]) for name in ("mean", "std"))
+        self.resize_mode = preprocess.get("resize_mode", "shortest")
+        if self.resize_mode not in ("shortest", "squash"):
+            raise ScorerError(
+                f"resize_mode={self.resize_mode!r} of {source} is not known here; "
+                "use a model with 'shortest' or 'squash'"
+            )
+        self._texts: dict[str, torch.Tensor] = {}
+
+    def preprocess(self, images: torch.Tensor) -> torch.Tensor:
+        """Images [n, height, width, 3] in [0, 1] as the encoder's input [n, 3, *size]."""
+        x = images.movedim(-1, 1).float()
+        height, width = self.size
+        if self.resize_mode == "squash":
+            x = _resize(x, height, width)
+        else:
+            scale = max(height / x.shape[2], width / x.shape[3])
+            x = _resize(
+                x, max(height, round(x.shape[2] * scale)), max(width, round(x.shape[3] * scale))
+            )
+            top, left = (x.shape[2] - height) // 2, (x.shape[3] - width) // 2
+            x = x[..., top : top + height, left : left + width]
+        mean, std = (x.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
+        return (x.clamp(0, 1) - mean) / std
+
+    @torch.no_grad()
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Features [n, dim] (float32, CPU, unit length) of images [n, height, width, 3]."""
+        device = self.place(self.model)
+        parts = [
+            self.model.encode_image(self.preprocess(part.to(device))).float().cpu()
+            for part in images.split(IMAGE_BATCH)
+        ]
+        return F.normalize(torch.cat(parts), dim=-1)
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Features [n, dim] (float32, CPU, unit length); each text is encoded once and kept."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._texts]
+        if new:
+            device = self.place(self.model)
+            for start in range(0, len(new), TEXT_BATCH):
+                part = new[start : start + TEXT_BATCH]
+                features = self.model.encode_text(self.tokenizer(part).to(device)).float().cpu()
+                self._texts.update(zip(part, F.normalize(features, dim=-1), strict=True))
+        return torch.stack([self._texts[text] for text in texts])
+
+    @property
+    def logit_scale(self) -> float:
+        """What the model was trained to multiply cosines with."""
+        return float(self.model.logit_scale.exp())
+
+    def describe(self) -> dict[str, Any]:
+        return dict(self.source)
+
+
+def _resize(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    if x.shape[2:] == (height, width):
+        return x
+    return F.interpolate(x, (height, width), mode="bicubic", antialias=True, align_corners=False)
+
+
+def load_file(path: str | Path, architecture: str = "", place: Placement = stay) -> DualEncoder:
+    """Read a dual encoder from a .safetensors, .pt, .pth or .bin file.
+
+    A safetensors file with ``open_clip_config`` in its metadata describes itself; for any other,
+    ``architecture`` is open_clip's name of the model.  Raises ScorerError (a file that can't be
+    read, an architecture that is missing or unknown or does not fit), MissingDependencyError.
+    """
+    path = Path(path)
+    open_clip = require("open_clip", FEATURE, INSTALL)
+    if not path.is_file():
+        raise ScorerError(f"{path} does not exist; put the scorer's weights into models/clip_score")
+    embedded = _embedded_config(path)
+    source = {"file": path.name, "sha256": _sha256(path)}
+    if embedded is not None and not architecture:
+        model, tokenizer, preprocess = _self_described(open_clip, path, embedded)
+    else:
+        _check_architecture(open_clip, architecture, path.name)
+        source["architecture"] = architecture
+        try:
+            model = open_clip.create_model(architecture, pretrained=str(path), weights_only=True)
+        except Exception as error:
+            # open_clip reports unreadable and unfitting files with many exception types
+            raise ScorerError(
+                f"{path.name} could not be read as open_clip's {architecture!r}: "
+                f"{str(error).splitlines()[0]}; choose the architecture the file was made for, and a "
+                "file with plain weights (safetensors, or a state dict; not a JIT archive)"
+            ) from error
+        tokenizer, preprocess = _named_parts(open_clip, architecture, model)
+    return DualEncoder(model, tokenizer, preprocess, source, place)
+
+
+def load_named(name: str, allow_download: bool = False, place: Placement = stay) -> DualEncoder:
+    """A model by open_clip's ``architecture/pretrained`` name, for example ``ViT-B-32/openai``.
+
+    open_clip downloads it on first use, so ``allow_download`` must be given.  Raises ScorerError
+    for a name open_clip does not have, or when the download fails.
+    """
+    open_clip = require("open_clip", FEATURE, INSTALL)
+    architecture, _, tag = name.partition("/")
+    _check_architecture(open_clip, architecture, "this model")
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    if tag not in tags:
+        known = ", ".join(f"{architecture}/{t}" for t in tags) or "none for this architecture"
+        raise ScorerError(f"architecture={name!r} is not a pretrained model's name; known: {known}")
+    if not allow_download:
+        raise ScorerError(
+            f"architecture={name!r} is downloaded from the internet on first use; set "
+            "allow_download to agree, or put a weights file into models/clip_score and choose it"
+        )
+    try:
+        model = open_clip.create_model(architecture, pretrained=tag, weights_only=True)
+    except Exception as error:
+        # network, disk and hub errors come in many types
+        raise ScorerError(f"{name} could not be downloaded: {error}") from error
+    tokenizer, preprocess = _named_parts(open_clip, architecture, model)
+    return DualEncoder(model, tokenizer, preprocess, {"open_clip": name}, place)
+
+
+def _self_described(open_clip, path: Path, config: dict):
+    try:
+        model_cfg, preprocess = config["model_cfg"], dict(config["preprocess_cfg"])
+        model = open_clip.CLIP(**copy.deepcopy(model_cfg))
+        preprocess.setdefault("size", model_cfg["vision_cfg"]["image_size"])
+        tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length)
+    except (KeyError, TypeError) as error:
+        raise ScorerError(
+            f"{path.name}: its {CONFIG_KEY} metadata does not describe an open_clip model ({error}); "
+            "give the architecture instead"
+        ) from error
+    weights = _read_safetensors(path)
+    try:
+        model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    except RuntimeError as error:
+        raise ScorerError(
+            f"{path.name}: its weights do not fit its {CONFIG_KEY} metadata: {error}"
+        ) from error
+    return model, tokenizer, preprocess
+
+
+def _named_parts(open_clip, architecture: str, model):
+    try:
+        tokenizer = open_clip.get_tokenizer(architecture)
+    except Exception as error:
+        # tokenizers from the hub fail in many ways without a network
+        raise ScorerError(
+            f"the tokenizer of {architecture!r} could not be loaded: {error}; choose an architecture "
+            "with open_clip's own tokenizer (the ViT-B-32, ViT-L-14, ViT-H-14, ViT-bigG-14 families)"
+        ) from error
+    return tokenizer, open_clip.get_model_preprocess_cfg(model)
+
+
+def _check_architecture(open_clip, architecture: str, file: str) -> None:
+    known = open_clip.list_models()
+    if architecture in known:
+        return
+    examples = "ViT-B-32, ViT-B-32-quickgelu (OpenAI's weights), ViT-L-14, ViT-H-14"
+    if not architecture:
+        raise ScorerError(
+            f"{file} does not say which model it is; set architecture to open_clip's name of it, "
+            f"for example {examples}"
+        )
+    raise ScorerError(
+        f"architecture={architecture!r} is not one of open_clip's {len(known)} models, such as "
+        f"{examples}; see open_clip.list_models()"
+    )
+
+
+def _embedded_config(path: Path) -> dict | None:
+    if path.suffix != ".safetensors":
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(CONFIG_KEY)
+        config = None if text is None else json.loads(text)
+    except (SafetensorError, OSError) as error:
+        raise ScorerError(f"{path.name} is not a readable safetensors file: {error}") from error
+    except ValueError as error:
+        raise ScorerError(f"{path.name}: its {CONFIG_KEY} metadata is not JSON: {error}") from error
+    if config is not None and not isinstance(config, dict):
+        raise ScorerError(f"{path.name}: its {CONFIG_KEY} metadata must be an object")
+    return config
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class ClipAlignment:
+    """Cosine between image and prompt, [n] in [-1, 1]."""
+
+    name = "open_clip"
+
+    def __init__(self, encoder: DualEncoder):
+        self.encoder = encoder
+
+    def score(self, batch: Batch) -> torch.Tensor:
+        texts = self.encoder.encode_texts(batch.prompts)
+        return (batch.image_features * texts).sum(1)
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": self.name, "encoder": self.encoder.describe()}
+
+
+ENTRY = ScorerEntry(
+    name="open_clip",
+    measures="alignment",
+    licence="open_clip: MIT; weights: their publishers' licences",
+    available=lambda: missing("open_clip", FEATURE, INSTALL),
+    build=lambda option, encoder, place: ClipAlignment(encoder),
+)
