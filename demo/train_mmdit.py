@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -67,6 +68,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=250)
+    parser.add_argument("--init", type=Path, help="continue from these weights")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -79,6 +81,8 @@ def main() -> None:
     empty = torch.searchsorted(unique, tokenize([""])[0, :TEXT_TOKENS])
 
     model = MMDiT()
+    if args.init is not None:
+        load_weights(model, args.init)
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizers = optimizers_for(model, args.lr)
     base_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]

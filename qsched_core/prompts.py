@@ -108,10 +108,11 @@ def _seeds(seed: int, count: int, role: int) -> tuple[int, ...]:
     return tuple(values)
 
 
-def parse_prompts(text: str, name: str = "prompts") -> tuple[str, ...]:
+def parse_prompts(text: str, name: str = "prompts", distinct: bool = True) -> tuple[str, ...]:
     """One prompt a line; blank lines and lines that start with # are left out.
 
-    Raises PromptError, naming ``name``, when nothing is left or a line is there twice.
+    Raises PromptError, naming ``name``, when nothing is left or, if they have to be ``distinct``,
+    when a line is there twice.
     """
     lines = [line.strip() for line in text.splitlines()]
     prompts = tuple(line for line in lines if line and not line.startswith("#"))
@@ -119,7 +120,7 @@ def parse_prompts(text: str, name: str = "prompts") -> tuple[str, ...]:
         raise PromptError(f"{name} has no prompts; write one a line (lines with # are comments)")
     seen: set[str] = set()
     for prompt in prompts:
-        if prompt in seen:
+        if distinct and prompt in seen:
             raise PromptError(f"{name} has {prompt!r} twice; remove one of the lines")
         seen.add(prompt)
     return prompts

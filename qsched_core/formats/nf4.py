@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from functools import lru_cache
+
 import torch
 
-from ..optional import missing
+from ..optional import MissingDependencyError, require
 from .base import Packed, WeightFormat, grouped
 from .tables import byte_table, pack, stochastic_level
 
@@ -17,12 +21,25 @@ LEVELS = (
 )  # fmt: skip
 FP8_MAX = 448.0  # of float8_e4m3fn
 
+logger = logging.getLogger(__name__)
+
+
+@lru_cache(maxsize=1)
+def _bitsandbytes() -> Callable | None:
+    """bitsandbytes' operator that unpacks 4-bit codes; None, with the reason logged, without it."""
+    try:
+        require("bitsandbytes", "the fast nf4 kernel", "bitsandbytes")
+    except MissingDependencyError as error:
+        logger.warning("nf4 runs on plain torch operations: %s", error)
+        return None
+    return torch.ops.bitsandbytes.dequantize_4bit.default
+
 
 class NF4(WeightFormat):
     """Blocks of 64 with their largest magnitude in fp8 times one fp32 number: 4.125 bits.
 
     Codes are those of bitsandbytes (two a byte, the first in the high half), chosen against the
-    *stored* magnitude, and its kernel unpacks them.
+    *stored* magnitude.  Its kernel unpacks them; without it torch does, to the same values.
     """
 
     name = "nf4"
@@ -32,11 +49,9 @@ class NF4(WeightFormat):
     aux = ("scale", "scale_2")
     group = 64
 
-    def available(self, device):
-        return missing("bitsandbytes")
-
     def backend(self, device):
-        return f"bitsandbytes {torch.device(device).type}"
+        library = "torch" if _bitsandbytes() is None else "bitsandbytes"
+        return f"{library} {torch.device(device).type}"
 
     def _common(self, weight, like):
         largest = torch.zeros((), device=weight.device)
@@ -65,15 +80,14 @@ class NF4(WeightFormat):
         rows, columns = packed.shape
         padded = packed.codes.shape[1] * 2
         largest = packed.aux["scale"].float() * packed.aux["scale_2"]
-        if missing("bitsandbytes") is None:
-            import bitsandbytes  # noqa: F401  (registers the operator)
-
-            values = torch.ops.bitsandbytes.dequantize_4bit.default(
-                packed.codes.reshape(-1, 1), largest.reshape(-1), self.group, "nf4",
-                (rows, padded), dtype,
-            )  # fmt: skip
+        kernel = _bitsandbytes()
+        if kernel is not None:
+            codes = packed.codes.reshape(-1, 1)
+            shape = (rows, padded)
+            values = kernel(codes, largest.reshape(-1), self.group, "nf4", shape, dtype)
         else:
-            table = byte_table(LEVELS, 4, packed.codes.device, dtype)
-            values = table[packed.codes.int()].view(rows, -1, self.group)
-            values = (values * largest.to(dtype).unsqueeze(2)).view(rows, padded)
+            table = byte_table(LEVELS, 4, packed.codes.device, torch.float32)
+            values = torch.nn.functional.embedding(packed.codes.int(), table)
+            values = values.view(rows, -1, self.group).mul_(largest.unsqueeze(2))
+            values = values.view(rows, padded).to(dtype)
         return values[:, :columns]

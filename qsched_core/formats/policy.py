@@ -12,19 +12,20 @@ from .registry import FORMATS, get
 # Parts of a layer's name, between dots.  An embedder turns inputs into features, a head features
 # into outputs: both are small, and their errors reach every later layer or the picture itself.
 EMBEDDERS = frozenset(
-    """x_embedder context_embedder cap_embedder t_embedder y_embedder pos_embed pos_embedder
-    patch_embedding patch_embed text_embedding time_embedding time_projection img_in txt_in time_in
-    vector_in guidance_in time_embed label_emb time_text_embed img_emb txt_norm cond_seq_linear
-    init_x_linear clip_text_mapper x_pad_token cap_pad_token""".split()
-)
-HEADS = frozenset("final_layer proj_out_final norm_out head out final_linear".split())
-TOP_LEVEL_HEADS = frozenset(("proj_out", "out"))  # inside a block these are ordinary projections
-NAMED_HEADS = re.compile(r"^(out\.\d+|output_blocks\.\d+\.\d+\.out|input_blocks\.0\.0)$")
+    (
+        "x_embedder", "context_embedder", "cap_embedder", "t_embedder", "y_embedder", "pos_embed",
+        "pos_embedder", "patch_embed", "patch_embedding", "text_embedding", "time_embedding",
+        "time_projection", "time_embed", "label_emb", "time_text_embed", "img_emb",
+        "img_in", "txt_in", "time_in", "vector_in", "guidance_in",
+    )
+)  # fmt: skip
+# The first part of a head's name; inside a block "proj_out" and "out" are ordinary projections.
+HEADS = frozenset(("final_layer", "final_linear", "norm_out", "head", "proj_out", "out"))
 # A modulation layer sees one vector, nearly the same for every prompt: rounding it is a systematic
 # error of the whole layer.
 MODULATION = re.compile(
-    r"(^|[._])(adaln(_modulation|_single|_linear)?|ada_ln|modulation|img_mod|txt_mod|emb_layers|time_emb_proj)"
-    r"([._]|$)|(^|\.)(norm\d?(_context|_out)?)\.linear$|_modulation(\.|$)",
+    r"(^|[._])(adaln|ada_ln|modulation|img_mod|txt_mod|emb_layers|time_emb_proj)([._]|$)"
+    r"|(^|\.)norm\d?(_context|_out)?\.linear$",
     re.IGNORECASE,
 )
 MODULATION_FORMAT = {"int2": "nf4"}  # fewer than 4 bits are too few there
@@ -135,12 +136,7 @@ def is_embedder(name: str) -> bool:
 
 
 def is_head(name: str) -> bool:
-    parts = name.split(".")
-    return (
-        parts[0] in HEADS | TOP_LEVEL_HEADS
-        or "final_layer" in parts
-        or NAMED_HEADS.match(name) is not None
-    )
+    return name.split(".")[0] in HEADS
 
 
 def is_modulation(name: str) -> bool:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
-from collections.abc import Iterator
+import shutil
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -47,12 +50,10 @@ def server_base(tmp_path_factory, demo_models) -> Path:
 
 
 def _place(source: Path, target: Path) -> None:
-    """Hard link, symbolic link or copy: whatever this file system grants, cheapest first."""
+    """A hard link, or a copy where the file system has none."""
     try:
         os.link(source, target)
     except OSError:
-        import shutil
-
         shutil.copyfile(source, target)
 
 
@@ -61,3 +62,36 @@ def server(comfyui_path, server_base) -> Iterator[ComfyServer]:
     """One running ComfyUI for the whole session."""
     with ComfyServer(comfyui_path, server_base, extra_args=device_args()) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def comfy_in_process(comfyui_path) -> None:
+    """ComfyUI's modules can be imported in this process, and run on the CPU."""
+    sys.path.insert(0, str(comfyui_path))
+    importlib.import_module("comfy.cli_args").args.cpu = True
+
+
+@pytest.fixture(scope="session")
+def demo_prompt() -> Callable[..., dict]:
+    """An API prompt that draws with the demo model and core nodes alone; 7 saves the pictures."""
+
+    def make(text: str, seed: int = 0, steps: int = 4, batch: int = 1) -> dict:
+        nodes = {
+            "1": ("CheckpointLoaderSimple", {"ckpt_name": "qsched_demo.safetensors"}),
+            "2": ("CLIPTextEncode", {"clip": ["1", 1], "text": text}),
+            "3": ("CLIPTextEncode", {"clip": ["1", 1], "text": ""}),
+            "4": ("EmptySD3LatentImage", {"width": 96, "height": 96, "batch_size": batch}),
+            "5": (
+                "KSampler",
+                {
+                    "model": ["1", 0], "positive": ["2", 0], "negative": ["3", 0],
+                    "latent_image": ["4", 0], "seed": seed, "steps": steps, "cfg": 1.0,
+                    "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0,
+                },
+            ),
+            "6": ("VAEDecode", {"samples": ["5", 0], "vae": ["1", 2]}),
+            "7": ("SaveImage", {"images": ["6", 0], "filename_prefix": "demo"}),
+        }  # fmt: skip
+        return {k: {"class_type": name, "inputs": inputs} for k, (name, inputs) in nodes.items()}
+
+    return make

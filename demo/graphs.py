@@ -1,0 +1,79 @@
+"""The graphs that the demo posts to ComfyUI, in API format."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+WORKFLOW = Path(__file__).parent.parent / "workflows" / "api" / "qsched_learn_and_sample.json"
+CHECKPOINT, SCORER = "qsched_demo.safetensors", "qsched_demo_scorer.safetensors"
+SIZE, STEPS = 96, 4
+TRAJECTORY = {
+    "solver": "euler", "scheduler": "simple", "steps": STEPS, "cfg": 1.0, "width": SIZE,
+    "height": SIZE,
+}  # fmt: skip
+UNQUANTIZED = "unquantized"
+
+
+def loader(weight_format: str) -> dict:
+    """CheckpointLoaderSimple, or the quantized loader in a format."""
+    if weight_format == UNQUANTIZED:
+        return {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": CHECKPOINT}}
+    return {
+        "class_type": "QSchedLoadCheckpoint",
+        "inputs": {"ckpt_name": CHECKPOINT, "weight_format": weight_format},
+    }
+
+
+def learn(weight_format: str, search: str, guard: bool, name: str) -> dict:
+    """The shipped workflow: learn a schedule, save it under ``name``, sample a picture with it."""
+    graph = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    graph["1"] = loader(weight_format) | {"_meta": graph["1"]["_meta"]}
+    graph["4"]["inputs"] |= {"search": search, "guard": guard}
+    graph["5"]["inputs"]["name"] = name
+    return graph
+
+
+def evaluate(
+    weight_format: str,
+    schedule: str | None,
+    prompts: tuple[str, ...],
+    seed: int,
+    show: int,
+    prefix: str,
+) -> dict:
+    """Score ``prompts`` without a schedule, or with the saved one, and keep the first pictures."""
+    graph = {
+        "1": loader(weight_format),
+        "2": {
+            "class_type": "QSchedCalibrationPrompts",
+            "inputs": {
+                "source": "text",
+                "calibration": "unused",
+                "heldout": "\n".join(prompts),
+                "seed": seed,
+            },
+        },
+        "3": copy.deepcopy(json.loads(WORKFLOW.read_text(encoding="utf-8"))["3"]),
+        "4": {
+            "class_type": "QSchedEvaluate",
+            "inputs": {
+                "model": ["1", 0],
+                "clip": ["1", 1],
+                "vae": ["1", 2],
+                "prompts": ["2", 0],
+                "objective": ["3", 0],
+                **TRAJECTORY,
+            },
+        },
+        "5": {
+            "class_type": "ImageFromBatch",
+            "inputs": {"image": ["4", 1], "batch_index": 0, "length": show},
+        },
+        "6": {"class_type": "SaveImage", "inputs": {"images": ["5", 0], "filename_prefix": prefix}},
+    }
+    if schedule is not None:
+        graph["7"] = {"class_type": "QSchedLoadSchedule", "inputs": {"schedule_name": schedule}}
+        graph["4"]["inputs"]["schedule"] = ["7", 0]
+    return graph

@@ -1,0 +1,30 @@
+"""The demo's prompts: captions of scenes that no training picture showed, in three disjoint sets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .shapes import sample_scenes
+
+SIZES = {"calibration": 20, "heldout": 64, "test": 128}
+
+
+@dataclass(frozen=True)
+class DemoPrompts:
+    """``calibration`` is searched on, ``heldout`` decides the guard, ``test`` is only measured."""
+
+    calibration: tuple[str, ...]
+    heldout: tuple[str, ...]
+    test: tuple[str, ...]
+
+
+def demo_prompts(seed: int = 7) -> DemoPrompts:
+    rng = np.random.default_rng(seed)
+    total = sum(SIZES.values())
+    captions = dict.fromkeys(
+        scene.caption() for scene in sample_scenes(4 * total, rng, held_out=True)
+    )
+    names = iter(captions)
+    return DemoPrompts(**{key: tuple(next(names) for _ in range(n)) for key, n in SIZES.items()})

@@ -1,0 +1,259 @@
+"""The whole job in a real headless ComfyUI: ``python dev.py demo``.
+
+For a 4-bit and a 2-bit format: learn a schedule with the shipped workflow, then score prompts that
+neither search nor guard saw, without and with it.  The control runs the same search on the
+unquantized model: what it gains there is sharpening, not repair.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from devtools.server import ComfyServer, ServerError, device_args
+from qsched_core.files import write_atomic
+from qsched_core.search.guard import mean_interval, paired_interval
+
+from .build import build_models
+from .graphs import UNQUANTIZED, evaluate, learn
+from .prompts import demo_prompts
+
+ROOT = Path(__file__).resolve().parent.parent
+BASE = ROOT / ".host" / "demo"
+FORMATS = ("nf4", "int2")
+CONTROLLED = "int2"  # the format whose gain is held against the control's
+SEARCH = {"nf4": "gp", "int2": "gp+steps"}
+TEST_SEED = 20_000
+SHOWN = 8
+CELL = 144
+
+
+@dataclass
+class Row:
+    """One line of the table: a model, with or without a learned schedule."""
+
+    name: str
+    weight_bytes: int
+    calibration_jaq: float
+    test: dict  # per-prompt "jaq", "alignment", "quality"
+    model_evaluations: int
+    seconds: float
+    pictures: list = field(default_factory=list, repr=False)
+    gain: dict | None = None  # paired, against the same model without a schedule
+
+    def interval(self):
+        return mean_interval(self.test["jaq"])
+
+
+class Demo:
+    """Posts the demo's graphs to one server and collects what they return."""
+
+    def __init__(self, server: ComfyServer):
+        self.server = server
+        self.prompts = demo_prompts()
+
+    def learn(self, weight_format: str, guard: bool, name: str) -> dict:
+        """The calibrator's report of one run of the shipped workflow."""
+        search = SEARCH.get(weight_format, SEARCH[CONTROLLED])
+        graph = learn(weight_format, search, guard, name)
+        outputs = self.server.run(graph, timeout=3600)["outputs"]
+        return json.loads(outputs["4"]["text"][0])
+
+    def score(self, weight_format: str, schedule: str | None, prefix: str) -> tuple[dict, list]:
+        """Scores on the test prompts, and the first pictures."""
+        graph = evaluate(
+            weight_format, schedule, self.prompts.test, TEST_SEED, SHOWN, f"demo/{prefix}"
+        )
+        outputs = self.server.run(graph, timeout=3600)["outputs"]
+        pictures = [
+            Image.open(io.BytesIO(self.server.image(entry))).convert("RGB")
+            for entry in outputs["6"]["images"]
+        ]
+        return json.loads(outputs["4"]["text"][0]), pictures
+
+    def row(self, name, weight_format, schedule, calibration_jaq, spent=0, seconds=0.0) -> Row:
+        prefix = name.replace(" ", "_").replace("+", "with")
+        content, pictures = self.score(weight_format, schedule, prefix)
+        return Row(
+            name,
+            content["provenance"]["model"]["weight_bytes"],
+            calibration_jaq,
+            content["scores"],
+            spent,
+            seconds,
+            pictures,
+        )
+
+
+def run(demo: Demo, say) -> tuple[list[Row], dict]:
+    """All rows of the table, and the rest of the report."""
+    say("the control: the same search on the unquantized model")
+    control = demo.learn(UNQUANTIZED, guard=False, name="demo-control")
+    rows = [demo.row(UNQUANTIZED, UNQUANTIZED, None, control["calibration"]["before"]["jaq"])]
+    details = {"control": control}
+    for weight_format in FORMATS:
+        name = f"demo-{weight_format}"
+        say(f"{weight_format}: learning a schedule")
+        report = demo.learn(weight_format, guard=True, name=name)
+        details[weight_format] = report
+        say(f"{weight_format}: {report['text']}")
+        before = demo.row(
+            weight_format, weight_format, None, report["calibration"]["before"]["jaq"]
+        )
+        kept = report["guarded"]
+        after = demo.row(
+            f"{weight_format} + Q-Sched",
+            weight_format,
+            f"{name}.json",
+            report["calibration"]["before" if kept else "after"]["jaq"],
+            report["model_evaluations"],
+            report["seconds"],
+        )
+        after.gain = paired_interval(before.test["jaq"], after.test["jaq"]).to_dict()
+        rows += [before, after]
+    say("scoring the control")
+    controlled, _ = demo.score(UNQUANTIZED, "demo-control.json", "control")
+    transferred, _ = demo.score(CONTROLLED, "demo-control.json", "control_on_quantized")
+    learned, _ = demo.score(UNQUANTIZED, f"demo-{CONTROLLED}.json", "learned_on_unquantized")
+    base = {row.name: row.test["jaq"] for row in rows}
+    gain = next(row.gain for row in rows if row.name == f"{CONTROLLED} + Q-Sched")
+    details["control_gains"] = {
+        "searched on the unquantized model, scored on it": paired_interval(
+            base[UNQUANTIZED], controlled["scores"]["jaq"]
+        ).to_dict(),
+        f"searched on the unquantized model, scored on {CONTROLLED}": paired_interval(
+            base[CONTROLLED], transferred["scores"]["jaq"]
+        ).to_dict(),
+        f"searched on {CONTROLLED}, scored on the unquantized model": paired_interval(
+            base[UNQUANTIZED], learned["scores"]["jaq"]
+        ).to_dict(),
+    }
+    details["beyond_control"] = _difference_of_gains(
+        base[UNQUANTIZED], controlled["scores"]["jaq"], rows
+    )
+    details["gain"] = gain
+    return rows, details
+
+
+def _difference_of_gains(control_before, control_after, rows: list[Row]) -> dict:
+    """Gain of the controlled format minus the control's, prompt by prompt."""
+    by_name = {row.name: row.test["jaq"] for row in rows}
+    before, after = by_name[CONTROLLED], by_name[f"{CONTROLLED} + Q-Sched"]
+    control = [b - a for a, b in zip(control_before, control_after, strict=True)]
+    gained = [b - a for a, b in zip(before, after, strict=True)]
+    return paired_interval(control, gained).to_dict()
+
+
+def table(rows: list[Row], details: dict) -> str:
+    head = (
+        f"{'':16}{'weights':>10}{'JAQ calib.':>12}{'JAQ test [95 % interval]':>30}"
+        f"{'gain on test':>28}{'model evals':>13}{'seconds':>9}"
+    )
+    lines = [head, "-" * len(head)]
+    for row in rows:
+        i = row.interval()
+        gain = ""
+        if row.gain is not None:
+            gain = f"{row.gain['mean']:+.3f} [{row.gain['low']:+.3f}, {row.gain['high']:+.3f}]"
+        lines.append(
+            f"{row.name:16}{row.weight_bytes / 1e6:>8.1f} MB{row.calibration_jaq:>12.3f}"
+            f"{f'{i.mean:.3f} [{i.low:.3f}, {i.high:.3f}]':>30}{gain:>28}"
+            f"{row.model_evaluations or '':>13}{f'{row.seconds:.0f}' if row.seconds else '':>9}"
+        )
+    lines.append("")
+    lines.append(f"control gains on the {len(rows[0].test['jaq'])} test prompts:")
+    for what, gain in details["control_gains"].items():
+        lines.append(
+            f"  {what}: {gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]"
+        )
+    beyond = details["beyond_control"]
+    lines.append(
+        f"{CONTROLLED}'s gain beyond the control's: {beyond['mean']:+.3f} "
+        f"[{beyond['low']:+.3f}, {beyond['high']:+.3f}]"
+    )
+    return "\n".join(lines)
+
+
+def contact_sheet(rows: list[Row], prompts: tuple[str, ...]) -> bytes:
+    """PNG: a row of pictures a model, the same prompts and seeds in every row."""
+    label, caption = 150, 66
+    sheet = Image.new("RGB", (label + SHOWN * CELL, caption + len(rows) * CELL), "white")
+    draw = ImageDraw.Draw(sheet)
+    small, large = ImageFont.load_default(size=12), ImageFont.load_default(size=15)
+    for column, prompt in enumerate(prompts[:SHOWN]):
+        draw.multiline_text(
+            (label + column * CELL + 4, 4), _wrap(prompt, draw, small), "black", small, spacing=2
+        )
+    for index, row in enumerate(rows):
+        top = caption + index * CELL
+        text = f"{row.name}\n{row.weight_bytes / 1e6:.1f} MB\nJAQ {row.interval().mean:.3f}"
+        draw.multiline_text((8, top + 40), text, "black", large, spacing=5)
+        for column, picture in enumerate(row.pictures):
+            cell = picture.resize((CELL - 4, CELL - 4), Image.Resampling.LANCZOS)
+            sheet.paste(cell, (label + column * CELL + 2, top + 2))
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _wrap(text: str, draw: ImageDraw.ImageDraw, font) -> str:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if draw.textlength(longer, font) > CELL - 8:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "output" / "demo")
+    parser.add_argument("--comfyui", type=Path, required=True)
+    parser.add_argument("--base", type=Path, default=BASE, help="the server's own folder")
+    args = parser.parse_args()
+    started = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"[{time.monotonic() - started:5.0f} s] {text}", flush=True)
+
+    try:
+        say("building the demo checkpoint")
+        build_models(args.base / "models")
+        say("starting ComfyUI")
+        with ComfyServer(args.comfyui, args.base, extra_args=device_args()) as server:
+            demo = Demo(server)
+            rows, details = run(demo, say)
+    except (ServerError, OSError) as error:
+        print(f"the demo failed: {error}", file=sys.stderr)
+        return 1
+    seconds = time.monotonic() - started
+    report = {
+        "rows": [
+            {k: v for k, v in vars(row).items() if k != "pictures"}
+            | {"test_interval": row.interval().to_dict()}
+            for row in rows
+        ],
+        "prompts": asdict(demo.prompts),
+        "seconds": seconds,
+        **details,
+    }
+    write_atomic(args.out / "report.json", json.dumps(report, indent=1))
+    write_atomic(args.out / "contact_sheet.png", contact_sheet(rows, demo.prompts.test))
+    for weight_format in FORMATS:
+        schedule = details[weight_format]["schedule"]
+        write_atomic(args.out / f"schedule-{weight_format}.json", schedule)
+    print(f"\n{table(rows, details)}\n\n{seconds:.0f} s in all; files are in {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

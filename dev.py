@@ -1,0 +1,104 @@
+#!/usr/bin/env python3
+"""Everything a developer runs, with nothing but Python installed.
+
+python dev.py demo [--out DIR]        the whole job in a real ComfyUI, with pictures and a table
+python dev.py test [pytest options]   the tests
+python dev.py serve [--port N]        ComfyUI with this pack and the demo model, in your browser
+python dev.py bench NAME [--json F]   one benchmark
+
+Each makes or reuses the project's virtual environment (.venv) and ComfyUI (.host).  The variable
+COMFYUI_PATH names a ComfyUI of your own to use instead.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+
+
+def arguments(argv):
+    parser = argparse.ArgumentParser(
+        prog="dev.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    demo = commands.add_parser("demo", help="run the demo (further options go to demo/run.py)")
+    demo.add_argument("--out", type=Path, default=ROOT / "output" / "demo", metavar="DIR")
+    commands.add_parser("test", help="run the tests (options go to pytest)", add_help=False)
+    serve = commands.add_parser("serve", help="start ComfyUI (further options go to it)")
+    serve.add_argument("--port", type=int, default=8188)
+    bench = commands.add_parser("bench", help="run a benchmark (further options go to it)")
+    bench.add_argument("name")
+    bench.add_argument("--json", type=Path, metavar="FILE")
+    return parser.parse_known_args(argv)
+
+
+def demo(environment, options, more):
+    out = str(options.out.resolve())
+    return environment.run(
+        "-m", "demo.run", "--out", out, "--comfyui", str(environment.comfyui), *more
+    )
+
+
+def test(environment, options, more):
+    return environment.run("-m", "pytest", *more)
+
+
+def serve(environment, options, more):
+    from devtools.serve import serve
+
+    return serve(environment, options.port, tuple(more))
+
+
+def bench(environment, options, more):
+    if options.json:
+        more = ["--json", str(options.json.resolve()), *more]
+    return environment.run("-m", f"benchmarks.{options.name}", *more)
+
+
+COMMANDS = {"demo": demo, "test": test, "serve": serve, "bench": bench}
+
+
+def check(options):
+    """Refuse what cannot work before anything is installed for it."""
+    from devtools.console import SetupError
+    from devtools.server import port_in_use
+
+    if options.command == "bench":
+        names = sorted(
+            path.stem
+            for path in (ROOT / "benchmarks").glob("*.py")
+            if not path.stem.startswith("_")
+        )
+        if options.name not in names:
+            there = ", ".join(names) or "none yet"
+            raise SetupError(f"no benchmark named {options.name!r}; there are: {there}")
+    if options.command == "serve":
+        if not 0 < options.port < 65536:
+            raise SetupError(f"--port {options.port} is no port; choose one from 1 to 65535")
+        if port_in_use(options.port):
+            raise SetupError(f"port {options.port} is taken; choose another with --port")
+
+
+def main(argv=None):
+    options, more = arguments(sys.argv[1:] if argv is None else argv)
+    from devtools.console import SetupError
+    from devtools.environment import Setup, check_python
+    from devtools.server import ServerError
+
+    try:
+        check_python(sys.version_info)
+        check(options)
+        environment = Setup(ROOT, os.environ.get("COMFYUI_PATH")).prepare()
+        return COMMANDS[options.command](environment, options, more)
+    except (SetupError, ServerError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; run it again to continue", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""What a weight file's header says, read before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .base import FormatError
+
+MAX_HEADER = 100 << 20  # bytes; what the safetensors library itself accepts
+ITEM_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+FULL_PRECISION = ("F64", "F32", "F16", "BF16")
+# Endings of tensor names that only quantized files have, and whose they are.
+MARKERS = {
+    ".comfy_quant": "ComfyUI",
+    "scaled_fp8": "ComfyUI (scaled fp8)",
+    ".scale_weight": "ComfyUI (scaled fp8)",
+    ".weight_scale": "a quantizer",
+    ".quant_state.bitsandbytes__nf4": "bitsandbytes NF4",
+    ".quant_state.bitsandbytes__fp4": "bitsandbytes FP4",
+    ".weight.absmax": "bitsandbytes",
+    ".SCB": "bitsandbytes int8",
+    ".qweight": "GPTQ, AWQ or SVDQuant",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: dtype as safetensors writes it, and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BYTES.get(self.dtype, 1)
+
+
+def read_header(path: str | Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    FormatError names a file that is empty, cut short or no safetensors file; OSError if it can't
+    be read.
+    """
+    path = Path(path)
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(8)
+        if start[:4] == b"GGUF":
+            raise FormatError(
+                f"{path.name} is a GGUF file, which is quantized already; "
+                "load it with a GGUF loader node, or give the fp16 or bf16 file"
+            )
+        if len(start) < 8:
+            raise FormatError(
+                f"{path.name} is empty or cut short ({size} bytes); download it again"
+            )
+        (length,) = struct.unpack("<Q", start)
+        if not 2 <= length <= MAX_HEADER:
+            raise FormatError(
+                f"{path.name} is not a safetensors file (its header says {length} bytes)"
+            )
+        raw = file.read(length)
+    if len(raw) < length:
+        raise _cut_short(path, size, 8 + length)
+    try:
+        header = json.loads(raw)
+        metadata = header.pop("__metadata__", {}) or {}
+        tensors = {k: Entry(v["dtype"], tuple(v["shape"])) for k, v in header.items()}
+        end = max((v["data_offsets"][1] for v in header.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise FormatError(f"{path.name} has a damaged safetensors header ({error})") from error
+    if size < 8 + length + end:
+        raise _cut_short(path, size, 8 + length + end)
+    return tensors, metadata
+
+
+def _cut_short(path: Path, size: int, wanted: int) -> FormatError:
+    return FormatError(
+        f"{path.name} is cut short: it has {size} bytes, its header promises {wanted}; "
+        "download or copy it again"
+    )
+
+
+def check_unquantized(
+    tensors: Mapping[str, Entry], metadata: Mapping[str, str] | None, name: str
+) -> None:
+    """FormatError if the diffusion model's ``tensors`` (its keys only) are quantized already."""
+    advice = "open it with ComfyUI's own loader, or give the fp16 or bf16 file"
+    if "_quantization_metadata" in (metadata or {}):
+        raise FormatError(f"{name} is quantized already (by ComfyUI, says its metadata); {advice}")
+    for key, entry in tensors.items():
+        for marker, owner in MARKERS.items():
+            if key.endswith(marker):
+                raise FormatError(f"{name} is quantized already (by {owner}: {key}); {advice}")
+        if entry.dtype.startswith("F8"):
+            raise FormatError(
+                f"{name} has fp8 weights ({key}); quantizing them again would lose twice: {advice}"
+            )
+        matrix = key.endswith(".weight") and len(entry.shape) >= 2
+        if matrix and entry.dtype not in FULL_PRECISION:
+            raise FormatError(f"{name} is quantized already ({key} is {entry.dtype}); {advice}")

@@ -1,0 +1,344 @@
+"""dev.py: what it reuses, what it refuses, and that each failure is one line with its fix."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from devtools import environment, host
+from devtools.console import SetupError, explain, run_stage
+from devtools.environment import PYTHON_NEWEST, PYTHON_OLDEST, Setup, check_python, uv_variables
+from devtools.server import PACK_ROOT, ComfyServer, ServerError, link_pack
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _dev(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "dev.py"), *arguments],
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def _one_line(answer: subprocess.CompletedProcess) -> str:
+    assert answer.returncode == 1, answer.stdout + answer.stderr
+    lines = answer.stderr.strip().splitlines()
+    assert len(lines) == 1, answer.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def _comfyui(folder: Path, requirements: str = "torch\n") -> Path:
+    """A folder that looks like a ComfyUI."""
+    for part in host.PARTS:
+        path = folder / part
+        path.mkdir(parents=True) if "." not in part else path.parent.mkdir(exist_ok=True)
+    for part in host.PARTS:
+        if "." in part:
+            (folder / part).write_text("", encoding="utf-8")
+    (folder / "requirements.txt").write_text(requirements, encoding="utf-8")
+    return folder
+
+
+# Refusals, before anything is installed
+
+
+def test_broken_comfyui_path_is_named(tmp_path):
+    line = _one_line(_dev("test", COMFYUI_PATH=str(tmp_path)))
+    assert f"COMFYUI_PATH={tmp_path}" in line
+    assert "main.py" in line
+
+
+def test_taken_port_is_named():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"port {port} is taken" in _one_line(_dev("serve", "--port", str(port)))
+
+
+def test_unknown_benchmark_lists_those_there_are():
+    line = _one_line(_dev("bench", "no-such-benchmark"))
+    assert "no-such-benchmark" in line
+    for path in (ROOT / "benchmarks").glob("[!_]*.py"):
+        assert path.stem in line
+
+
+@pytest.mark.parametrize("version", [(3, 9, 18), (3, PYTHON_NEWEST[1] + 1), (2, 7)])
+def test_unsupported_python_is_refused(version):
+    with pytest.raises(SetupError, match=r"run this with Python 3\.10 to 3\.14"):
+        check_python(version)
+
+
+@pytest.mark.parametrize("version", [PYTHON_OLDEST, (3, 11, 7), (*PYTHON_NEWEST, 1)])
+def test_supported_python_is_accepted(version):
+    check_python(version)
+
+
+def test_full_disk_is_said_before_the_download(tmp_path, monkeypatch):
+    setup = Setup(tmp_path, str(_comfyui(tmp_path / "comfyui")))
+    (tmp_path / "requirements.txt").write_text("", encoding="utf-8")
+    monkeypatch.setattr(environment, "DISK_GB", 10**6)
+    with pytest.raises(SetupError, match="free some space"):
+        setup.prepare()
+    assert not setup.venv.exists()
+
+
+def test_no_network_is_one_line(tmp_path, monkeypatch):
+    """A real virtual environment, and a package index that is not there."""
+    for name, value in {
+        "PIP_INDEX_URL": "http://127.0.0.1:9/simple",
+        "PIP_RETRIES": "0",
+        "PIP_NO_CACHE_DIR": "1",
+        "UV_NO_CACHE": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    for name in ("PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "requirements.txt").write_text("", encoding="utf-8")
+    setup = Setup(tmp_path)
+    with pytest.raises(SetupError, match=r"cannot be reached.*check the network"):
+        setup.prepare()
+    assert not setup.stamp.exists()
+    assert not setup.comfyui.exists()
+    assert setup._python_version()  # and the next run goes on from there
+
+
+@pytest.mark.parametrize(
+    ("output", "fix"),
+    [
+        ("OSError: [Errno 28] No space left on device", "disk is full"),
+        ("failed to write: There is not enough space on the disk. (os error 112)", "disk is full"),
+        ("Failed to establish a new connection: [Errno 111]", "check the network"),
+        ("dns error: failed to lookup address information", "check the network"),
+        ("SSLError(CERTIFICATE_VERIFY_FAILED)", "PIP_CERT"),
+        ("PermissionError: [Errno 13] Permission denied: 'x'", "permission denied"),
+        ("one\nERROR: something new\n\n", "ERROR: something new"),
+        ("", "setup.log"),
+    ],
+)
+def test_failures_are_explained_in_one_line(output, fix):
+    line = explain(output, Path("setup.log"))
+    assert fix in line
+    assert "\n" not in line
+
+
+# Reuse
+
+
+def test_environment_is_current_until_something_it_was_made_from_changes(tmp_path, monkeypatch):
+    comfyui = _comfyui(tmp_path / "comfyui")
+    (tmp_path / "requirements.txt").write_text("optuna\n", encoding="utf-8")
+    setup = Setup(tmp_path, str(comfyui))
+    version = ["3.11.7"]
+    monkeypatch.setattr(setup, "_python_version", lambda: version[0])
+    setup.venv.mkdir()
+
+    def stamp():
+        setup.stamp.write_text(json.dumps(setup.fingerprint()), encoding="utf-8")
+        assert setup._is_current()
+
+    assert not setup._is_current()
+    stamp()
+    (comfyui / "requirements.txt").write_text("torch\nnew\n", encoding="utf-8")
+    assert not setup._is_current()
+    stamp()
+    (tmp_path / "requirements.txt").write_text("optuna\ncmaes\n", encoding="utf-8")
+    assert not setup._is_current()
+    stamp()
+    version[0] = "3.12.1"
+    assert not setup._is_current()
+    stamp()
+    other = Setup(tmp_path, str(_comfyui(tmp_path / "other")))
+    assert not other._is_current()
+    setup.stamp.write_text('{"requirements":', encoding="utf-8")
+    assert not setup._is_current()
+
+
+def test_interrupted_install_leaves_no_stamp(tmp_path, monkeypatch):
+    setup = Setup(tmp_path, str(_comfyui(tmp_path / "comfyui")))
+    (tmp_path / "requirements.txt").write_text("", encoding="utf-8")
+    setup.venv.mkdir()
+    setup.stamp.write_text("{}", encoding="utf-8")
+    monkeypatch.setattr(setup, "_make_venv", lambda anew: None)
+    monkeypatch.setattr(setup, "_pip", lambda: ["pip"])
+
+    def interrupted(pip):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(setup, "_install_packages", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        setup.prepare()
+    assert not setup.stamp.exists()
+
+
+def test_damaged_environment_is_rebuilt_once(tmp_path, monkeypatch):
+    setup = Setup(tmp_path, str(_comfyui(tmp_path / "comfyui")))
+    (tmp_path / "requirements.txt").write_text("", encoding="utf-8")
+    made = []
+
+    def make(anew):
+        setup.venv.mkdir(exist_ok=True)
+        made.append(anew)
+
+    monkeypatch.setattr(setup, "_make_venv", make)
+    monkeypatch.setattr(setup, "_pip", lambda: ["pip"])
+    monkeypatch.setattr(setup, "_install_packages", lambda pip: None)
+    broken = "ModuleNotFoundError: No module named 'torch'"
+    monkeypatch.setattr(
+        setup, "_stage", lambda title, command, **_: None if len(made) == 2 else broken
+    )
+    setup.prepare()
+    assert made == [False, True]
+    assert setup._is_current()
+
+
+def test_pips_settings_reach_uv():
+    found = uv_variables(
+        {
+            "PIP_INDEX_URL": "https://mirror/simple",
+            "PIP_FIND_LINKS": "/wheels /more",
+            "PIP_EXTRA_INDEX_URL": "https://extra/simple",
+            "PIP_CERT": "/ca.pem",
+            "SSL_CERT_FILE": "/own.pem",
+            "PATH": "/bin",
+        }
+    )
+    assert found == {
+        "UV_DEFAULT_INDEX": "https://mirror/simple",
+        "UV_FIND_LINKS": "/wheels,/more",
+        "UV_INDEX": "https://extra/simple",
+        "UV_INDEX_STRATEGY": "unsafe-best-match",
+    }
+
+
+# ComfyUI's archive
+
+
+def _archive(path: Path, *members: tuple[str, bytes | None]) -> Path:
+    """A tar archive; None makes a symbolic link out of the tree."""
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            if content is None:
+                info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+                tar.addfile(info)
+            else:
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def test_unpack_takes_comfyui_alone(tmp_path):
+    archive = _archive(
+        tmp_path / "a.tar.gz",
+        ("pkg-1/setup.py", b"no"),
+        ("pkg-1/vendor/Other/main.py", b"no"),
+        ("pkg-1/vendor/ComfyUI/main.py", b"yes"),
+        ("pkg-1/vendor/ComfyUI/comfy/a.py", b"yes"),
+        ("pkg-1/vendor/ComfyUI/link", None),
+    )
+    host.unpack(archive, tmp_path / "out")
+    files = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*")}
+    assert files == {"main.py", "comfy", "comfy/a.py"}
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/../../../x", "C:/x", "a\\..\\x"])
+def test_unpack_refuses_paths_that_leave_the_folder(tmp_path, name):
+    archive = _archive(tmp_path / "a.tar.gz", (f"pkg-1/vendor/ComfyUI/{name}", b"evil"))
+    with pytest.raises(SetupError, match="unsafe path"):
+        host.unpack(archive, tmp_path / "out" / "deep" / "er")
+    assert {p.name for p in tmp_path.iterdir()} <= {"a.tar.gz", "out"}
+    assert not [p for p in tmp_path.rglob("x") if p.is_file()]
+
+
+def test_another_archive_than_the_tested_one_is_refused(tmp_path):
+    archive = _archive(tmp_path / "a.tar.gz", ("pkg-1/vendor/ComfyUI/main.py", b"yes"))
+    host.verify(archive, hashlib.sha256(archive.read_bytes()).hexdigest())
+    with pytest.raises(SetupError, match="sha256"):
+        host.verify(archive, host.SDIST_SHA256)
+
+
+def test_comfyui_is_installed_whole_or_not_at_all(tmp_path, monkeypatch):
+    def download(title, command, log, variables):
+        folder = Path(command[command.index("--dest") + 1])
+        _archive(folder / "a.tar.gz", ("pkg-1/vendor/ComfyUI/main.py", b"yes"))
+
+    monkeypatch.setattr(host, "run_stage", download)
+    target = tmp_path / "ComfyUI"
+    with pytest.raises(SetupError):
+        host.install_comfyui(target, ["pip"], tmp_path / "log")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(host, "verify", lambda archive, sha256: None)
+    host.install_comfyui(target, ["pip"], tmp_path / "log")
+    assert [p.name for p in tmp_path.iterdir()] == ["ComfyUI"]
+    assert (target / "main.py").read_bytes() == b"yes"
+
+
+# Stages, the server's folder, serve
+
+
+def test_stage_shows_its_seconds_and_keeps_its_output(tmp_path, capsys):
+    log = tmp_path / "log"
+    good = run_stage("good", [sys.executable, "-c", "print('fine')"], log, dict(os.environ))
+    bad = run_stage("bad", [sys.executable, "-c", "raise SystemExit('no')"], log, dict(os.environ))
+    assert good is None
+    assert bad.strip() == "no"
+    assert "fine" in log.read_text(encoding="utf-8")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert lines[1].endswith("s (failed)")
+
+
+def test_pack_is_linked_once_and_never_over_something_else(tmp_path):
+    link = link_pack(tmp_path)
+    assert link.resolve() == PACK_ROOT
+    assert link_pack(tmp_path) == link
+    foreign = tmp_path / "other" / "custom_nodes" / link.name
+    foreign.mkdir(parents=True)
+    with pytest.raises(ServerError, match="not this pack"):
+        link_pack(tmp_path / "other")
+
+
+def test_two_servers_get_two_ports(tmp_path):
+    servers = [ComfyServer(tmp_path, tmp_path) for _ in range(2)]
+    assert servers[0].port != servers[1].port
+
+
+def test_serve_offers_the_users_own_models(tmp_path):
+    from devtools.serve import model_paths
+
+    for name in ("checkpoints", "loras", "configs"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+    entry = json.loads(model_paths(tmp_path))["own"]
+    assert entry == {
+        "base_path": str(tmp_path / "models"),
+        "checkpoints": "checkpoints",
+        "loras": "loras",
+    }
+
+
+def test_options_of_pytest_pass_through_in_order():
+    spec = importlib.util.spec_from_file_location("dev", ROOT / "dev.py")
+    dev = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(dev)
+    options, more = dev.arguments(["test", "-k", "ramp and not slow", "-x", "tests/core"])
+    assert options.command == "test"
+    assert more == ["-k", "ramp and not slow", "-x", "tests/core"]
+    options, more = dev.arguments(["demo", "--out", "here", "--seed", "3"])
+    assert options.out == Path("here")
+    assert more == ["--seed", "3"]

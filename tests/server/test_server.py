@@ -1,0 +1,136 @@
+"""The pack inside a real server: it loads whole, its nodes are described, errors are readable."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import socket
+
+import aiohttp
+import pytest
+
+from devtools.server import PACK_NAME, ComfyServer, ServerError
+
+
+@pytest.fixture(scope="module")
+def nodes_of_pack(server) -> dict[str, dict]:
+    return {k: v for k, v in server.object_info().items() if k.startswith("QSched")}
+
+
+def test_pack_is_imported_whole(server):
+    log = server.log.read_text(encoding="utf-8", errors="replace")
+    assert PACK_NAME in log
+    assert "IMPORT FAILED" not in log
+    assert re.findall(r"the \w+ nodes are off.*", log) == []
+
+
+def test_every_declared_node_is_served(nodes_of_pack, repo_root):
+    declared = set()
+    for path in (repo_root / "nodes").glob("*.py"):
+        declared |= set(re.findall(r"node_id=\"(\w+)\"", path.read_text(encoding="utf-8")))
+    assert declared
+    assert set(nodes_of_pack) == declared
+
+
+def test_every_node_says_what_it_is(nodes_of_pack):
+    for name, node in nodes_of_pack.items():
+        assert node["category"].split("/")[0] == "QSched", name
+        assert node["display_name"] not in ("", name), name
+        assert len(node["description"] or "") > 20, name
+        assert node["python_module"].endswith(PACK_NAME), name
+
+
+def test_no_widget_takes_a_list(nodes_of_pack):
+    """In an API prompt every list is read as a link."""
+    for name, node in nodes_of_pack.items():
+        for group in node["input"].values():
+            for key, spec in group.items():
+                default = spec[1].get("default") if len(spec) > 1 else None
+                assert not isinstance(default, list), f"{name}.{key}"
+
+
+def test_only_the_pack_adds_names_of_the_pack(server):
+    info = server.object_info()
+    ours = {k for k, v in info.items() if v["category"].startswith("QSched")}
+    assert ours == {k for k in info if k.startswith("QSched")}
+
+
+def test_refused_prompt_names_node_and_input(server):
+    prompt = {
+        "1": {
+            "class_type": "EmptySD3LatentImage",
+            "inputs": {"width": 96, "height": 96, "batch_size": 0},
+        },
+        "2": {"class_type": "SaveLatent", "inputs": {"samples": ["1", 0], "filename_prefix": "x"}},
+    }
+    with pytest.raises(ServerError, match=r"node 1 \(EmptySD3LatentImage\).*batch_size"):
+        server.run(prompt)
+
+
+def test_failed_prompt_names_node_and_reason(server):
+    prompt = {
+        "1": {
+            "class_type": "EmptySD3LatentImage",
+            "inputs": {"width": 96, "height": 96, "batch_size": 1},
+        },
+        "2": {
+            "class_type": "CheckpointLoaderSimple",
+            "inputs": {"ckpt_name": "qsched_demo.safetensors"},
+        },
+        "3": {"class_type": "VAEEncode", "inputs": {"pixels": ["4", 0], "vae": ["2", 2]}},
+        "4": {"class_type": "LoadImage", "inputs": {"image": "broken.png"}},
+        "5": {"class_type": "SaveLatent", "inputs": {"samples": ["3", 0], "filename_prefix": "x"}},
+    }
+    (server.base / "input" / "broken.png").write_bytes(b"not a picture")
+    with pytest.raises(ServerError, match=r"node 4 \(LoadImage\): "):
+        server.run(prompt)
+
+
+def test_progress_reaches_the_websocket(server, demo_prompt):
+    prompt = demo_prompt("a blue square on a white background", seed=11, steps=3)
+    events = asyncio.run(_events_of(server, prompt))
+    steps = [data["value"] for kind, data in events if kind == "progress" and data["node"] == "5"]
+    assert steps[-1] == 3
+    assert steps == sorted(steps)
+    assert events[-1][0] == "execution_success"
+
+
+async def _events_of(server: ComfyServer, prompt: dict) -> list[tuple[str, dict]]:
+    """What a client hears about its prompt, to the end."""
+    return await asyncio.wait_for(_listen(server, prompt), 120)
+
+
+async def _listen(server: ComfyServer, prompt: dict) -> list[tuple[str, dict]]:
+    events, client = [], "qsched-test"
+    async with (
+        aiohttp.ClientSession() as session,
+        session.ws_connect(f"{server.url}/ws?clientId={client}") as socket_,
+    ):
+        prompt_id = await asyncio.to_thread(server.queue, prompt, client_id=client)
+        async for message in socket_:
+            if message.type != aiohttp.WSMsgType.TEXT:
+                continue  # previews
+            event = json.loads(message.data)
+            if event["data"].get("prompt_id") != prompt_id:
+                continue
+            events.append((event["type"], event["data"]))
+            if event["type"] in ("execution_success", "execution_error"):
+                break
+    return events
+
+
+def test_a_taken_port_is_said_before_anything_starts(comfyui_path, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ServerError, match=f"port {port} is taken"):
+            ComfyServer(comfyui_path, tmp_path, port=port).start()
+
+
+def test_a_server_that_dies_shows_its_log(comfyui_path, tmp_path):
+    server = ComfyServer(comfyui_path, tmp_path, extra_args=("--no-such-option",))
+    with pytest.raises(ServerError, match="no-such-option"):
+        server.start()
+    assert server.process.poll() is not None
