@@ -12,6 +12,7 @@ COMFYUI_PATH names a ComfyUI of your own to use instead.
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -87,6 +88,7 @@ def main(argv=None):
     from devtools.environment import Setup, check_python
     from devtools.server import ServerError
 
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         check_python(sys.version_info)
         check(options)

@@ -31,7 +31,7 @@ STAMP = "qsched_demo_source"
 # What training leaves, by the name it is shipped under; the best first.
 TRAINED = {
     "mmdit": ("mmdit",),
-    "vae": ("vae_decoder", "vae_joint"),
+    "vae": ("vae",),
     "scorer": ("scorer",),
 }
 

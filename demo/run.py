@@ -170,9 +170,7 @@ def table(rows: list[Row], details: dict) -> str:
     lines.append("")
     lines.append(f"control gains on the {len(rows[0].test['jaq'])} test prompts:")
     for what, gain in details["control_gains"].items():
-        lines.append(
-            f"  {what}: {gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]"
-        )
+        lines.append(f"  {what}: {gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]")
     beyond = details["beyond_control"]
     lines.append(
         f"{CONTROLLED}'s gain beyond the control's: {beyond['mean']:+.3f} "

@@ -31,7 +31,7 @@ def make_latents(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     path = WORK_DIR / f"latents_{n}.safetensors"
     if not path.exists():
         rng = np.random.default_rng(seed)
-        vae = load_weights(TAESD(), WORK_DIR / "vae_joint.safetensors")
+        vae = load_weights(TAESD(), WORK_DIR / "vae.safetensors")
         vae = vae.to(memory_format=torch.channels_last)
         latents, ids = [], []
         progress = Progress(n // 100)

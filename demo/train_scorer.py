@@ -59,7 +59,7 @@ class Pictures:
 
     def __init__(self, rng: np.random.Generator, pool: int):
         self.rng = rng
-        vae = load_weights(TAESD(), WORK_DIR / "vae_joint.safetensors")
+        vae = load_weights(TAESD(), WORK_DIR / "vae.safetensors")
         vae = vae.to(memory_format=torch.channels_last)
         self.scenes = sample_scenes(pool, rng)
         good, bad = [], []
@@ -193,9 +193,7 @@ def main() -> None:
             F.cross_entropy(scale * image @ pair.T, bad.long())
             for pair in text[len(scenes) :].split(2)
         ) / len(QUALITY_PROMPTS)
-        probed = F.binary_cross_entropy_with_logits(
-            10 * probe(image).squeeze(1), 1 - bad.float()
-        )
+        probed = F.binary_cross_entropy_with_logits(10 * probe(image).squeeze(1), 1 - bad.float())
         loss = contrastive + quality + probed
         optimizer.zero_grad()
         loss.backward()
@@ -206,10 +204,16 @@ def main() -> None:
             decay = min(0.998, (step + 1) / (step + 20))
             for a, b in zip(ema.parameters(), model.parameters(), strict=True):
                 a.lerp_(b, 1 - decay)
-        progress(step, contrastive=contrastive.item(), quality=quality.item(), probe=probed.item(), scale=scale.item())
+        progress(
+            step,
+            contrastive=contrastive.item(),
+            quality=quality.item(),
+            probe=probed.item(),
+            scale=scale.item(),
+        )
         if (step + 1) % 500 == 0 or step + 1 == args.steps:
             figures = evaluate(ema)
-            print(json.dumps(figures), flush=True)  # noqa: T201
+            print(json.dumps(figures), flush=True)
             save_weights(
                 ema, WORK_DIR / "scorer.safetensors", open_clip_config=CONFIG, figures=figures
             )

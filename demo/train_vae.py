@@ -1,7 +1,6 @@
-"""Train the demo's autoencoder: ``python -m demo.train_vae joint`` then ``... decoder``.
+"""Train the demo's autoencoder: ``python -m demo.train_vae --steps 2500``.
 
-Stage ``joint`` trains encoder and decoder; the encoder is then final, so that the generator can
-start training on its latents while stage ``decoder`` sharpens the decoder alone.
+Encoder and decoder together, on crops for the first three quarters, then on whole pictures.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 
 from .shapes import render, sample_scenes
 from .taesd import TAESD
-from .training import WORK_DIR, Progress, cosine, load_weights, psnr, save_weights
+from .training import WORK_DIR, Progress, cosine, psnr, save_weights
 
 CROP = 48
 
@@ -50,10 +49,9 @@ def evaluate(vae: TAESD, n: int = 128) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=("joint", "decoder"))
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--noise", type=float, default=0.05, help="latent noise, in unit latents")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
@@ -63,13 +61,9 @@ def main() -> None:
     rng = np.random.default_rng(args.seed)
 
     vae = TAESD()
-    if args.stage == "decoder":
-        load_weights(vae, WORK_DIR / "vae_joint.safetensors")
-        vae.taesd_encoder.requires_grad_(False)
     vae = vae.to(memory_format=torch.channels_last)
     ema = copy.deepcopy(vae).requires_grad_(False)
-    params = [p for p in vae.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, args.lr, betas=(0.9, 0.99), weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(vae.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=1e-4)
     progress = Progress(args.steps)
     for step in range(args.steps):
         for group in optimizer.param_groups:
@@ -85,12 +79,11 @@ def main() -> None:
             )
             out = vae.decode(noisy).float()
         loss = reconstruction_loss(out, images)
-        if args.stage == "joint":
-            mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-            loss = loss + 0.02 * (mean.square().mean() + (std - 1).square().mean())
+        mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+        loss = loss + 0.02 * (mean.square().mean() + (std - 1).square().mean())
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         decay = min(0.998, (step + 1) / (step + 20))
         with torch.no_grad():
@@ -99,8 +92,8 @@ def main() -> None:
         progress(step, loss=loss.item(), mse=F.mse_loss(out, images).item())
         if (step + 1) % 500 == 0 or step + 1 == args.steps:
             figures = evaluate(ema)
-            print(figures, flush=True)  # noqa: T201
-            save_weights(ema, WORK_DIR / f"vae_{args.stage}.safetensors", **figures)
+            print(figures, flush=True)
+            save_weights(ema, WORK_DIR / "vae.safetensors", **figures)
 
 
 if __name__ == "__main__":

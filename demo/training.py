@@ -56,5 +56,5 @@ class Progress:
         if (step + 1) % self.every == 0:
             means = " ".join(f"{k} {v / self.every:.5f}" for k, v in self.sums.items())
             elapsed = time.time() - self.start
-            print(f"{step + 1}/{self.total} {elapsed:.0f}s {means}", flush=True)  # noqa: T201
+            print(f"{step + 1}/{self.total} {elapsed:.0f}s {means}", flush=True)
             self.sums.clear()

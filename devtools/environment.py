@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -74,6 +76,14 @@ class Environment:
         try:
             return process.wait()
         except KeyboardInterrupt:
+            process.wait()
+            raise
+        except SystemExit:  # a SIGTERM, which the child has not had
+            if os.name != "nt":
+                process.send_signal(signal.SIGINT)  # pytest and the demo stop their server on it
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(15)
+            process.terminate()
             process.wait()
             raise
 

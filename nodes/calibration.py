@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from io import BytesIO
+from pathlib import Path
 
 import comfy.model_management
 import comfy.utils
@@ -14,7 +16,13 @@ from PIL import Image
 
 from ..qsched_core import objective as jaq
 from ..qsched_core.files import write_atomic
-from ..qsched_core.prompts import CalibrationPrompts, PromptError, bundled_prompts, parse_prompts
+from ..qsched_core.prompts import (
+    CalibrationPrompts,
+    PromptError,
+    PromptSet,
+    bundled_prompts,
+    parse_prompts,
+)
 from ..qsched_core.scorers import ScorerError, check_scorer
 from ..qsched_core.search.calibrate import (
     CalibrationResult,
@@ -372,13 +380,14 @@ def _report(
         with Image.open(path) as kept:
             return kept.convert("RGB")
     if not judged:
-        rows = [prompts.heldout.part(i, i + 1) for i in chosen]
-        made = [scored.runner.images(row, [before, after]) for row in rows]
+        shown = PromptSet(
+            tuple(prompts.heldout.prompts[i] for i in chosen),
+            tuple(prompts.heldout.seeds[i] for i in chosen),
+        )
+        made = scored.runner.images(shown, [before, after])
         pictures = {
-            correction: {
-                i: host_scoring.shrink(images[k])[0] for i, images in zip(chosen, made, strict=True)
-            }
-            for k, correction in ((1, after), (0, before))
+            correction: dict(zip(chosen, host_scoring.shrink(images), strict=True))
+            for correction, images in zip((before, after), made, strict=True)
         }
     samples = [
         Sample(
@@ -394,9 +403,7 @@ def _report(
     return picture
 
 
-def _keep(picture: Image.Image, path) -> None:
-    from io import BytesIO
-
+def _keep(picture: Image.Image, path: Path) -> None:
     buffer = BytesIO()
     picture.save(buffer, "PNG")
     write_atomic(path, buffer.getvalue())

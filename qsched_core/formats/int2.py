@@ -10,6 +10,7 @@ from .tables import byte_table, pack
 TOP = 3  # the largest code
 LEVELS = tuple(float(v) for v in range(TOP + 1))
 FP8_MAX = 448.0  # of float8_e4m3fn
+HEADROOM = 2.0  # how much the largest scale may grow (a LoRA) before all scales are made anew
 ZERO_STEPS = 85.0  # a zero point in [0, 3] is stored as a byte: 255 / 85 = 3
 STARTS = (1.0, 0.8, 0.6)  # shares of the group's range to start fitting from
 ROUNDS = 6
@@ -32,10 +33,12 @@ class Int2(WeightFormat):
     def _common(self, weight, like):
         widest = torch.zeros((), device=weight.device)
         for rows in weight.split(4096):
-            widest = torch.maximum(widest, rows.amax().float() - rows.amin().float())
-        widest = widest.clamp_(min=1e-30) / (TOP * FP8_MAX)
-        fits = like is not None and widest <= like.aux["scale_2"] * 1.05
-        return like.aux["scale_2"] if fits else widest
+            widest = torch.maximum(
+                widest, (rows.amax().clamp(min=0) - rows.amin().clamp(max=0)).float()
+            )
+        largest = widest.clamp_(min=1e-30) / TOP
+        fits = like is not None and largest <= like.aux["scale_2"] * FP8_MAX
+        return like.aux["scale_2"] if fits else largest * HEADROOM / FP8_MAX
 
     def _quantize_rows(self, rows, common, random, old):
         values = grouped(rows, self.group)

@@ -20,6 +20,7 @@ LEVELS = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 FP8_MAX = 448.0  # of float8_e4m3fn
+HEADROOM = 2.0  # how much the largest scale may grow (a LoRA) before all scales are made anew
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +58,8 @@ class NF4(WeightFormat):
         largest = torch.zeros((), device=weight.device)
         for rows in weight.split(4096):
             largest = torch.maximum(largest, rows.abs().amax().float())
-        fits = like is not None and largest <= like.aux["scale_2"] * FP8_MAX * 1.05
-        return like.aux["scale_2"] if fits else (largest / FP8_MAX).clamp_(min=1e-30)
+        fits = like is not None and largest <= like.aux["scale_2"] * FP8_MAX
+        return like.aux["scale_2"] if fits else (largest * HEADROOM / FP8_MAX).clamp_(min=1e-30)
 
     def _quantize_rows(self, rows, common, random, old):
         blocks = grouped(rows, self.group)

@@ -61,11 +61,12 @@ class DualEncoder:
         if self.resize_mode == "squash":
             x = _resize(x, height, width)
         else:
+            # the rounding of sizes is torchvision's, which open_clip preprocesses with
             scale = max(height / x.shape[2], width / x.shape[3])
             x = _resize(
-                x, max(height, round(x.shape[2] * scale)), max(width, round(x.shape[3] * scale))
+                x, max(height, int(x.shape[2] * scale)), max(width, int(x.shape[3] * scale))
             )
-            top, left = (x.shape[2] - height) // 2, (x.shape[3] - width) // 2
+            top, left = round((x.shape[2] - height) / 2), round((x.shape[3] - width) / 2)
             x = x[..., top : top + height, left : left + width]
         mean, std = (x.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
         return (x.clamp(0, 1) - mean) / std
@@ -145,6 +146,11 @@ def load_named(name: str, allow_download: bool = False, place: Placement = stay)
     for a name open_clip does not have, or when the download fails.
     """
     open_clip = require("open_clip", FEATURE, INSTALL)
+    if not name:
+        raise ScorerError(
+            "architecture is empty; write open_clip's name as architecture/weights, for example "
+            "ViT-B-32/laion2b_s34b_b79k"
+        )
     architecture, _, tag = name.partition("/")
     _check_architecture(open_clip, architecture, "this model")
     tags = open_clip.list_pretrained_tags_by_model(architecture)

@@ -125,7 +125,7 @@ class _Axes:
         left, top, right, bottom = box
         draw.text((left, top - 4), title, INK, _font(16))
         self.left, self.top, self.right, self.bottom = left + 52, top + 28, right, bottom - 22
-        pad = (ys[1] - ys[0]) * 0.06 or 0.01
+        pad = (ys[1] - ys[0]) * 0.08 or 0.01
         self.low, self.high = ys[0] - pad, ys[1] + pad
         for k in range(5):
             value = self.low + (self.high - self.low) * k / 4
@@ -186,7 +186,7 @@ def _coefficient_plot(draw, box, result: CalibrationResult) -> None:
         box,
         title,
         (0, max(1, steps - 1)),
-        (min(*every, 0.99) - 0.005, max(*every, 1.01) + 0.005),
+        (min(*every, 0.99) - 0.01, max(*every, 1.01) + 0.01),
     )
     draw.line((axes.left, axes.y(1), axes.right, axes.y(1)), GREY, 1)
     for offset, (name, values, colour) in zip((-11, 11), curves, strict=True):

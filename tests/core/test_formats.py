@@ -6,12 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+
 from qsched_core import formats
 from qsched_core.formats import FormatError, base, nf4
 from qsched_core.formats.module import QuantizedLinear, quantize_module
 from qsched_core.formats.policy import Policy, parse_overrides
 from qsched_core.formats.tables import pack, unpack
-from torch import nn
 
 # Relative error of a Gaussian weight and of the layer's output; bits a weight at 512 inputs.
 BOUNDS = {
@@ -124,7 +125,7 @@ def test_requantizing_keeps_what_did_not_change(name):
     weight = form.dequantize(packed)
     again = form.quantize(weight, seed=7, like=packed)
     assert torch.equal(form.dequantize(again), weight)
-    weight[3] *= 1.01
+    weight[3] *= 1.2
     again = form.dequantize(form.quantize(weight, seed=7, like=packed))
     others = torch.arange(32) != 3
     assert torch.equal(again[others], form.dequantize(packed)[others])
@@ -159,7 +160,7 @@ def test_bad_weights_are_refused(name):
 
 
 def test_unknown_format_lists_the_names():
-    with pytest.raises(FormatError, match="weight_format='q4' is unknown.*nf4.*int2"):
+    with pytest.raises(FormatError, match=r"weight_format='q4' is unknown.*nf4.*int2"):
         formats.get("q4")
 
 

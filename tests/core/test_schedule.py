@@ -8,6 +8,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from qsched_core.schedule import QSchedule, ScheduleError, linear_ramp
 
 SIGMAS = (1.0, 0.9, 0.75, 0.5, 0.0)

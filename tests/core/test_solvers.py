@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from qsched_core.precondition import BatchCorrection, ScalarCorrection, precondition
 from qsched_core.rollout import rollout
 from qsched_core.solvers import SOLVERS, get_solver, sample_euler, sample_euler_ancestral

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from qsched_core.precondition import ScalarCorrection
 from qsched_core.solvers import SOLVERS, get_solver
 

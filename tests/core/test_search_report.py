@@ -1,0 +1,98 @@
+"""The report: text with the numbers, a picture for any number of steps, trials and samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qsched_core.objective import Scores
+from qsched_core.precondition import ScalarCorrection
+from qsched_core.schedule import QSchedule
+from qsched_core.search.calibrate import CalibrationResult, Trial, best_of
+from qsched_core.search.guard import judge, paired_interval
+from qsched_core.search.report import Sample, report_picture, report_text, typical
+
+
+def scores(mean, n=8):
+    values = [mean + 0.01 * i for i in range(n)]
+    return Scores([v - 1 for v in values], [0.5] * n, values)
+
+
+def result(steps=4, values=(5.0, 4.0, 5.2), guard=True, heldout_gain=0.1):
+    rng = np.random.default_rng(0)
+    trials = []
+    for number, value in enumerate(values):
+        c = np.ones((2, steps)) if number == 0 else rng.uniform(0.85, 1.15, (2, steps))
+        correction = ScalarCorrection(*(tuple(map(float, row)) for row in c))
+        trials.append(Trial(number, "ramp", correction, scores(value), 1.5, 60))
+    winner = best_of(trials)
+    before, after = scores(5.0), scores(5.0 + heldout_gain)
+    gains = [None, None]
+    if winner is not trials[0]:
+        gains = [
+            paired_interval(trials[0].scores.jaq, winner.scores.jaq),
+            paired_interval(before.jaq, after.jaq),
+        ]
+    sigmas = [1 - i / steps for i in range(steps + 1)]
+    return CalibrationResult(
+        schedule=QSchedule.identity(sigmas),
+        best=winner.correction,
+        verdict=judge(*gains, guard),
+        trials=tuple(trials),
+        calibration=gains[0],
+        heldout=gains[1],
+        heldout_before=before,
+        heldout_after=after,
+        warnings=("look out",),
+        model_evaluations=180,
+        seconds=4.5,
+        journal=Path("study.journal"),
+        new_trials=2,
+    )
+
+
+def samples(count):
+    pictures = [Image.new("RGB", (96, 64), colour) for colour in ("red", "blue")]
+    return [Sample(f"a long prompt about {i} " * 9, 0.1 - i, *pictures) for i in range(count)]
+
+
+def test_the_text_has_verdict_scores_coefficients_warnings_and_cost():
+    made = result()
+    text = report_text(made)
+    assert text.startswith(made.verdict.text)
+    for part in ("calibration jaq", "held-out quality", "warning: look out", "step 4: c_x"):
+        assert part in text
+    assert "3 trials (1 from the journal), 180 model evaluations" in text
+    assert f"{made.best.c_x[2]:.4f}" in text
+
+
+def test_what_the_guard_refused_is_said_to_be_unused():
+    assert "not used: the guard keeps c = 1" in report_text(result(heldout_gain=-0.1))
+    assert "not used" not in report_text(result())
+    assert "best coefficients" not in report_text(result(values=(5.0, 4.0)))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 16, 40])
+@pytest.mark.parametrize("values", [(5.0,), (5.0, 5.0), (5.0, -3.0, 5.1, 5.05)])
+def test_a_picture_is_drawn_for_any_size(steps, values):
+    picture = report_picture(result(steps, values))
+    assert picture.mode == "RGB" and picture.width == 1024
+    assert len(picture.getcolors(1 << 24)) > 10
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_samples_pictures_are_in_it(count):
+    plain, full = report_picture(result()), report_picture(result(), samples(count))
+    assert full.height > plain.height
+    pixels = np.asarray(full).reshape(-1, 3)
+    for colour in ((255, 0, 0), (0, 0, 255)):
+        assert (pixels == colour).all(1).sum() >= 1000
+
+
+def test_typical_samples_are_the_worst_the_median_and_the_best():
+    assert typical([0.3, -0.2, 0.1, 0.9, 0.0]) == [1, 2, 3]
+    assert typical([0.3, 0.1]) == [1, 0]
+    assert typical([0.3]) == [0]

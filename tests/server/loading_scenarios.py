@@ -1,0 +1,345 @@
+"""Quantized loading inside the real ComfyUI; test_loading.py runs this in a process of its own."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import struct
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def _import_host():
+    """ComfyUI on the CPU, and the pack's loading side under a package name of its own."""
+    importlib.import_module("comfy.cli_args").args.cpu = True
+    for name, folder in (("qsched_pack", REPO), ("qsched_pack.nodes", REPO / "nodes")):
+        package = types.ModuleType(name)
+        package.__path__ = [str(folder)]
+        sys.modules[name] = package
+    return importlib.import_module("qsched_pack.nodes.host_loading")
+
+
+loading = _import_host()
+comfy_sd = importlib.import_module("comfy.sd")
+comfy_sample = importlib.import_module("comfy.sample")
+management = importlib.import_module("comfy.model_management")
+demo = importlib.import_module("qsched_pack.demo.mmdit")
+taesd = importlib.import_module("qsched_pack.demo.taesd")
+formats = importlib.import_module("qsched_pack.qsched_core.formats")
+save_file = importlib.import_module("safetensors.torch").save_file
+
+Request = loading.Request
+NAMES = formats.names()
+# Relative distance of a 4-step sample to the unquantized model's, random weights.
+DISTANCE = {"nf4": 0.17, "int8": 0.015, "w4a8": 0.12, "int2": 0.27}
+ALL = pytest.mark.parametrize("name", NAMES)
+
+
+def weights() -> dict[str, torch.Tensor]:
+    """A small SD3 with random weights, of the demo model's architecture."""
+    torch.manual_seed(0)
+    state = demo.MMDiT(depth=3).state_dict()
+    for key, value in state.items():
+        if (
+            "adaLN_modulation" in key
+            or key == "final_layer.linear.weight"
+            or (key.startswith("t_embedder") and value.ndim == 2)
+        ):
+            state[key] = torch.randn_like(value) * 0.1
+    narrow = state["context_embedder.weight"]
+    state["context_embedder.weight"] = torch.nn.functional.pad(narrow, (0, 4096 - narrow.shape[1]))
+    return {key: value.half() for key, value in state.items()}
+
+
+@pytest.fixture(scope="session")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "tiny.safetensors"
+    save_file(weights(), path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def plain(file):
+    return comfy_sd.load_diffusion_model(file)
+
+
+@pytest.fixture(scope="session")
+def conditioning():
+    torch.manual_seed(1)
+    return [[torch.randn(1, 77, 4096), {"pooled_output": torch.randn(1, 2048)}]]
+
+
+@pytest.fixture(scope="session")
+def sample(conditioning):
+    def run(model):
+        empty = torch.zeros(1, 16, 12, 12)
+        noise = comfy_sample.prepare_noise(empty, 3)
+        return comfy_sample.sample(
+            model, noise, 4, 1.0, "euler", "simple", conditioning, conditioning, empty,
+            seed=3, disable_pbar=True,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def lora():
+    torch.manual_seed(2)
+    return {
+        f"diffusion_model.{key.removesuffix('.weight')}.lora_{side}.weight": torch.randn(shape)
+        * 0.2
+        for key, value in weights().items()
+        if "joint_blocks" in key and key.endswith(".weight") and value.ndim == 2
+        for side, shape in (("A", (4, value.shape[1])), ("B", (value.shape[0], 4)))
+    }
+
+
+def with_lora(model, lora, strength=1.0):
+    return comfy_sd.load_lora_for_models(model, None, lora, strength, 0)[0]
+
+
+def relative(found, wanted) -> float:
+    return ((found - wanted).norm() / wanted.norm()).item()
+
+
+def state_bytes(model):
+    """The stored weights, bit for bit."""
+    state = model.model.diffusion_model.state_dict()
+    return {k: v.detach().flatten().view(torch.uint8).clone() for k, v in state.items()}
+
+
+def same_state(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@ALL
+def test_it_samples_close_to_the_unquantized_model(name, file, plain, sample):
+    model = loading.load_diffusion_model(file, Request(name))
+    assert 0 < relative(sample(model), sample(plain)) < DISTANCE[name]
+    info = loading.model_info(model)
+    assert info["format"] == name and info["source"] == "tiny.safetensors" and info["backend"]
+    assert info["source_hash"] == loading.model_info(plain)["source_hash"]
+    assert info["unquantized_bytes"] == sum(v.nbytes for v in weights().values())
+    json.dumps(info)
+
+
+@ALL
+def test_model_size_is_what_is_stored(name, file):
+    model = loading.load_diffusion_model(file, Request(name))
+    kept = sum(
+        v.nbytes for k, v in weights().items() if v.ndim < 2 or not k.startswith("joint_blocks")
+    )
+    bits = {"nf4": 4.2, "int8": 8.3, "w4a8": 4.6, "int2": 3.5}[name]
+    linear = sum(v.numel() for v in weights().values()) - kept // 2
+    assert model.model_size() < kept + linear * bits / 8 + 40_000  # and the JSON beside each layer
+
+
+@ALL
+def test_lora_baked_and_removed(name, file, plain, sample, lora):
+    model = loading.load_diffusion_model(file, Request(name))
+    bare, stored = sample(model), state_bytes(model)
+    patched = with_lora(model, lora)
+    assert patched.model_options["qsched"] == model.model_options["qsched"]
+    assert loading.model_info(patched)["patches"] != loading.model_info(model)["patches"] == ""
+    wanted = sample(with_lora(plain, lora))
+    found = sample(patched)
+    assert relative(found, wanted) < 0.65 * relative(bare, wanted)
+    assert torch.equal(sample(model), bare), "unpatching must be exact"
+    assert same_state(state_bytes(model), stored)
+
+
+@ALL
+def test_lora_at_run_time(name, file, plain, conditioning, lora):
+    """With weights offloaded the host adds the LoRA to the dequantized weight in each forward."""
+    x, ((context, extra),) = torch.randn(1, 16, 12, 12), conditioning
+
+    def forward(model):
+        with torch.no_grad():
+            return model.model.apply_model(
+                x, torch.full((1,), 0.8), c_crossattn=context, y=extra["pooled_output"]
+            )
+
+    management.unload_all_models()
+    model = with_lora(loading.load_diffusion_model(file, Request(name)), lora)
+    model.patch_model(device_to=torch.device("cpu"), lowvram_model_memory=1)
+    found = forward(model)
+    model.unpatch_model()
+    reference = with_lora(plain, lora)
+    management.load_models_gpu([reference])
+    wanted = forward(reference)
+    assert relative(found, wanted) < 2 * DISTANCE[name]
+    management.unload_all_models()
+
+
+@ALL
+def test_quantize_model_leaves_its_input_alone(name, file, plain, sample):
+    before, stored = sample(plain), state_bytes(plain)
+    model = loading.quantize_model(plain, Request(name))
+    assert torch.equal(sample(model), sample(loading.load_diffusion_model(file, Request(name))))
+    assert torch.equal(sample(plain), before)
+    assert same_state(state_bytes(plain), stored)
+    assert "qsched" not in plain.model_options
+    assert model.parent is None and model.model is not plain.model
+    assert loading.model_info(model)["source_hash"] == loading.model_info(plain)["source_hash"]
+    assert model.model_size() < 0.6 * plain.model_size()
+
+
+def test_quantize_model_merges_loras_before_rounding(plain, sample, lora):
+    patched = with_lora(plain, lora)
+    wanted = sample(patched)
+    model = loading.quantize_model(patched, Request("nf4"))
+    assert not model.patches
+    assert loading.model_info(model)["merged_patches"] == loading.model_info(patched)["patches"]
+    assert relative(sample(model), wanted) < 2 * DISTANCE["nf4"]
+    assert relative(sample(patched), wanted) == 0
+    # and once more on top, as the LoRA nodes do
+    assert relative(sample(with_lora(model, lora, 0.5)), wanted) > 0
+
+
+@ALL
+def test_clone_and_a_second_loading_are_the_same(name, file, sample):
+    model = loading.load_diffusion_model(file, Request(name))
+    wanted = sample(model)
+    clone = model.clone()
+    assert torch.equal(sample(clone), wanted)
+    assert clone.model_options["qsched"] == model.model_options["qsched"]
+    factory, arguments = model.cached_patcher_init
+    again = factory(*arguments, disable_dynamic=True)
+    assert torch.equal(sample(again), wanted)
+    deep = model.deepclone_multigpu()
+    assert deep.model is not model.model and torch.equal(sample(deep), wanted)
+
+
+def test_a_quantized_model_can_be_made_again_from_its_source(plain, sample, lora):
+    model = loading.quantize_model(with_lora(plain, lora), Request("w4a8"))
+    factory, arguments = model.cached_patcher_init
+    assert torch.equal(sample(factory(*arguments, disable_dynamic=True)), sample(model))
+
+
+def saved(model, tmp_path) -> str:
+    path = str(tmp_path / "saved.safetensors")
+    management.unload_all_models()
+    comfy_sd.save_checkpoint(path, model, metadata={})
+    return path
+
+
+@ALL
+def test_saved_files_come_back_bit_for_bit(name, file, sample, tmp_path):
+    model = loading.load_diffusion_model(file, Request(name))
+    wanted, path = sample(model), saved(model, tmp_path)
+    assert Path(path).stat().st_size < model.model_size() + 100_000
+    again = loading.load_diffusion_model(path, Request(name))
+    assert torch.equal(sample(again), wanted)
+    assert same_state(state_bytes(again), state_bytes(model))
+    assert loading.model_info(again)["source_hash"] == loading.model_info(model)["source_hash"]
+    other = "int8" if name == "w4a8" else "w4a8"
+    with pytest.raises(ValueError, match=f"quantized already, to .*{name}"):
+        loading.load_diffusion_model(path, Request(other))
+
+
+def test_native_files_open_in_plain_comfyui(file, sample, tmp_path):
+    model = loading.load_diffusion_model(file, Request("int8"))
+    wanted, path = sample(model), saved(model, tmp_path)
+    core = comfy_sd.load_diffusion_model(path)
+    assert relative(sample(core), wanted) < 0.03  # there modulation has int8 activations too
+    assert "INT8" in loading.model_info(core)["format"]
+
+
+def test_extended_files_fail_loudly_in_plain_comfyui(file, tmp_path):
+    path = saved(loading.load_diffusion_model(file, Request("nf4")), tmp_path)
+    with pytest.raises(Exception, match=r"qsched_nf4|size mismatch|Could not detect"):
+        comfy_sd.load_diffusion_model(path)
+
+
+def test_overrides_reach_the_layers(file):
+    request = Request("int2", "context_embedder=int8; *mlp*=keep; joint_blocks.0.x_block.attn=nf4")
+    model = loading.load_diffusion_model(file, request)
+    info = loading.model_info(model)
+    layers = dict(model.model.diffusion_model.named_modules())
+    assert layers["context_embedder"].format == "int8"
+    assert layers["joint_blocks.0.x_block.mlp.fc1"].format is None
+    assert layers["joint_blocks.0.x_block.attn.qkv"].format == "nf4"
+    assert layers["joint_blocks.1.x_block.attn.qkv"].format == "int2"
+    assert layers["joint_blocks.1.x_block.adaLN_modulation.1"].weight_only
+    assert set(info["quantized_layers"]) == {"int2", "int8", "nf4"}
+    assert "context_embedder=int8" in info["layers"]
+
+
+def test_a_pattern_without_a_layer_is_named(file):
+    with pytest.raises(ValueError, match=r"'img_im' matches none.*joint_blocks"):
+        loading.load_diffusion_model(file, Request("nf4", "img_im=keep"))
+
+
+@ALL
+def test_a_checkpoint_gives_a_plain_vae(name, tmp_path, sample):
+    torch.manual_seed(0)
+    state = {f"model.diffusion_model.{k}": v for k, v in weights().items()}
+    state |= {f"first_stage_model.{k}": v for k, v in taesd.TAESD().state_dict().items()}
+    path = str(tmp_path / "checkpoint.safetensors")
+    save_file(state, path)
+    model, clip, vae = loading.load_checkpoint(path, Request(name))
+    assert clip is None
+    assert {p.dtype for p in vae.first_stage_model.parameters()} <= {torch.float32, torch.bfloat16}
+    sample(model)
+    assert loading.model_info(model)["unquantized_bytes"] == sum(
+        v.nbytes for v in weights().values()
+    )
+
+
+def broken(file, tmp_path, change) -> str:
+    state = weights()
+    change(state)
+    path = str(tmp_path / "broken.safetensors")
+    save_file(state, path)
+    return path
+
+
+def test_bad_files_are_named_with_the_fix(file, tmp_path, plain):
+    def refuse(change, message):
+        path = broken(file, tmp_path, change)
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            loading.load_diffusion_model(path, Request("nf4"))
+
+    key = "joint_blocks.0.x_block.mlp.fc1.weight"
+    refuse(lambda s: s.update({key: s[key].to(torch.float8_e4m3fn)}), "broken.safetensors has fp8")
+    refuse(lambda s: s.update({key: s[key].to(torch.int8)}), "quantized already.*I8")
+    refuse(
+        lambda s: s.update({key: s[key] / 0}), r"layer joint_blocks.0.x_block.mlp.fc1.*NaN or inf"
+    )
+    refuse(
+        lambda s: [s.pop(k) for k in list(s) if "joint" in k or "embed" in k], "no diffusion model"
+    )
+    path = Path(broken(file, tmp_path, lambda s: None))
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"broken.safetensors is cut short"):
+        loading.load_diffusion_model(str(path), Request("nf4"))
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(b"GGUF" + struct.pack("<I", 3) + bytes(64))
+    with pytest.raises(ValueError, match=r"model.gguf is a GGUF file"):
+        loading.load_diffusion_model(str(gguf), Request("nf4"))
+    with pytest.raises(ValueError, match="model is quantized already"):
+        loading.quantize_model(loading.load_diffusion_model(file, Request("nf4")), Request("int8"))
+
+
+def test_the_nodes_validate_before_they_run(file, tmp_path):
+    nodes = importlib.import_module("qsched_pack.nodes.loading")
+    paths = importlib.import_module("folder_paths")
+    paths.add_model_folder_path("diffusion_models", str(Path(file).parent))
+    check = nodes.QSchedLoadDiffusionModel.validate_inputs
+    assert check("tiny.safetensors", "nf4") is True
+    assert "unet_name='none.safetensors'" in check("none.safetensors", "nf4")
+    assert "'*mlp*=q9'" in check("tiny.safetensors", "nf4", "*mlp*=q9")
+    cut = Path(file).with_name("cut.safetensors")
+    cut.write_bytes(Path(file).read_bytes()[:-9])
+    assert "cut.safetensors is cut short" in check("cut.safetensors", "nf4")
+    for node in nodes.NODES:
+        node.GET_SCHEMA()
+        assert node.define_schema().node_id.startswith("QSched")
+    output = nodes.QSchedLoadDiffusionModel.execute("tiny.safetensors", "int2")
+    assert "x smaller" in output.args[1]

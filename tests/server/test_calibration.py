@@ -1,0 +1,190 @@
+"""Calibration in a real ComfyUI: it learns, survives kill -9 and interrupts, and says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import numpy as np
+import pytest
+
+from demo.shapes import sample_scenes
+from devtools.server import ComfyServer, ServerError, device_args
+
+SCORER = "qsched_demo_scorer.safetensors"
+
+
+def captions(count: int, held_out: bool) -> list[str]:
+    scenes = sample_scenes(count + 4, np.random.default_rng(count), held_out)
+    return list(dict.fromkeys(scene.caption() for scene in scenes))[:count]
+
+
+CALIBRATION, HELDOUT = captions(4, False), captions(6, True)
+
+
+def node(class_type: str, **inputs) -> dict:
+    return {"class_type": class_type, "inputs": inputs}
+
+
+def trajectory(**more) -> dict:
+    return {
+        "model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2],
+        "prompts": ["2", 0], "objective": ["3", 0],
+        "solver": "euler", "scheduler": "simple", "steps": 2, "cfg": 1.0, "width": 96, "height": 96,
+    } | more  # fmt: skip
+
+
+def graph(seed: int = 0, budget: int = 4, search: str = "gp+steps") -> dict:
+    return {
+        "1": node("QSchedLoadCheckpoint", ckpt_name="qsched_demo.safetensors", weight_format="int2"),
+        "2": node(
+            "QSchedCalibrationPrompts",
+            source="text", calibration="\n".join(CALIBRATION), heldout="\n".join(HELDOUT), seed=0,
+        ),
+        "3": node("QSchedJAQObjective", clip_name=SCORER, quality="clip_iqa", quality_weight=2.0),
+        "4": node(
+            "QSchedJAQCalibrator",
+            **trajectory(search=search, budget=budget, seed=seed, guard=False),
+        ),
+    }  # fmt: skip
+
+
+def report_of(entry: dict) -> dict:
+    return json.loads(entry["outputs"]["4"]["text"][0])
+
+
+def coefficients(report: dict) -> dict:
+    return json.loads(report["schedule"])["correction"]
+
+
+@pytest.fixture(scope="module")
+def calibrated(server) -> tuple[dict, dict]:
+    """A history entry of calibrate, evaluate and score, and the calibrator's report."""
+    prompt = graph()
+    prompt["5"] = node("QSchedEvaluate", **trajectory(schedule=["4", 0], compare=True))
+    prompt["6"] = node(
+        "QSchedJAQScore", images=["5", 1], objective=["3", 0], prompts="\n".join(HELDOUT)
+    )
+    entry = server.run(prompt)
+    return entry, report_of(entry)
+
+
+def test_a_calibration_reports_schedule_scores_and_cost(calibrated):
+    entry, report = calibrated
+    assert len(report["trials"]) == 5
+    first = report["trials"][0]
+    assert set(first["c_x"] + first["c_eps"]) == {1.0}
+    best = max(report["trials"], key=lambda trial: trial["jaq"])
+    assert report["calibration"]["after"]["jaq"] == best["jaq"]
+    assert coefficients(report)["c_x"] == best["c_x"]
+    # the first of the two steps is shared: 4 prompts once, then 5 candidates of 4
+    held_out = 6 + 2 * 6
+    assert report["model_evaluations"] == 4 + 5 * 4 + held_out
+    assert entry["outputs"]["4"]["images"]
+    assert report["text"] in report["report"]
+
+
+def test_evaluation_and_score_agree_with_the_calibrators_held_out_scores(calibrated):
+    entry, report = calibrated
+    evaluated, scored = (json.loads(entry["outputs"][k]["text"][0]) for k in "56")
+    assert evaluated["scores"]["jaq"] == pytest.approx(
+        report["heldout"]["scores_after"]["jaq"], abs=1e-3
+    )
+    assert evaluated["base"]["scores"]["jaq"] == pytest.approx(
+        report["heldout"]["scores_before"]["jaq"], abs=1e-3
+    )
+    assert scored["scores"]["jaq"] == pytest.approx(evaluated["scores"]["jaq"], abs=1e-4)
+    assert evaluated["prompts"] == HELDOUT
+
+
+def test_a_calibration_killed_half_way_continues_to_the_same_result(
+    server, server_base, comfyui_path, tmp_path, demo_models, calibrated
+):
+    base = tmp_path / "killed"
+    (base / "models").parent.mkdir(parents=True)
+    (base / "models").symlink_to(server_base / "models", target_is_directory=True)
+    studies = base / "user" / "qsched" / "studies"
+
+    def finished() -> int:
+        return sum(path.read_bytes().count(b'"scores"') for path in studies.glob("*.journal"))
+
+    with ComfyServer(comfyui_path, base, extra_args=device_args()) as first:
+        first.queue(graph())
+        deadline = time.monotonic() + 200
+        while finished() < 2:
+            assert time.monotonic() < deadline, first.log_tail()
+            time.sleep(0.02)
+        first.kill()
+    done = finished()
+    with ComfyServer(comfyui_path, base, extra_args=device_args()) as second:
+        report = report_of(second.run(graph()))
+        again = graph()
+        again["4"]["inputs"]["guard"] = True
+        repeated = report_of(second.run(again))
+    assert 0 < report["new_trials"] <= 5 - min(done, 4)
+    assert coefficients(report) == coefficients(calibrated[1])
+    assert [t["jaq"] for t in report["trials"]] == pytest.approx(
+        [t["jaq"] for t in calibrated[1]["trials"]], abs=1e-5
+    )
+    assert repeated["new_trials"] == 0
+
+
+def test_an_interrupt_stops_a_calibration_and_keeps_its_trials(server):
+    prompt = graph(seed=5, budget=60, search="gp")
+    prompt_id = server.queue(prompt)
+    studies = server.base / "user" / "qsched" / "studies"
+    before = {path: path.read_bytes().count(b'"scores"') for path in studies.glob("*.journal")}
+    deadline = time.monotonic() + 200
+    while not any(
+        path.read_bytes().count(b'"scores"') > before.get(path, 0)
+        for path in studies.glob("*.journal")
+    ):
+        assert time.monotonic() < deadline, server.log_tail()
+        time.sleep(0.05)
+    server.interrupt()
+    started = time.monotonic()
+    with pytest.raises(ServerError, match="interrupted at node 4"):
+        server.wait(prompt_id, timeout=60)
+    assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize(
+    "where,change,reason",
+    [
+        ("2", {"heldout": " \n# none"}, "heldout has no prompts"),
+        ("2", {"heldout": CALIBRATION[0]}, "is a calibration prompt too"),
+        ("3", {"quality": "beauty"}, "quality='beauty' is unknown"),
+        ("3", {"quality_weight": -1.0}, "quality_weight"),
+        ("3", {"clip_name": "none.safetensors"}, "clip_name"),
+        ("3", {"architecture": "ViT-Z"}, "architecture='ViT-Z'"),
+        ("3", {"clip_name": "(by open_clip's name)"}, "architecture is empty"),
+        (
+            "3",
+            {"clip_name": "(by open_clip's name)", "architecture": "ViT-B-32/openai"},
+            "allow_download",
+        ),
+        ("4", {"search": "luck"}, "search='luck' is unknown"),
+        ("4", {"budget": 2}, "budget=2 is too small"),
+        ("4", {"solver": "heun"}, "solver"),
+        ("4", {"width": 97}, "width=97"),
+        ("4", {"steps": 0}, "steps"),
+        ("4", {"objective": ["2", 0]}, "objective"),
+    ],
+)
+def test_bad_inputs_are_named(server, where, change, reason):
+    prompt = graph()
+    prompt[where]["inputs"] |= change
+    with pytest.raises(ServerError, match=reason):
+        server.run(prompt)
+
+
+def test_as_many_prompts_as_images_are_needed(server, calibrated):
+    prompt = graph()
+    prompt["5"] = node("EmptyImage", width=96, height=96, batch_size=3, color=0)
+    prompt["6"] = node("QSchedJAQScore", images=["5", 0], objective=["3", 0], prompts="a\nb")
+    del prompt["4"]
+    with pytest.raises(ServerError, match="prompts has 2 lines for 3 images"):
+        server.run(prompt)
+    prompt["6"]["inputs"]["prompts"] = "a red circle"
+    scores = json.loads(server.run(prompt)["outputs"]["6"]["text"][0])
+    assert len(set(scores["scores"]["jaq"])) == 1
