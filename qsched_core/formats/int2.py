@@ -12,15 +12,15 @@ LEVELS = tuple(float(v) for v in range(TOP + 1))
 FP8_MAX = 448.0  # of float8_e4m3fn
 HEADROOM = 2.0  # how much the largest scale may grow (a LoRA) before all scales are made anew
 ZERO_STEPS = 85.0  # a zero point in [0, 3] is stored as a byte: 255 / 85 = 3
-STARTS = (1.0, 0.8, 0.6)  # shares of the group's range to start fitting from
-ROUNDS = 6
+STARTS = (1.0, 0.7)  # shares of the group's range to start fitting from
+ROUNDS = 4
 
 
 class Int2(WeightFormat):
     """w = scale * (code - zero): scale in fp8 times one fp32 number, zero a byte: 2.5 bits.
 
-    Scale and zero are fitted to the group by alternating least squares from several starts (min
-    and max, and two tighter clippings), and the codes are chosen against the stored values.
+    Scale and zero are fitted to the group by alternating least squares from two starts (min
+    and max, and a tighter clipping), and the codes are chosen against the stored values.
     """
 
     name = "int2"

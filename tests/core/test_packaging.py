@@ -100,8 +100,13 @@ def test_dev_tools_need_python_alone(path):
 
 def test_nothing_reads_pickles():
     for path in SOURCES:
-        assert not _imports(path) & {"pickle", "dill", "cloudpickle", "joblib"}, path
-        for call in re.findall(r"torch\.load\([^)]*\)", path.read_text(encoding="utf-8")):
+        if path.relative_to(ROOT).parts[0] == "tests":
+            continue  # they make the files that must be refused
+        text = path.read_text(encoding="utf-8")
+        assert not _imports(path) & {"dill", "cloudpickle", "joblib"}, path
+        # Naming pickle's error, which torch.load raises on a bad file, is all that is allowed.
+        assert set(re.findall(r"\bpickle\.(\w+)", text)) <= {"UnpicklingError"}, path
+        for call in re.findall(r"torch\.load\([^)]*\)", text):
             assert "weights_only=True" in call, f"{path}: {call}"
 
 

@@ -50,8 +50,9 @@ def as_api(workflow: dict, info: dict) -> dict:
                 kind, *options = schema["input"][group][name]
                 if isinstance(kind, list) or kind in WIDGETS:
                     inputs[name] = next(values)
-                    if options and options[0].get("control_after_generate"):
-                        next(values)
+                    controlled = options and options[0].get("control_after_generate")
+                    if controlled or name in ("seed", "noise_seed"):
+                        next(values)  # the page's own "control after generate" widget
         assert next(values, None) is None, f"{node['type']} has more widget values than widgets"
         for socket in node["inputs"]:
             if socket["link"] is not None:

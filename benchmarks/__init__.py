@@ -1,0 +1,1 @@
+"""Ratios against named alternatives: ``python dev.py bench NAME --json FILE``."""
