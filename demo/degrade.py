@@ -23,7 +23,7 @@ def _gaussian_blur(x: torch.Tensor, sigma: float) -> torch.Tensor:
 
 
 def blur(x: torch.Tensor) -> torch.Tensor:
-    return _gaussian_blur(x, float(_uniform(1, 0.8, 3.0)))
+    return _gaussian_blur(x, float(_uniform(1, 1.0, 3.0)))
 
 
 def noise(x: torch.Tensor) -> torch.Tensor:
@@ -39,18 +39,18 @@ def blotches(x: torch.Tensor) -> torch.Tensor:
 def colour_shift(x: torch.Tensor) -> torch.Tensor:
     n = len(x)
     contrast = torch.where(
-        torch.rand(n, 1, 1, 1) < 0.5, _uniform(n, 0.35, 0.75), _uniform(n, 1.3, 1.8)
+        torch.rand(n, 1, 1, 1) < 0.5, _uniform(n, 0.35, 0.7), _uniform(n, 1.35, 1.9)
     )
     return (x - 0.5) * contrast + 0.5 + (torch.rand(n, 3, 1, 1) - 0.5) * 0.2
 
 
 def ringing(x: torch.Tensor) -> torch.Tensor:
-    return x + (x - _gaussian_blur(x, float(_uniform(1, 1.0, 3.0)))) * _uniform(len(x), 0.8, 2.0)
+    return x + (x - _gaussian_blur(x, float(_uniform(1, 1.0, 3.0)))) * _uniform(len(x), 1.0, 2.2)
 
 
 def warp(x: torch.Tensor) -> torch.Tensor:
     shift = F.interpolate(
-        torch.randn(len(x), 2, 8, 8) * _uniform(len(x), 0.02, 0.07), x.shape[-2:], mode="bicubic"
+        torch.randn(len(x), 2, 8, 8) * _uniform(len(x), 0.03, 0.08), x.shape[-2:], mode="bicubic"
     )
     grid = F.affine_grid(torch.eye(2, 3).expand(len(x), -1, -1), list(x.shape), align_corners=False)
     return F.grid_sample(

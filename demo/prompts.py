@@ -8,7 +8,7 @@ import numpy as np
 
 from .shapes import sample_scenes
 
-SIZES = {"calibration": 20, "heldout": 64, "test": 128}
+SIZES = {"calibration": 20, "heldout": 64, "test": 96}
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,7 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=4000)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quality-weight", type=float, default=1.0)
     parser.add_argument("--init", type=Path, help="continue from these weights")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -194,7 +195,7 @@ def main() -> None:
             for pair in text[len(scenes) :].split(2)
         ) / len(QUALITY_PROMPTS)
         probed = F.binary_cross_entropy_with_logits(10 * probe(image).squeeze(1), 1 - bad.float())
-        loss = contrastive + quality + probed
+        loss = contrastive + args.quality_weight * (quality + probed)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

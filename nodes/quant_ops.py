@@ -233,7 +233,7 @@ def weight_sample(weight: torch.Tensor) -> bytes:
     flat = weight.detach().reshape(-1)
     step = max(1, flat.numel() // SAMPLES)
     values = flat[::step][:SAMPLES].to(device="cpu", dtype=torch.bfloat16)
-    return values.view(torch.uint8).numpy().tobytes()
+    return values.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 @dataclass

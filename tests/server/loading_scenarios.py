@@ -129,6 +129,17 @@ def test_it_samples_close_to_the_unquantized_model(name, file, plain, sample):
     json.dumps(info)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_other_float_checkpoints_load_and_have_the_same_hash(dtype, file, sample, tmp_path):
+    path = str(tmp_path / "other.safetensors")
+    save_file({key: value.to(dtype) for key, value in weights().items()}, path)
+    model = loading.load_diffusion_model(path, Request("nf4"))
+    half = loading.load_diffusion_model(file, Request("nf4"))
+    assert relative(sample(model), sample(half)) < 0.05
+    hashes = {loading.model_info(m)["source_hash"] for m in (model, half)}
+    assert len(hashes) == 1
+
+
 @ALL
 def test_model_size_is_what_is_stored(name, file):
     model = loading.load_diffusion_model(file, Request(name))

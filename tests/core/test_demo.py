@@ -1,0 +1,79 @@
+"""The demo's world: captions a model can read, splits that hold, and what is shipped."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from demo.degrade import TRAINED, UNSEEN, degrade
+from demo.prompts import SIZES, demo_prompts
+from demo.shapes import COLOURS, KIND_WEIGHTS, all_scenes, render, sample_scenes, split
+from demo.text import END_OF_TEXT, MAX_TOKENS, context_of, tokenize
+
+
+@pytest.mark.parametrize("kind", KIND_WEIGHTS)
+def test_every_caption_fits_the_text_encoder(kind):
+    captions = [scene.caption() for scene in all_scenes(kind)[:: 1 + len(all_scenes(kind)) // 2000]]
+    ids = tokenize(captions)
+    assert (ids[:, MAX_TOKENS:] == END_OF_TEXT).all()
+    assert len(set(captions)) == len(captions)
+
+
+def test_the_pads_are_one_vector():
+    context = context_of(tokenize(["a red circle", ""]))
+    assert torch.equal(context[0, -1], context[1, -1])
+
+
+def test_training_and_held_out_scenes_are_disjoint():
+    for kind in KIND_WEIGHTS:
+        train, held = split(kind, False), split(kind, True)
+        assert not set(train) & set(held)
+        assert 0.05 < len(held) / (len(train) + len(held)) < 0.2
+
+
+def test_pictures_show_their_colours():
+    rng = np.random.default_rng(0)
+    scenes = sample_scenes(16, rng)
+    images = render(scenes, rng)
+    for scene, image in zip(scenes, images, strict=True):
+        for colour in (scene.background, *(colour for colour, _ in scene.things)):
+            target = torch.tensor(COLOURS[colour])[:, None, None] / 255
+            nearest = (image - target).abs().amax(0).min()
+            assert nearest < 0.05, (scene.caption(), colour)
+
+
+@pytest.mark.parametrize("kind", TRAINED + UNSEEN)
+def test_every_degradation_changes_a_picture_and_stays_in_range(kind):
+    rng = np.random.default_rng(1)
+    torch.manual_seed(0)
+    images = render(sample_scenes(8, rng), rng)
+    damaged = degrade(images, kinds=(kind,))
+    assert damaged.shape == images.shape
+    assert damaged.min() >= 0 and damaged.max() <= 1
+    assert (damaged - images).abs().amax((1, 2, 3)).min() > 0.02
+
+
+def test_prompt_sets_are_disjoint_and_held_out_of_training():
+    prompts = demo_prompts()
+    sets = [set(getattr(prompts, name)) for name in SIZES]
+    assert [len(s) for s in sets] == list(SIZES.values())
+    assert len(set.union(*sets)) == sum(SIZES.values())
+    trained = {scene.caption() for kind in KIND_WEIGHTS for scene in split(kind, False)}
+    assert not trained & set.union(*sets)
+
+
+def test_the_shipped_workflow_has_the_demos_prompts(repo_root):
+    path = repo_root / "workflows" / "api" / "qsched_learn_and_sample.json"
+    inputs = json.loads(path.read_text(encoding="utf-8"))["2"]["inputs"]
+    prompts = demo_prompts()
+    assert inputs["calibration"].splitlines() == list(prompts.calibration)
+    assert inputs["heldout"].splitlines() == list(prompts.heldout)
+
+
+def test_the_shipped_weights_stay_below_40_mb(repo_root):
+    files = list((repo_root / "demo" / "weights").iterdir())
+    assert {f.name for f in files} == {f"{n}.safetensors" for n in ("mmdit", "vae", "scorer")}
+    assert sum(f.stat().st_size for f in files) < 40e6
