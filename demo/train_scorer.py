@@ -141,10 +141,10 @@ def evaluate(model: open_clip.CLIP, n: int = 512) -> dict[str, float]:
         "hard_negative_accuracy": (right > (features * negatives).sum(1)).float().mean().item(),
         "cosine": right.mean().item(),
     }
-    for name, kinds in (("trained", TRAINED), ("unseen", UNSEEN)):
-        damaged = quality(degrade(images, kinds=kinds))
+    for kind in TRAINED + UNSEEN:
+        damaged = quality(degrade(images, kinds=(kind,)))
         auc = (clean[:, None] > damaged[None]).float().mean().item()
-        figures[f"quality_auc_{name}_kinds"] = auc
+        figures[f"quality_auc_{kind.__name__}"] = auc
     torch.random.set_rng_state(state)
     model.train()
     return figures
