@@ -8,7 +8,8 @@ import numpy as np
 
 from .shapes import sample_scenes
 
-SIZES = {"calibration": 20, "heldout": 64, "test": 96}
+SIZES = {"calibration": 20, "heldout": 128, "test": 128}
+DRAWN = 720  # scenes drawn, before repeats go
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,6 @@ class DemoPrompts:
 
 def demo_prompts(seed: int = 7) -> DemoPrompts:
     rng = np.random.default_rng(seed)
-    total = sum(SIZES.values())
-    captions = dict.fromkeys(
-        scene.caption() for scene in sample_scenes(4 * total, rng, held_out=True)
-    )
+    captions = dict.fromkeys(scene.caption() for scene in sample_scenes(DRAWN, rng, held_out=True))
     names = iter(captions)
     return DemoPrompts(**{key: tuple(next(names) for _ in range(n)) for key, n in SIZES.items()})
