@@ -28,12 +28,7 @@ CHECKPOINT = "checkpoints/qsched_demo.safetensors"
 SCORER = "clip_score/qsched_demo_scorer.safetensors"
 CONTEXT_WIDTH = 4096  # what ComfyUI pads SD3's text features to
 STAMP = "qsched_demo_source"
-# What training leaves, by the name it is shipped under; the best first.
-TRAINED = {
-    "mmdit": ("mmdit",),
-    "vae": ("vae",),
-    "scorer": ("scorer",),
-}
+TRAINED = ("mmdit", "vae", "scorer")  # file names, in training and as shipped
 
 
 def weights_dir() -> Path:
@@ -43,10 +38,9 @@ def weights_dir() -> Path:
 
 
 def _find(source: Path, name: str) -> Path:
-    for candidate in (name, *TRAINED[name]):
-        path = source / f"{candidate}.safetensors"
-        if path.exists():
-            return path
+    path = source / f"{name}.safetensors"
+    if path.exists():
+        return path
     raise FileNotFoundError(
         f"no {name}.safetensors in {source}; restore demo/weights from the repository, "
         f"or train it with demo/train_{name}.py"

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 
 WORKFLOW = Path(__file__).parent.parent / "workflows" / "api" / "qsched_learn_and_sample.json"
-CHECKPOINT, SCORER = "qsched_demo.safetensors", "qsched_demo_scorer.safetensors"
+CHECKPOINT = "qsched_demo.safetensors"
 SIZE, STEPS = 96, 4
 TRAJECTORY = {
     "solver": "euler", "scheduler": "simple", "steps": STEPS, "cfg": 1.0, "width": SIZE,
     "height": SIZE,
 }  # fmt: skip
 UNQUANTIZED = "unquantized"
+
+
+def shipped() -> dict:
+    """The shipped workflow: nodes 1 to 11, from the loader to the saved picture."""
+    return json.loads(WORKFLOW.read_text(encoding="utf-8"))
 
 
 def loader(weight_format: str) -> dict:
@@ -28,7 +32,7 @@ def loader(weight_format: str) -> dict:
 
 def learn(weight_format: str, search: str, guard: bool, name: str) -> dict:
     """The shipped workflow: learn a schedule, save it under ``name``, sample a picture with it."""
-    graph = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    graph = shipped()
     graph["1"] = loader(weight_format) | {"_meta": graph["1"]["_meta"]}
     graph["4"]["inputs"] |= {"search": search, "guard": guard}
     graph["5"]["inputs"]["name"] = name
@@ -55,7 +59,7 @@ def evaluate(
                 "seed": seed,
             },
         },
-        "3": copy.deepcopy(json.loads(WORKFLOW.read_text(encoding="utf-8"))["3"]),
+        "3": shipped()["3"],
         "4": {
             "class_type": "QSchedEvaluate",
             "inputs": {

@@ -225,6 +225,7 @@ class TrajectoryRunner:
         self.max_batch = max_batch or self._batch_that_fits()
         self.model_evaluations = 0
         self._encoded: dict[str, list] = {}
+        self._negative: list | None = None
         self._first: dict[tuple[str, int, int], torch.Tensor] = {}
 
     def _empty_latent(self, width: int, height: int) -> torch.Tensor:
@@ -309,8 +310,9 @@ class TrajectoryRunner:
         key = (prompts.hash, start, size)
         candidates = len(corrections)
         guider = comfy.samplers.CFGGuider(self.model)
-        negative = self._encode(self.negative) if self.cfg != 1.0 else []
-        guider.set_conds(self._conditioning(prompts, start, size), negative)
+        if self._negative is None:
+            self._negative = self._encode(self.negative) if self.cfg != 1.0 else []
+        guider.set_conds(self._conditioning(prompts, start, size), self._negative)
         guider.set_cfg(self.cfg)
         noise = torch.cat([comfy.sample.prepare_noise(self.latent, seed) for seed in seeds])
 
