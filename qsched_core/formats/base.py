@@ -1,14 +1,17 @@
-"""What a weight format is: packed storage of a linear layer's weight, and the layer's arithmetic."""
+"""What a weight format is: packed storage of a layer's weight, and the layer's arithmetic."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+
+from .tables import block_rows, fill_in_blocks
 
 CHUNK_ELEMENTS = 1 << 21  # weights quantized at once: bounds the temporaries to some 50 MB
 
@@ -22,12 +25,22 @@ class Packed:
     """A quantized weight.
 
     ``codes`` [out, bytes a row] holds the codes, ``aux`` the tables that give them values (rows
-    first, where a table has rows), ``shape`` is the weight's own (out, in).
+    first, where a table has rows), ``shape`` is the weight's own: (out, in) of a linear layer,
+    (out, in, height, width) of a convolution, whose rows are its filters.  ``options`` are plain
+    values that the arithmetic needs besides; ``error`` is |dequantized - weight| / |weight| where
+    it was measured.
     """
 
     codes: torch.Tensor
     aux: Mapping[str, torch.Tensor]
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
+    options: Mapping[str, int | str | bool] = field(default_factory=dict)
+    error: float | None = None
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(rows, columns) of the weight as the matrix that is packed."""
+        return self.shape[0], math.prod(self.shape[1:])
 
     @property
     def nbytes(self) -> int:
@@ -36,76 +49,114 @@ class Packed:
     @property
     def bits(self) -> float:
         """Bits a weight as stored, tables and padding counted."""
-        return 8 * self.nbytes / (self.shape[0] * self.shape[1])
+        return 8 * self.nbytes / math.prod(self.shape)
 
     def to(self, device: torch.device | str) -> Packed:
         aux = {name: t.to(device) for name, t in self.aux.items()}
-        return Packed(self.codes.to(device), aux, self.shape)
+        return Packed(self.codes.to(device), aux, self.shape, self.options, self.error)
+
+
+@dataclass(frozen=True)
+class HostLayout:
+    """How ComfyUI itself stores a native format.
+
+    ``algorithm`` is its name in a file's "comfy_quant" entry, ``layout`` comfy-kitchen's class, and
+    ``keys`` the ending after ".weight" of each of our tables in the file.
+    """
+
+    algorithm: str
+    layout: str
+    keys: Mapping[str, str] = field(default_factory=lambda: {"scale": "_scale"})
 
 
 class WeightFormat(ABC):
-    """One way to store a weight [out, in] and to multiply by it.
+    """One way to store a weight and to multiply by it.
 
-    ``kind`` says who can open a saved file: "native" plain ComfyUI, "extended" this pack alone.
-    ``int8_activations``: the input is rounded to int8 a token at run time, unless the layer is
-    asked to run weight-only.  ``aux`` names the tables beside the codes; the first is "scale".
+    ``host`` is None for an "extended" format, whose files this pack alone can open; for a "native"
+    one it says how plain ComfyUI stores it.  ``kinds`` are the layers it is for; a convolution
+    always runs on its dequantized weight.  ``low_bit_activations``: a linear layer's input is
+    rounded too at run time, unless the layer is asked to run weight-only.  ``aux`` names the tables
+    beside the codes; the first is "scale".
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     bits: ClassVar[float]
-    kind: ClassVar[Literal["native", "extended"]]
+    host: ClassVar[HostLayout | None] = None
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv2d")
     aux: ClassVar[tuple[str, ...]] = ("scale",)
     group: ClassVar[int] = 1
-    int8_activations: ClassVar[bool] = False
+    low_bit_activations: ClassVar[bool] = False
+
+    @property
+    def kind(self) -> Literal["native", "extended"]:
+        return "extended" if self.host is None else "native"
 
     def available(self, device: torch.device | str) -> str | None:
-        """Why this format can't run on ``device``, or None."""
+        """Why this format can't run on ``device`` (and what would run instead), or None."""
         return None
+
+    def unfit(self, shape: tuple[int, ...]) -> str | None:
+        """Why a weight of ``shape`` can't be packed in this format, or None."""
+        kind = {2: "linear", 4: "conv2d"}.get(len(shape))
+        return None if kind in self.kinds else f"{self.name} is for {' and '.join(self.kinds)}"
 
     def backend(self, device: torch.device | str) -> str:
         """What does the arithmetic on ``device``, in words (it goes into a schedule's provenance)."""
         return f"torch {torch.device(device).type}"
 
+    def replaces_host(self, device: torch.device | str) -> bool:
+        """Whether our arithmetic runs on ``device`` instead of the host's, to the same result."""
+        return self.host is None
+
+    def packed_bytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes that a weight of ``shape`` takes, tables and padding counted."""
+        rows, columns = shape[0], math.prod(shape[1:])
+        one, two = (self.quantize(torch.zeros(n, columns)).nbytes for n in (64, 128))
+        return one + (two - one) * (rows - 64) // 64
+
     def quantize(
-        self, weight: torch.Tensor, seed: int | None = None, like: Packed | None = None
+        self,
+        weight: torch.Tensor,
+        seed: int | None = None,
+        like: Packed | None = None,
+        measure: bool = False,
     ) -> Packed:
-        """Pack a float weight [out, in], some rows at a time.
+        """Pack a float weight, some rows at a time, on the device it is on.
 
         With ``seed`` values round stochastically (unbiased: for baking small LoRAs); with ``like``,
         groups whose new values still fit keep that packing's tables, so that what did not change
-        stays bit-identical.  FormatError for anything but a finite 2-D float tensor.
+        stays bit-identical; with ``measure`` the packing says its relative error.  FormatError for
+        anything but a finite float tensor of a shape that fits.
         """
-        if weight.ndim != 2 or not weight.is_floating_point() or weight.numel() == 0:
-            raise FormatError(
-                f"weight has shape {tuple(weight.shape)} and dtype {weight.dtype}; "
-                f"{self.name} packs 2-D float weights"
-            )
-        if like is not None and like.shape != tuple(weight.shape):
-            raise FormatError(
-                f"weight has shape {tuple(weight.shape)} but was packed as {like.shape}"
-            )
+        self.check(weight, like)
+        shape = tuple(weight.shape)
+        weight = weight.reshape(shape[0], -1)
         random = None
         if seed is not None:
             random = torch.Generator(weight.device).manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
         common = self._common(weight, like)
         step = max(1, CHUNK_ELEMENTS // weight.shape[1])
+        step = min(step, block_rows(weight.shape[1], weight.device))
         codes: torch.Tensor | None = None
         aux: dict[str, torch.Tensor] = {}
+        options = self._options(shape)
+        error = Error() if measure else None
         for start in range(0, weight.shape[0], step):
             rows = weight[start : start + step].float()
-            if not torch.isfinite(rows).all():
-                raise FormatError(
-                    f"the weight has NaN or infinite values in rows {start} to {start + len(rows)}; "
-                    "the file is damaged or its half precision overflowed: use a sound copy"
-                )
+            check_finite(rows, start)
             old = None
             if like is not None:
                 old = {k: v[start : start + step] if v.ndim else v for k, v in like.aux.items()}
             part, tables = self._quantize_rows(rows, common, random, old)
+            if error is not None:
+                whole = {**tables, **({} if common is None else {self.aux[-1]: common})}
+                packed = Packed(part, {k: whole[k] for k in self.aux}, tuple(rows.shape), options)
+                error.add(self.dequantize(packed), weight[start : start + step])
             if codes is None:
-                shape = (weight.shape[0], part.shape[1])
-                codes = torch.empty(shape, dtype=part.dtype, device=part.device)
+                codes = torch.empty(
+                    (weight.shape[0], *part.shape[1:]), dtype=part.dtype, device=part.device
+                )
                 aux = {
                     k: torch.empty((weight.shape[0], *v.shape[1:]), dtype=v.dtype, device=v.device)
                     for k, v in tables.items()
@@ -114,7 +165,26 @@ class WeightFormat(ABC):
             for name, table in tables.items():
                 aux[name][start : start + step] = table
         tables = {**aux, **({} if common is None else {self.aux[-1]: common})}
-        return Packed(codes, {k: tables[k] for k in self.aux}, tuple(weight.shape))
+        return Packed(
+            codes, {k: tables[k] for k in self.aux}, shape, options, error and error.relative()
+        )
+
+    def check(self, weight: torch.Tensor, like: Packed | None = None) -> None:
+        """FormatError unless ``weight`` is a float tensor of a shape that fits."""
+        shape = tuple(weight.shape)
+        if not weight.is_floating_point() or weight.numel() == 0:
+            raise FormatError(
+                f"weight has shape {shape} and dtype {weight.dtype}; {self.name} packs float weights"
+            )
+        reason = self.unfit(shape)
+        if reason is not None:
+            raise FormatError(f"weight has shape {shape}; {reason}")
+        if like is not None and like.shape != shape:
+            raise FormatError(f"weight has shape {shape} but was packed as {like.shape}")
+
+    def _options(self, shape: tuple[int, ...]) -> dict[str, int | str | bool]:
+        """Plain values that go with a packing of a weight of ``shape``."""
+        return {}
 
     def _common(self, weight: torch.Tensor, like: Packed | None) -> torch.Tensor | None:
         """The one number the whole weight shares (stored as the last table), if there is one."""
@@ -125,8 +195,12 @@ class WeightFormat(ABC):
         """Codes and tables of some rows (fp32)."""
 
     @abstractmethod
+    def _dequantize_rows(self, packed: Packed, dtype: torch.dtype) -> torch.Tensor:
+        """The matrix [rows, columns] that the codes stand for."""
+
     def dequantize(self, packed: Packed, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weight [out, in] that the codes stand for."""
+        """The weight that the codes stand for, in its own shape."""
+        return self._dequantize_rows(packed, dtype).reshape(packed.shape)
 
     def linear(
         self,
@@ -137,22 +211,84 @@ class WeightFormat(ABC):
     ) -> torch.Tensor:
         """x [..., in] times the weight's transpose, plus bias [out]; in x's dtype."""
         weight = self.dequantize(packed, x.dtype)
-        if weight_only or not self.int8_activations:
+        if weight_only or not self.low_bit_activations:
             return F.linear(x, weight, bias)
         codes, scale = quantize_tokens(x)
         out = F.linear(codes.to(x.dtype), weight) * scale.to(x.dtype)
         return out if bias is None else out + bias.to(x.dtype)
 
 
+class Error:
+    """Sums up the squared error of chunks of a weight."""
+
+    def __init__(self):
+        self.error = self.energy = 0.0
+
+    def add(self, found: torch.Tensor, wanted: torch.Tensor) -> None:
+        wanted = wanted.float()
+        self.error = self.error + (found - wanted).square_().sum(dtype=torch.float64)
+        self.energy = self.energy + wanted.square().sum(dtype=torch.float64)
+
+    def relative(self) -> float:
+        """|found - wanted| / |wanted|; 0 for a weight of zeros."""
+        energy = float(self.energy)
+        return math.sqrt(float(self.error) / energy) if energy else 0.0
+
+
+def check_finite(rows: torch.Tensor, start: int = 0) -> None:
+    """FormatError if some of the rows (the first of them is number ``start``) are not finite."""
+    if not (torch.isfinite(rows.amax()) and torch.isfinite(rows.amin())):
+        raise FormatError(
+            f"the weight has NaN or infinite values in rows {start} to {start + len(rows)}; "
+            "the file is damaged or its half precision overflowed: use a sound copy"
+        )
+
+
+def largest_magnitude(weight: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude in ``weight`` [rows, columns], fp32, some rows at a time."""
+    largest = torch.zeros((), device=weight.device)
+    for rows in weight.split(max(1, CHUNK_ELEMENTS // weight.shape[1])):
+        largest = torch.maximum(largest, rows.abs().amax().float())
+    return largest
+
+
+@torch.no_grad()
 def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """int8 codes of x [..., features] and fp32 scales [..., 1]: symmetric, a token at a time.
 
-    The division is in fp32 and the codes are clamped to +-127: in bf16 the largest value of a
-    token can round up to 128 and wrap.
+    The division is in fp32: in bf16 the largest value of a token can round up to 128 and wrap.
+    Rounding has no gradient, so nothing here does.
     """
-    x = x.float()
-    scale = x.abs().amax(-1, keepdim=True).div_(127).clamp_(min=1e-30)
-    return (x / scale).round_().clamp_(-127, 127).to(torch.int8), scale
+    tokens = x.reshape(-1, x.shape[-1])
+    step = block_rows(tokens.shape[1], x.device)
+    if len(tokens) <= step:
+        codes, scale = _quantize_tokens(tokens)
+    else:
+        codes = torch.empty(tokens.shape, dtype=torch.int8, device=x.device)
+        scale = torch.empty(len(tokens), 1, device=x.device)
+        for start in range(0, len(tokens), step):
+            part = slice(start, start + step)
+            codes[part], scale[part] = _quantize_tokens(tokens[part])
+    return codes.view(x.shape), scale.view(*x.shape[:-1], 1)
+
+
+def _quantize_tokens(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    values = tokens.float()
+    largest = torch.maximum(values.amax(-1, keepdim=True), -values.amin(-1, keepdim=True))
+    scale = largest.div_(127).clamp_(min=1e-30)
+    # No clamp to +-127: in fp32 the quotient is at most one rounding above 127.
+    return (values / scale).round_().to(torch.int8), scale
+
+
+def in_blocks(
+    values: Callable[[slice], torch.Tensor], packed: Packed, padded: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """The matrix of ``packed`` in ``dtype``, some rows at a time.
+
+    ``values`` gives the fp32 values of some rows, of ``padded`` columns each.
+    """
+    out = torch.empty(packed.matrix, dtype=dtype, device=packed.codes.device)
+    return fill_in_blocks(out, lambda part: values(part).view(-1, padded))
 
 
 def grouped(rows: torch.Tensor, size: int) -> torch.Tensor:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import struct
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from .base import FormatError
 
@@ -16,6 +20,13 @@ ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
+TORCH_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+DTYPES = {k: getattr(torch, name) for k, name in TORCH_NAMES.items() if hasattr(torch, name)}
 FULL_PRECISION = ("F64", "F32", "F16", "BF16")
 # Endings of tensor names that only quantized files have, and whose they are.
 MARKERS = {
@@ -33,10 +44,11 @@ MARKERS = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: dtype as safetensors writes it, and shape."""
+    """One tensor of a file: dtype as safetensors writes it, shape, and its place among the data."""
 
     dtype: str
     shape: tuple[int, ...]
+    start: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -73,13 +85,70 @@ def read_header(path: str | Path) -> tuple[dict[str, Entry], dict[str, str]]:
     try:
         header = json.loads(raw)
         metadata = header.pop("__metadata__", {}) or {}
-        tensors = {k: Entry(v["dtype"], tuple(v["shape"])) for k, v in header.items()}
+        tensors = {
+            k: Entry(v["dtype"], tuple(v["shape"]), v["data_offsets"][0]) for k, v in header.items()
+        }
         end = max((v["data_offsets"][1] for v in header.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise FormatError(f"{path.name} has a damaged safetensors header ({error})") from error
     if size < 8 + length + end:
         raise _cut_short(path, size, 8 + length + end)
     return tensors, metadata
+
+
+class MappedFile:
+    """A safetensors file whose tensors lie in a read-only mapping of it.
+
+    Nothing is read before it is used; ``release`` gives the pages of a tensor that is done with
+    back to the system.  The mapping lives as long as any of its tensors does.  Errors are those of
+    :func:`read_header`, and FormatError for a dtype that torch does not have.
+    """
+
+    def __init__(self, path: str | Path):
+        self.entries, self.metadata = read_header(path)
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._data = 8 + length
+        whole = self._view(0, len(self._map), torch.uint8)
+        self._start, self._end = whole.data_ptr(), whole.data_ptr() + whole.numel()
+        self._name = Path(path).name
+
+    def _view(self, offset: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset)
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """Tensor ``key``: a view of the mapping, not to be written to."""
+        entry = self.entries[key]
+        if entry.dtype not in DTYPES:
+            raise FormatError(f"{self._name}: {key} has the dtype {entry.dtype}, unknown to torch")
+        dtype, count = DTYPES[entry.dtype], math.prod(entry.shape)
+        offset = self._data + entry.start
+        if count == 0:
+            return torch.empty(entry.shape, dtype=dtype)
+        if offset % dtype.itemsize:  # legal in a safetensors file, not in every kernel
+            raw = self._view(offset, count * dtype.itemsize, torch.uint8).clone()
+            return raw.view(dtype).reshape(entry.shape)
+        return self._view(offset, count, dtype).reshape(entry.shape)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {key: self.tensor(key) for key in self.entries}
+
+    def owns(self, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor`` is a view of the mapping, and so takes no memory of its own."""
+        return tensor.device.type == "cpu" and self._start <= tensor.data_ptr() < self._end
+
+    def release(self, tensor: torch.Tensor) -> None:
+        """Give the memory of ``tensor`` back, if it is a view of the mapping; it can be read again."""
+        if not self.owns(tensor) or not hasattr(self._map, "madvise"):
+            return
+        page, start = mmap.PAGESIZE, tensor.data_ptr() - self._start
+        first = -(-start // page) * page
+        last = min(start + tensor.numel() * tensor.element_size(), len(self._map)) // page * page
+        if last > first:
+            self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def _cut_short(path: Path, size: int, wanted: int) -> FormatError:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .base import Packed, WeightFormat, grouped, round_to_int
-from .tables import byte_table, pack
+from .base import Packed, WeightFormat, grouped, largest_magnitude, round_to_int
+from .tables import group_values, pack
 
 LOWEST, HIGHEST = -8, 7
 LEVELS = tuple(float(v) for v in range(LOWEST, HIGHEST + 1))
@@ -17,6 +17,8 @@ SCALE_DTYPE = torch.float16
 class W4A8(WeightFormat):
     """Symmetric int4 with an fp16 scale every 32 weights; the scale with the least squared error.
 
+    One fp32 number brings the whole weight into fp16's range.
+
     The product is that of int8 activations with int4 weights and group scales; the integers are
     exact in every float dtype that carries them.
     """
@@ -24,12 +26,17 @@ class W4A8(WeightFormat):
     name = "w4a8"
     title = "4-bit weights in groups of 32, 8-bit activations"
     bits = 4.5
-    kind = "extended"
     group = 32
-    int8_activations = True
+    aux = ("scale", "scale_2")
+    low_bit_activations = True
+
+    def _common(self, weight, like):
+        if like is not None:
+            return like.aux["scale_2"]
+        return largest_magnitude(weight).clamp_(min=1e-30)
 
     def _quantize_rows(self, rows, common, random, old):
-        values = grouped(rows, self.group)
+        values = grouped(rows, self.group) / common
         largest = values.gather(2, values.abs().argmax(2, keepdim=True))
         best = error = None
         for end in (LOWEST, HIGHEST):  # a negative scale puts a positive extreme on -8
@@ -51,12 +58,9 @@ class W4A8(WeightFormat):
         codes = _codes(values, best, random) - LOWEST
         return pack(codes.flatten(1), 4), {"scale": best.squeeze(2).to(SCALE_DTYPE)}
 
-    def dequantize(self, packed: Packed, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        rows, columns = packed.shape
-        table = byte_table(LEVELS, 4, packed.codes.device, dtype)
-        values = torch.nn.functional.embedding(packed.codes.int(), table)
-        values = values.view(rows, -1, self.group).mul_(packed.aux["scale"].to(dtype).unsqueeze(2))
-        return values.view(rows, -1)[:, :columns]
+    def _dequantize_rows(self, packed: Packed, dtype: torch.dtype) -> torch.Tensor:
+        scale = packed.aux["scale"].float() * packed.aux["scale_2"]
+        return group_values(packed.codes, LEVELS, 4, scale, None, packed.matrix[1], dtype)
 
 
 def _stored(scale: torch.Tensor) -> torch.Tensor:

@@ -62,17 +62,19 @@ ORDINARY = [
 @pytest.mark.parametrize("name", names())
 def test_defaults(name):
     policy = Policy(name)
-    assert {layer: policy(layer, SHAPE) for layer in KEPT} == dict.fromkeys(KEPT)
+    assert {layer: policy(layer, SHAPE).format for layer in KEPT} == dict.fromkeys(KEPT)
     assert {policy(layer, SHAPE) for layer in ORDINARY} == {Choice(name)}
-    modulation = Choice("nf4" if name == "int2" else name, weight_only=True)
+    modulation = Choice("nf4" if name in ("int2", "int3") else name, weight_only=True)
     assert {policy(layer, SHAPE) for layer in MODULATION} == {modulation}
 
 
 def test_small_and_unknown_layers_are_kept():
     policy = Policy("nf4")
-    assert policy("blocks.0.qkv", (16, 16)) is None
-    assert policy("blocks.0.conv", (64, 64, 3, 3)) is None
-    assert policy("blocks.0.conv", SHAPE, kind="conv2d") is None
+    assert policy("blocks.0.qkv", (16, 16)) == Choice(None, why="small")
+    assert policy("blocks.0.conv", (64, 64, 3, 3), "conv2d") == Choice("nf4")
+    assert policy("input_blocks.0.0", (320, 4, 3, 3), "conv2d").format is None
+    native = Policy("int8")("blocks.0.conv", (64, 64, 3, 3), "conv2d")
+    assert native == Choice(None, why="int8 is for linear")
 
 
 def test_overrides():
@@ -85,7 +87,10 @@ def test_overrides():
     assert policy("blocks.10.mlp.fc1", SHAPE) == Choice("nf4"), "blocks.0 is no part of blocks.10"
     assert Policy("nf4", parse_overrides("img_in=int8"))("img_in", SHAPE) == Choice("int8")
     assert Policy("int8", parse_overrides("*mod*=w4a8"))("b.img_mod.lin", SHAPE).weight_only
-    assert policy.unmatched(["img_in", "x.mlp"]) == ["final_layer", "blocks.0.mlp"]
+    assert policy.unmatched({"img_in": "linear", "x.mlp": "linear"}) == [
+        "final_layer",
+        "blocks.0.mlp",
+    ]
 
 
 @pytest.mark.parametrize(

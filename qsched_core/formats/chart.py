@@ -1,0 +1,82 @@
+"""A picture of a quantized model: bits, size and error of every layer, in the model's order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+from .report import LayerRow, summary
+
+WIDTH, MARGIN, LEFT = 1200, 24, 76
+PAPER, INK, FAINT = "#fbfbf9", "#1d1f21", "#c9ccd1"
+COLORS = (
+    "#2f6db3", "#d9822b", "#3a9d6a", "#b3446c", "#7b5ea7", "#8c7a3d", "#2aa1b3", "#a65339",
+)  # fmt: skip
+PLAIN = "#8a8f98"  # float dtypes
+
+
+def draw(rows: Sequence[LayerRow], title: str) -> Image.Image:
+    """RGB picture, 1200 pixels wide, its text dark on a light ground whatever is around it.
+
+    A column a layer: bits a weight, megabytes, and relative weight error where it is known.
+    """
+    groups = summary(rows)
+    colors = _colors(groups)
+    big, small = ImageFont.load_default(size=24), ImageFont.load_default(size=16)
+    measured = any(r.error is not None for r in rows)
+    panels = [
+        ("bits a weight", [r.bits for r in rows]),
+        ("megabytes", [r.nbytes / 1e6 for r in rows]),
+    ]
+    if measured:
+        panels.append(("relative weight error", [r.error or 0.0 for r in rows]))
+    legend = 24 * len(groups)
+    height = MARGIN + 40 + legend + 20 + 190 * len(panels) + 40
+    image = Image.new("RGB", (WIDTH, height), PAPER)
+    pen = ImageDraw.Draw(image)
+    pen.text((MARGIN, MARGIN), title, INK, big)
+    top = MARGIN + 40
+    for row in groups:
+        error = "" if row.error is None else f", error {row.error:.4f}"
+        pen.rectangle((MARGIN, top + 4, MARGIN + 14, top + 18), colors[row.format])
+        text = (
+            f"{row.format}: {row.name}, {row.weights / 1e6:.2f} M weights, "
+            f"{row.nbytes / 1e6:.2f} MB, {row.bits:.2f} bits a weight{error}"
+        )
+        pen.text((MARGIN + 24, top), text, INK, small)
+        top += 24
+    top += 20
+    for label, values in panels:
+        _panel(pen, top, label, values, [colors[r.format] for r in rows], small)
+        top += 190
+    if rows:
+        pen.text((LEFT, top), rows[0].name, INK, small)
+        last = rows[-1].name
+        pen.text((WIDTH - MARGIN - pen.textlength(last, small), top), last, INK, small)
+    return image
+
+
+def _panel(pen, top: int, label: str, values: Sequence[float], colors, font) -> None:
+    """One row of columns, 130 pixels high, with its scale."""
+    bottom, right = top + 160, WIDTH - MARGIN
+    pen.text((LEFT, top), label, INK, font)
+    highest = max(values, default=0) or 1.0
+    for share in (0.0, 0.5, 1.0):
+        y = bottom - round(125 * share)
+        pen.line((LEFT, y, right, y), FAINT)
+        text = f"{highest * share:.3g}"
+        pen.text((LEFT - 10 - pen.textlength(text, font), y - 9), text, INK, font)
+    step = (right - LEFT) / max(len(values), 1)
+    for i, (value, color) in enumerate(zip(values, colors, strict=True)):
+        if value > 0:
+            x = LEFT + i * step
+            end = max(x + 1, x + step - (1 if step > 3 else 0))
+            pen.rectangle((x, bottom - 125 * value / highest, end, bottom), color)
+
+
+def _colors(groups: Sequence[LayerRow]) -> dict[str, str]:
+    plain = ("float", "bfloat")
+    packed = [r.format for r in groups if not r.format.startswith(plain)]
+    found = {form: COLORS[i % len(COLORS)] for i, form in enumerate(packed)}
+    return {r.format: found.get(r.format, PLAIN) for r in groups}
