@@ -1,14 +1,11 @@
-"""The loading side of ComfyUI's internals (0.30.0): quantized MODELs, and what a MODEL is made of."""
+"""Quantized MODELs: ComfyUI's loaders (0.30.0), run with operations that quantize."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import logging
-import pickle
+import json
 import uuid
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,22 +15,18 @@ import comfy.model_management
 import comfy.sd
 import comfy.utils
 import folder_paths
-import safetensors
 import torch
-from comfy_kitchen.registry import registry as kitchen
+from comfy.cli_args import args
 from comfy_kitchen.tensor import QuantizedTensor
 
 from ..qsched_core.formats import FormatError, get
-from ..qsched_core.formats.files import Entry, check_unquantized, read_header
 from ..qsched_core.formats.policy import Policy, parse_overrides
-from . import quant_ops
+from .host_files import HALF, check_matched, check_names, read_file
+from .host_info import INFO, model_info, patches_hash, provenance, source_hash
+from .quant_ops import LoadRecord, quantized_ops
 
-logger = logging.getLogger(__name__)
-
-INFO = "qsched"  # where a MODEL's provenance is in its model_options
-HALF = (torch.float16, torch.bfloat16)
-SAFETENSORS = (".safetensors", ".sft")
-UNQUANTIZED = "none"
+METADATA = "qsched"  # of a saved file: where its provenance is, as JSON
+FORCED_DTYPES = ("fp32_unet", "fp64_unet", "fp16_unet", "bf16_unet", "force_fp32")
 
 
 @dataclass(frozen=True)
@@ -52,113 +45,93 @@ class Request:
         return Policy(self.weight_format, parse_overrides(self.layers))
 
     def check_device(self, device: torch.device) -> None:
-        """FormatError with the reason if a format that is asked for can't run on ``device``."""
-        for name in sorted(
-            {self.weight_format, *(o.format for o in self.policy.overrides)} - {None}
-        ):
+        """FormatError with the reason if a format that a layer may get can't run on ``device``."""
+        for name in self.policy.formats():
             reason = get(name).available(device)
             if reason is not None:
                 raise FormatError(f"weight_format={name!r} can't run on {device}: {reason}")
 
 
-def model_path(folder: str, name: str, label: str) -> str:
-    """Where ComfyUI keeps the file; ValueError names the input if it is not there."""
-    path = folder_paths.get_full_path(folder, name)
-    if path is None:
-        raise ValueError(
-            f"{label}={name!r} is not in ComfyUI's {folder} folders "
-            f"({', '.join(folder_paths.get_folder_paths(folder))}); refresh the list, or put it there"
-        )
-    return path
+def cpu_compute_dtype() -> torch.dtype | None:
+    """bf16 where this CPU multiplies it faster than fp32; None where it does not, or was told.
+
+    ComfyUI computes in fp32 on every CPU.
+    """
+    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    fast = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+    told = any(getattr(args, name, False) for name in FORCED_DTYPES)
+    return torch.bfloat16 if fast and not told else None
 
 
-def check_file(path: str, request: Request) -> None:
-    """FormatError if the file's header shows that it can't be loaded as asked."""
-    suffix = Path(path).suffix.lower()
-    if suffix in SAFETENSORS or suffix == ".gguf":
-        tensors, metadata = read_header(path)
-        with safetensors.safe_open(path, framework="pt") as file:
-            _check_tensors(tensors, metadata, request, Path(path).name, file.get_tensor)
+def _compute_in(model, config) -> None:
+    """Have a fresh model (a BaseModel) compute in bf16 where that is best."""
+    dtype = cpu_compute_dtype()
+    if dtype is not None and dtype in config.supported_inference_dtypes:
+        model.manual_cast_dtype = dtype
 
 
-def _prefix(keys) -> str:
-    """What the diffusion model's keys start with in this file."""
-    prefix = comfy.model_detection.unet_prefix_from_state_dict(keys)
-    return prefix if any(key.startswith(prefix) for key in keys) else ""
+def watch(record: LoadRecord, total: int) -> None:
+    """Show ``total`` layers' progress on the node that runs, and stop when the user says so."""
+    bar = comfy.utils.ProgressBar(total)
+
+    def progress():
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update(1)
+
+    record.progress = progress
 
 
-def _check_tensors(tensors: Mapping[str, Entry], metadata, request: Request, name, tensor) -> bool:
-    """Whether the diffusion model was saved in our formats; FormatError if it can't be loaded."""
-    prefix = _prefix(tensors)
-    part = {key: entry for key, entry in tensors.items() if key.startswith(prefix)}
-    entries = [quant_ops.read_conf(tensor(key)) for key in part if key.endswith(".comfy_quant")]
-    formats = {quant_ops.saved_format(entry) for entry in entries}
-    if not formats or None in formats:
-        check_unquantized(part, metadata, name)
-        return False
-    if request.weight_format not in formats:
-        raise FormatError(
-            f"{name} is quantized already, to {' and '.join(sorted(formats))}; set weight_format to "
-            "that, or give the fp16 or bf16 file"
-        )
-    if request.layers.strip():
-        raise FormatError(f"layers={request.layers!r}: {name} is quantized already; clear it")
-    return True
+def merger(patches: Mapping, device: torch.device, prefix: str, merged: set[str]) -> Callable:
+    """What ``quantized_ops`` asks for a weight: ``patches`` merged in, in full precision.
 
+    The keys that were merged are added to ``merged``.
+    """
 
-def _read(path: str, request: Request):
-    """State dict (memory-mapped; finished tensors where the file has packed ones) and metadata."""
-    name = Path(path).name
-    check_file(path, request)
-    try:
-        sd, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
-    except (ValueError, RuntimeError, OSError, pickle.UnpicklingError) as error:
-        raise FormatError(f"{name} can't be read: {error}") from error
-    tensors = {k: _entry(v) for k, v in sd.items() if isinstance(v, torch.Tensor)}
-    if _check_tensors(tensors, metadata, request, name, sd.get):
-        kept = [v.dtype for v in sd.values() if v.dtype in (torch.float32, *HALF) and v.ndim == 1]
-        quant_ops.restore_saved(sd, Counter(kept).most_common(1)[0][0] if kept else torch.float16)
-    return sd, metadata
+    def merge(key: str, weight: torch.Tensor) -> torch.Tensor:
+        full = prefix + key
+        if full not in patches:
+            return weight
+        merged.add(full)
+        weight = weight.to(device, torch.float32, copy=True)
+        return comfy.lora.calculate_weight(patches[full], weight, full)
 
-
-def _entry(tensor: torch.Tensor) -> Entry:
-    kinds = {
-        torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-        torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-    }  # fmt: skip
-    return Entry(kinds.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
+    return merge
 
 
 class _Load:
     """One loading: the options that core's loaders take, and the provenance they lead to."""
 
-    def __init__(self, path: str, request: Request):
-        self.path, self.request = path, request
-        self.device = comfy.model_management.get_torch_device()
-        request.check_device(self.device)
-        self.sd, self.metadata = _read(path, request)
-        self.record = quant_ops.LoadRecord()
-        prefix = _prefix(self.sd)
-        part = [v for k, v in self.sd.items() if k.startswith(prefix)]
-        self.unquantized_bytes = sum(v.numel() * v.element_size() for v in part)
-        ops = quant_ops.quantized_ops(request.policy, self.record, self.device)
+    def __init__(self, path: str, request: Request, patches: Mapping | None = None):
+        self.path, self.request, self.patches = path, request, patches or {}
+        device = comfy.model_management.get_torch_device()
+        request.check_device(device)
+        self.file = read_file(path, request.weight_format, request.layers)
+        check_names(self.file.state, self.file.metadata, self.file.prefix, request.policy)
+        weights = self.file.weights
+        self.unquantized_bytes = sum(v.numel() * v.element_size() for v in weights.values())
+        self.record = LoadRecord(file=self.file.mapped)
+        watch(self.record, sum(v.ndim in (2, 4) for v in weights.values()))
+        _make_room(device, weights)
+        self.merged: set[str] = set()
+        merge = merger(self.patches, device, "diffusion_model.", self.merged)
+        ops = quantized_ops(request.policy, self.record, device, merge if self.patches else None)
         self.options = {"custom_operations": ops}
-        self._keep_half(prefix)
+        self._keep_half()
 
-    def _keep_half(self, prefix: str) -> None:
+    def _keep_half(self) -> None:
         """Have kept layers stored as in the file where core would widen them to fp32.
 
         The arithmetic is the same: core casts them to its compute dtype when they run.
         """
+        prefix, state = self.file.prefix, self.file.state
         config = comfy.model_detection.model_config_from_unet(
-            self.sd, prefix, metadata=self.metadata
+            state, prefix, metadata=self.file.metadata
         )
         if config is None:
             return
-        stored = comfy.utils.weight_dtype(self.sd, prefix)
-        count = comfy.utils.calculate_parameters(self.sd, prefix)
+        stored = comfy.utils.weight_dtype(state, prefix)
         chosen = comfy.model_management.unet_dtype(
-            model_params=count,
+            model_params=comfy.utils.calculate_parameters(state, prefix),
             supported_dtypes=list(config.supported_inference_dtypes),
             weight_dtype=stored,
         )
@@ -167,48 +140,85 @@ class _Load:
 
     def finish(self, model, factory) -> None:
         """Give the MODEL its provenance and its way to be loaded again."""
-        name = Path(self.path).name
-        if model is None or not self.record.layers:
+        if model is None or not self.record.choices:
             raise RuntimeError(
-                f"{name} holds no diffusion model that this ComfyUI knows; "
+                f"{self.file.name} holds no diffusion model that this ComfyUI knows; "
                 "is it a LoRA, a text encoder or a VAE?"
             )
-        check_matched(self.request.policy, self.record)
-        model.cached_patcher_init = (factory, (self.path, self.request))
+        check_matched(self.request.policy, self.record.kinds)
+        _check_kept(model.model.diffusion_model, self.file.name)
+        if comfy.model_management.is_device_cpu(model.load_device):
+            _compute_in(model.model, model.model.model_config)
+        model.cached_patcher_init = (factory, (self.path, self.request, self.patches))
+        model.patches = {k: p for k, p in self.patches.items() if k not in self.merged}
+        before = json.loads((self.file.metadata or {}).get(METADATA, "{}"))
         model.model_options[INFO] = provenance(
             model,
             self.record,
             self.request,
-            source=name,
-            source_hash=quant_ops.fingerprint(_samples(model, self.record)),
-            unquantized_bytes=self.unquantized_bytes,
+            source=before.get("source", self.file.name),
+            source_hash=before.get("source_hash") or source_hash(model, self.record),
+            unquantized_bytes=before.get("unquantized_bytes", self.unquantized_bytes),
+            merged_patches=before.get("merged_patches", ""),
         )
 
 
-def load_diffusion_model(path: str, request: Request, disable_dynamic: bool = False):
-    """A MODEL from a file of diffusion_models, quantized while it loads."""
-    load = _Load(path, request)
+def _check_kept(module: torch.nn.Module, name: str) -> None:
+    """FormatError if a weight that was not quantized has NaN or infinite values."""
+    for key, parameter in module.named_parameters():
+        plain = not isinstance(parameter.data, QuantizedTensor) and not parameter.is_meta
+        if plain and not torch.isfinite(parameter).all():
+            raise FormatError(
+                f"{name}: {key} has NaN or infinite values; the file is damaged or its half "
+                "precision overflowed: use a sound copy"
+            )
+
+
+def _make_room(device: torch.device, weights: Mapping[str, torch.Tensor]) -> None:
+    """Ask the host to free what quantizing the largest layer takes on ``device``."""
+    if device.type != "cpu" and weights:
+        largest = max(v.numel() for v in weights.values())
+        comfy.model_management.free_memory(8 * largest + (512 << 20), device)
+
+
+def load_diffusion_model(
+    path: str, request: Request, patches: Mapping | None = None, disable_dynamic: bool = False
+):
+    """A MODEL from a file of diffusion_models, quantized while it loads.
+
+    ``patches`` (a MODEL's) are merged before the rounding; what is on no quantized layer stays one.
+    """
+    load = _Load(path, request, patches)
     model = comfy.sd.load_diffusion_model_state_dict(
-        load.sd, load.options, metadata=load.metadata, disable_dynamic=disable_dynamic
+        load.file.state,
+        load.options,
+        metadata=load.file.metadata,
+        disable_dynamic=disable_dynamic,
     )
     load.finish(model, load_diffusion_model)
     return model
 
 
-def load_checkpoint(path: str, request: Request, model_only=False, disable_dynamic: bool = False):
+def load_checkpoint(
+    path: str,
+    request: Request,
+    patches: Mapping | None = None,
+    model_only: bool = False,
+    disable_dynamic: bool = False,
+):
     """(MODEL, CLIP, VAE) from a checkpoint; only the diffusion model is quantized.
 
     CLIP and VAE are what ComfyUI's own loader makes of the file.
     """
-    load = _Load(path, request)
+    load = _Load(path, request, patches)
     embeddings = folder_paths.get_folder_paths("embeddings")
     model, clip, vae, _ = comfy.sd.load_state_dict_guess_config(
-        load.sd,
+        load.file.state,
         output_vae=not model_only,
         output_clip=not model_only,
         embedding_directory=embeddings,
         model_options=load.options,
-        metadata=load.metadata,
+        metadata=load.file.metadata,
         disable_dynamic=disable_dynamic,
     ) or (None, None, None, None)
     load.finish(model, load_checkpoint_model)
@@ -222,16 +232,18 @@ def load_checkpoint(path: str, request: Request, model_only=False, disable_dynam
     return model, clip, vae
 
 
-def load_checkpoint_model(path: str, request: Request, disable_dynamic: bool = False):
+def load_checkpoint_model(
+    path: str, request: Request, patches: Mapping | None = None, disable_dynamic: bool = False
+):
     """The MODEL of ``load_checkpoint`` alone."""
-    return load_checkpoint(path, request, model_only=True, disable_dynamic=disable_dynamic)[0]
+    return load_checkpoint(path, request, patches, True, disable_dynamic)[0]
 
 
 def quantize_model(model, request: Request, disable_dynamic: bool = False):
     """A new MODEL like ``model`` with its weights quantized; ``model`` itself stays as it is.
 
-    LoRAs on linear layers are merged in full precision before the rounding; all else that was
-    patched onto ``model`` is carried over.
+    LoRAs on layers that are quantized are merged in full precision before the rounding; all else
+    that was patched onto ``model`` is carried over.
     """
     _check_model(model)
     request.check_device(model.load_device)
@@ -239,30 +251,23 @@ def quantize_model(model, request: Request, disable_dynamic: bool = False):
     # Weights that an earlier run patched in place go back to what they were.
     comfy.model_management.unload_model_and_clones(model)
     merged: set[str] = set()
-
-    def merge(key: str, weight: torch.Tensor) -> torch.Tensor:
-        full = f"diffusion_model.{key}"
-        if full not in model.patches:
-            return weight
-        merged.add(full)
-        weight = weight.to(model.load_device, torch.float32, copy=True)
-        return comfy.lora.calculate_weight(model.patches[full], weight, full)
-
-    record = quant_ops.LoadRecord()
-    ops = quant_ops.quantized_ops(request.policy, record, model.load_device, merge)
+    state = dict(base.diffusion_model.state_dict())
+    record = LoadRecord()
+    watch(record, sum(v.ndim in (2, 4) for v in state.values()))
+    merge = merger(model.patches, model.load_device, "diffusion_model.", merged)
+    ops = quantized_ops(request.policy, record, model.load_device, merge)
     config = type(base.model_config).__new__(type(base.model_config))
     config.__dict__.update(base.model_config.__dict__)  # copy.copy trips over its __getattr__
     config.custom_operations = ops
     config.model_type = lambda *args, **kwargs: base.model_type  # it was detected on loading
-    state = dict(base.diffusion_model.state_dict())
     new = config.get_model(state, "", device=model.offload_device)
     new.diffusion_model.load_state_dict(state, strict=False)
     new.model_sampling = copy.deepcopy(base.model_sampling)
-    check_matched(request.policy, record)
+    if comfy.model_management.is_device_cpu(model.load_device):
+        _compute_in(new, config)
+    check_matched(request.policy, record.kinds)
 
-    out = model.clone(disable_dynamic=disable_dynamic, model_override=(new, ({}, {}, {}, set())))
-    out.parent, out.hook_backup, out.size = None, {}, 0
-    out.clone_base_uuid, out.patches_uuid = uuid.uuid4(), uuid.uuid4()
+    out = clone_with(model, new, disable_dynamic)
     out.patches = {key: p for key, p in out.patches.items() if key not in merged}
     again = model.cached_patcher_init
     out.cached_patcher_init = again and (_quantize_again, (again, model.patches, request))
@@ -278,6 +283,16 @@ def quantize_model(model, request: Request, disable_dynamic: bool = False):
     return out
 
 
+def clone_with(patcher, module, disable_dynamic: bool = False):
+    """A clone of ``patcher`` around another ``module`` of the same structure."""
+    out = patcher.clone(
+        disable_dynamic=disable_dynamic, model_override=(module, ({}, {}, {}, set()))
+    )
+    out.parent, out.hook_backup, out.size = None, {}, 0
+    out.clone_base_uuid, out.patches_uuid = uuid.uuid4(), uuid.uuid4()
+    return out
+
+
 def _quantize_again(init, patches, request: Request, disable_dynamic: bool = False):
     source = init[0](*init[1], disable_dynamic=disable_dynamic)
     if len(init) > 2:
@@ -286,138 +301,37 @@ def _quantize_again(init, patches, request: Request, disable_dynamic: bool = Fal
     return quantize_model(source, request, disable_dynamic)
 
 
+def merge_patches(model):
+    """``model`` with its LoRAs in the quantized weights: from the source file if it can be read.
+
+    Merged there in full precision and rounded once; where the source is gone, the MODEL itself,
+    whose patches the host rounds into the quantized weights when it saves.
+    """
+    factory, values = (*(model.cached_patcher_init or (None, ())),)[:2]
+    if factory not in (load_diffusion_model, load_checkpoint_model) or not model.patches:
+        return model
+    if not Path(values[0]).is_file():
+        return model
+    out = factory(values[0], values[1], model.patches)
+    out.model_options[INFO]["merged_patches"] = patches_hash(model)
+    return out
+
+
 def _check_model(model) -> None:
     """FormatError unless every weight of ``model`` is a plain float tensor."""
     for name, parameter in model.model.diffusion_model.named_parameters():
-        kind = type(parameter.data).__name__
-        if isinstance(parameter.data, QuantizedTensor):
-            kind = parameter.data._layout_cls
-        elif kind in ("Tensor", "Parameter") and parameter.dtype in (torch.float32, *HALF):
-            continue
-        else:
-            kind = f"{kind} of {parameter.dtype}"
-        raise FormatError(
-            f"model is quantized already ({name} is {kind}); connect the full-precision model"
-        )
+        check_plain(name, parameter, "model")
 
 
-def check_matched(policy: Policy, record: quant_ops.LoadRecord) -> None:
-    """FormatError if a pattern of the overrides is in no layer's name."""
-    unmatched = policy.unmatched(record.layers)
-    if unmatched:
-        examples = ", ".join(record.layers[:: max(1, len(record.layers) // 4)][:4])
-        raise FormatError(
-            f"layers: {unmatched[0]!r} matches none of this model's {len(record.layers)} linear "
-            f"layers; they have names like {examples}"
-        )
-
-
-def provenance(model, record, request: Request, **rest) -> dict:
-    """Plain data that says what ``model`` is made of (bytes are of the diffusion model's weights)."""
-    used = Counter(choice.format for choice in record.formats.values())
-    return {
-        "format": request.weight_format,
-        "layers": request.policy.describe(),
-        "backend": ", ".join(
-            f"{name}: {backend(name, model.load_device)}" for name in sorted(used)
-        ),
-        "quantized_layers": dict(used),
-        "kept_layers": len(record.layers) - sum(used.values()),
-        "compute_dtype": str(model.model.get_dtype_inference()).removeprefix("torch."),
-        "weight_bytes": weight_bytes(model),
-        **rest,
-    }
-
-
-def backend(name: str, device: torch.device) -> str:
-    """What runs format ``name`` on ``device``, in words."""
-    if name not in quant_ops.NATIVE:
-        return get(name).backend(device)
-    probe = torch.empty(64, 64, dtype=torch.bfloat16, device=device)
-    kernel = kitchen.get_implementation("quantize_int8_rowwise", kwargs={"x": probe})
-    return f"comfy-kitchen {kernel.__module__.split('.backends.')[-1].split('.')[0]} {device.type}"
-
-
-def weight_bytes(model) -> int:
-    return comfy.model_management.module_size(model.model.diffusion_model)
-
-
-def model_info(model) -> dict:
-    """Provenance of any MODEL, as plain data.
-
-    source, source_hash (of the weights before quantization; the same file gives the same hash
-    quantized or not), format, backend, compute_dtype, weight_bytes, and patches: a hash of the
-    LoRAs and the like on it, "" if there are none.
-    """
-    info = copy.deepcopy(model.model_options.get(INFO))
-    if info is None:
-        dtype = str(model.model.get_dtype_inference()).removeprefix("torch.")
-        quantized = _host_quantization(model)
-        info = {
-            "source": "",
-            "source_hash": quant_ops.fingerprint(_samples(model)),
-            "format": quantized or UNQUANTIZED,
-            "layers": "",
-            "backend": f"{dtype} {model.load_device.type}",
-            "compute_dtype": dtype,
-            "weight_bytes": weight_bytes(model),
-            "unquantized_bytes": weight_bytes(model),
-        }
-    return info | {"patches": _patches_hash(model)}
-
-
-def _host_quantization(model) -> str:
-    """The formats of a model that something else quantized, "" if nothing did."""
-    kinds = set()
-    for parameter in model.model.diffusion_model.parameters():
-        if isinstance(parameter.data, QuantizedTensor):
-            kinds.add(parameter.data._layout_cls)
-        elif parameter.ndim > 1 and parameter.dtype not in (torch.float32, *HALF):
-            kinds.add(str(parameter.dtype).removeprefix("torch."))
-    return "+".join(sorted(kinds))
-
-
-def _samples(model, record: quant_ops.LoadRecord | None = None) -> dict[str, bytes]:
-    """Samples of the weights of two and more dimensions, as they were before patches."""
-    samples = dict(record.samples) if record is not None else {}
-    for key, value in model.model.diffusion_model.named_parameters():
-        if key in samples or value.ndim < 2:
-            continue
-        backup = model.backup.get(f"diffusion_model.{key}")
-        value = value.data if backup is None else backup.weight
-        samples[key] = quant_ops.weight_sample(value)
-    return samples
-
-
-def _patches_hash(model) -> str:
-    if not model.patches:
-        return ""
-    digest = hashlib.sha256()
-    for key in sorted(model.patches, key=str):
-        digest.update(str(key).encode())
-        for strength, value, strength_model, *_ in model.patches[key]:
-            digest.update(f"{strength} {strength_model}".encode())
-            for tensor in _tensors(getattr(value, "weights", value)):
-                digest.update(quant_ops.weight_sample(tensor))
-    return digest.hexdigest()[:32]
-
-
-def _tensors(value):
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-
-
-def describe(info: Mapping) -> str:
-    """What ran, and what it saved, for a node's text output."""
-    before, after = info["unquantized_bytes"], info["weight_bytes"]
-    layers = ", ".join(f"{count} in {name}" for name, count in info["quantized_layers"].items())
-    text = (
-        f"{info['source'] or 'model'}: {info['format']}\n"
-        f"weights {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB ({before / max(after, 1):.2f}x smaller)\n"
-        f"linear layers: {layers or 'none quantized'}; {info['kept_layers']} kept\n"
-        f"runs on {info['backend'] or 'torch'}, computes in {info['compute_dtype']}"
+def check_plain(name: str, parameter: torch.nn.Parameter, label: str) -> None:
+    """FormatError, which names the input ``label``, unless a weight is a plain float tensor."""
+    kind = type(parameter.data).__name__
+    if isinstance(parameter.data, QuantizedTensor):
+        kind = parameter.data._layout_cls
+    elif kind in ("Tensor", "Parameter") and parameter.dtype in (torch.float32, *HALF):
+        return
+    else:
+        kind = f"{kind} of {parameter.dtype}"
+    raise FormatError(
+        f"{label} is quantized already ({name} is {kind}); connect the full-precision one"
     )
-    return text + (f"\nlayers: {info['layers']}" if info["layers"] else "")

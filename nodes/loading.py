@@ -1,12 +1,21 @@
-"""Loader nodes: MODELs whose linear layers are quantized."""
+"""Loader nodes: MODELs and text encoders with quantized weights."""
 
 from __future__ import annotations
 
 import folder_paths
+import numpy as np
+import torch
+from comfy.model_management import get_torch_device
 from comfy_api.latest import io, ui
 
 from ..qsched_core.formats import get, names
+from ..qsched_core.formats.chart import draw
+from ..qsched_core.formats.report import table
 from . import host_loading as host
+from .host_files import check_file, model_path
+from .host_info import INFO, describe, layer_rows, model_info, report_title
+from .host_saving import next_path, save_model, workflow_metadata
+from .host_text import quantize_text_encoder
 
 
 def _format_input():
@@ -26,7 +35,7 @@ def _layers_input():
 
 def _check(weight_format, layers) -> str | None:
     try:
-        host.Request(weight_format, layers)
+        host.Request(weight_format, layers).check_device(get_torch_device())
     except ValueError as error:
         return str(error)
     return None
@@ -34,8 +43,8 @@ def _check(weight_format, layers) -> str | None:
 
 def _check_file(folder: str, label: str, name: str, weight_format: str, layers: str):
     try:
-        request = host.Request(weight_format, layers)
-        host.check_file(host.model_path(folder, name, label), request)
+        host.Request(weight_format, layers).check_device(get_torch_device())
+        check_file(model_path(folder, name, label), weight_format, layers)
     except (ValueError, OSError) as error:
         return str(error)
     return True
@@ -65,9 +74,9 @@ class QSchedLoadDiffusionModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, unet_name, weight_format, layers="") -> io.NodeOutput:
-        path = host.model_path("diffusion_models", unet_name, "unet_name")
+        path = model_path("diffusion_models", unet_name, "unet_name")
         model = host.load_diffusion_model(path, host.Request(weight_format, layers))
-        text = host.describe(host.model_info(model))
+        text = describe(model_info(model))
         return io.NodeOutput(model, text, ui=ui.PreviewText(text))
 
 
@@ -99,9 +108,9 @@ class QSchedLoadCheckpoint(io.ComfyNode):
 
     @classmethod
     def execute(cls, ckpt_name, weight_format, layers="") -> io.NodeOutput:
-        path = host.model_path("checkpoints", ckpt_name, "ckpt_name")
+        path = model_path("checkpoints", ckpt_name, "ckpt_name")
         model, clip, vae = host.load_checkpoint(path, host.Request(weight_format, layers))
-        text = host.describe(host.model_info(model))
+        text = describe(model_info(model))
         return io.NodeOutput(model, clip, vae, text, ui=ui.PreviewText(text))
 
 
@@ -125,8 +134,99 @@ class QSchedQuantizeModel(io.ComfyNode):
     @classmethod
     def execute(cls, model, weight_format, layers="") -> io.NodeOutput:
         model = host.quantize_model(model, host.Request(weight_format, layers))
-        text = host.describe(host.model_info(model))
+        text = describe(model_info(model))
         return io.NodeOutput(model, text, ui=ui.PreviewText(text))
 
 
-NODES = (QSchedLoadDiffusionModel, QSchedLoadCheckpoint, QSchedQuantizeModel)
+class QSchedQuantizeTextEncoder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="QSchedQuantizeTextEncoder",
+            display_name="Quantize Text Encoder",
+            category="QSched/loading",
+            description="A quantized copy of a text encoder; it encodes in full precision from "
+            "quantized weights. LoRAs on it are merged before the rounding.",
+            inputs=[io.Clip.Input("clip"), _format_input(), _layers_input()],
+            outputs=[io.Clip.Output(), io.String.Output(display_name="info")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, weight_format, layers=""):
+        return _check(weight_format, layers) or True
+
+    @classmethod
+    def execute(cls, clip, weight_format, layers="") -> io.NodeOutput:
+        clip = quantize_text_encoder(clip, host.Request(weight_format, layers))
+        text = describe(clip.patcher.model_options[INFO])
+        return io.NodeOutput(clip, text, ui=ui.PreviewText(text))
+
+
+class QSchedQuantizationReport(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="QSchedQuantizationReport",
+            display_name="Quantization Report",
+            category="QSched/loading",
+            description="Where a model's precision goes: format, bits, size and relative weight "
+            "error of every layer, as text and as a picture.",
+            inputs=[io.Model.Input("model")],
+            outputs=[io.Image.Output(display_name="picture"), io.String.Output("table")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model) -> io.NodeOutput:
+        rows = layer_rows(model.model.diffusion_model)
+        picture = draw(rows, report_title(model))
+        image = torch.from_numpy(np.asarray(picture).astype(np.float32) / 255).unsqueeze(0)
+        shown = ui.PreviewImage(image, cls=cls).as_dict() | ui.PreviewText(table(rows)).as_dict()
+        return io.NodeOutput(image, table(rows), ui=shown)
+
+
+class QSchedSaveModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="QSchedSaveModel",
+            display_name="Save Quantized Model",
+            category="QSched/loading",
+            description="Save a quantized model to ComfyUI's output folder, where its loaders find "
+            "it; with clip and vae as a checkpoint. Native formats open in plain ComfyUI.",
+            inputs=[
+                io.Model.Input("model"),
+                io.String.Input("filename_prefix", default="diffusion_models/quantized"),
+                io.Boolean.Input(
+                    "merge_loras",
+                    default=True,
+                    optional=True,
+                    tooltip="Merge the model's LoRAs into the file, or leave them out.",
+                ),
+                io.Clip.Input("clip", optional=True, tooltip="With it the file is a checkpoint."),
+                io.Vae.Input("vae", optional=True, tooltip="With it the file is a checkpoint."),
+            ],
+            outputs=[io.String.Output(display_name="path")],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls, model, filename_prefix, merge_loras=True, clip=None, vae=None
+    ) -> io.NodeOutput:
+        path = next_path(filename_prefix)
+        saved = save_model(model, path, clip, vae, merge_loras, workflow_metadata(cls.hidden))
+        opens = "plain ComfyUI" if saved["kind"] == "native" else "this pack's loader nodes"
+        text = f"{path}\n{describe(saved)}\n{saved['kind']}: {opens} can open it"
+        return io.NodeOutput(str(path), ui=ui.PreviewText(text))
+
+
+NODES = (
+    QSchedLoadDiffusionModel,
+    QSchedLoadCheckpoint,
+    QSchedQuantizeModel,
+    QSchedQuantizeTextEncoder,
+    QSchedQuantizationReport,
+    QSchedSaveModel,
+)

@@ -5,117 +5,34 @@ from __future__ import annotations
 import importlib
 import json
 import struct
-import sys
-import types
 from pathlib import Path
 
 import pytest
 import torch
+from scenario_base import (
+    ALL,
+    DISTANCE,
+    LOAD_DEVICE,
+    Request,
+    comfy_sd,
+    conditioning,
+    file,
+    formats,
+    loading,
+    lora,
+    management,
+    plain,
+    relative,
+    same_state,
+    sample,
+    save_file,
+    state_bytes,
+    taesd,
+    weights,
+    with_lora,
+)
 
-REPO = Path(__file__).resolve().parents[2]
-
-
-def _import_host():
-    """ComfyUI on the CPU, and the pack's loading side under a package name of its own."""
-    importlib.import_module("comfy.cli_args").args.cpu = True
-    for name, folder in (("qsched_pack", REPO), ("qsched_pack.nodes", REPO / "nodes")):
-        package = types.ModuleType(name)
-        package.__path__ = [str(folder)]
-        sys.modules[name] = package
-    return importlib.import_module("qsched_pack.nodes.host_loading")
-
-
-loading = _import_host()
-comfy_sd = importlib.import_module("comfy.sd")
-comfy_sample = importlib.import_module("comfy.sample")
-management = importlib.import_module("comfy.model_management")
-demo = importlib.import_module("qsched_pack.demo.mmdit")
-taesd = importlib.import_module("qsched_pack.demo.taesd")
-formats = importlib.import_module("qsched_pack.qsched_core.formats")
-save_file = importlib.import_module("safetensors.torch").save_file
-
-Request = loading.Request
-NAMES = formats.names()
-# Relative distance of a 4-step sample to the unquantized model's, random weights.
-DISTANCE = {"nf4": 0.17, "int8": 0.015, "w4a8": 0.12, "int2": 0.27}
-ALL = pytest.mark.parametrize("name", NAMES)
-
-
-def weights() -> dict[str, torch.Tensor]:
-    """A small SD3 with random weights, of the demo model's architecture."""
-    torch.manual_seed(0)
-    state = demo.MMDiT(depth=3).state_dict()
-    for key, value in state.items():
-        if (
-            "adaLN_modulation" in key
-            or key == "final_layer.linear.weight"
-            or (key.startswith("t_embedder") and value.ndim == 2)
-        ):
-            state[key] = torch.randn_like(value) * 0.1
-    narrow = state["context_embedder.weight"]
-    state["context_embedder.weight"] = torch.nn.functional.pad(narrow, (0, 4096 - narrow.shape[1]))
-    return {key: value.half() for key, value in state.items()}
-
-
-@pytest.fixture(scope="session")
-def file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("models") / "tiny.safetensors"
-    save_file(weights(), path)
-    return str(path)
-
-
-@pytest.fixture(scope="session")
-def plain(file):
-    return comfy_sd.load_diffusion_model(file)
-
-
-@pytest.fixture(scope="session")
-def conditioning():
-    torch.manual_seed(1)
-    return [[torch.randn(1, 77, 4096), {"pooled_output": torch.randn(1, 2048)}]]
-
-
-@pytest.fixture(scope="session")
-def sample(conditioning):
-    def run(model):
-        empty = torch.zeros(1, 16, 12, 12)
-        noise = comfy_sample.prepare_noise(empty, 3)
-        return comfy_sample.sample(
-            model, noise, 4, 1.0, "euler", "simple", conditioning, conditioning, empty,
-            seed=3, disable_pbar=True,
-        )  # fmt: skip
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def lora():
-    torch.manual_seed(2)
-    return {
-        f"diffusion_model.{key.removesuffix('.weight')}.lora_{side}.weight": torch.randn(shape)
-        * 0.2
-        for key, value in weights().items()
-        if "joint_blocks" in key and key.endswith(".weight") and value.ndim == 2
-        for side, shape in (("A", (4, value.shape[1])), ("B", (value.shape[0], 4)))
-    }
-
-
-def with_lora(model, lora, strength=1.0):
-    return comfy_sd.load_lora_for_models(model, None, lora, strength, 0)[0]
-
-
-def relative(found, wanted) -> float:
-    return ((found - wanted).norm() / wanted.norm()).item()
-
-
-def state_bytes(model):
-    """The stored weights, bit for bit."""
-    state = model.model.diffusion_model.state_dict()
-    return {k: v.detach().flatten().view(torch.uint8).clone() for k, v in state.items()}
-
-
-def same_state(a, b) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+__all__ = ["conditioning", "file", "lora", "plain", "sample"]  # fixtures
 
 
 @ALL
@@ -142,13 +59,19 @@ def test_other_float_checkpoints_load_and_have_the_same_hash(dtype, file, sample
 
 @ALL
 def test_model_size_is_what_is_stored(name, file):
+    """The packed layers take the format's bits, all else 16, and a few hundred bytes a layer of JSON."""
     model = loading.load_diffusion_model(file, Request(name))
-    kept = sum(
-        v.nbytes for k, v in weights().items() if v.ndim < 2 or not k.startswith("joint_blocks")
-    )
-    bits = {"nf4": 4.2, "int8": 8.3, "w4a8": 4.6, "int2": 3.5}[name]
-    linear = sum(v.numel() for v in weights().values()) - kept // 2
-    assert model.model_size() < kept + linear * bits / 8 + 40_000  # and the JSON beside each layer
+    modulation = "nf4" if name in ("int2", "int3") else name
+    blocks = {k: v for k, v in weights().items() if k.startswith("joint_blocks") and v.ndim == 2}
+    wanted = sum(v.nbytes for k, v in weights().items() if k not in blocks)
+    for key, value in blocks.items():
+        form = formats.get(modulation if "adaLN" in key else name)
+        if form.unfit(tuple(value.shape)) is not None:
+            wanted += value.nbytes
+            continue
+        assert 0.99 * form.bits < 8 * form.packed_bytes(tuple(value.shape)) / value.numel()
+        wanted += form.packed_bytes(tuple(value.shape))
+    assert wanted < model.model_size() < wanted + 400 * len(blocks)
 
 
 @ALL
@@ -178,7 +101,7 @@ def test_lora_at_run_time(name, file, plain, conditioning, lora):
 
     management.unload_all_models()
     model = with_lora(loading.load_diffusion_model(file, Request(name)), lora)
-    model.patch_model(device_to=torch.device("cpu"), lowvram_model_memory=1)
+    model.patch_model(device_to=LOAD_DEVICE, lowvram_model_memory=1)
     found = forward(model)
     model.unpatch_model()
     reference = with_lora(plain, lora)
@@ -186,6 +109,107 @@ def test_lora_at_run_time(name, file, plain, conditioning, lora):
     wanted = forward(reference)
     assert relative(found, wanted) < 2 * DISTANCE[name]
     management.unload_all_models()
+
+
+def test_bypass_loras_and_changed_strengths(file, plain, sample, lora):
+    """ComfyUI's "bypass" LoRA loader adds to the output; several LoRAs add up, each run anew."""
+    model = loading.load_diffusion_model(file, Request("nf4"))
+    bare = sample(model)
+    bypass = comfy_sd.load_bypass_lora_for_models(model, None, lora, 0.7, 0)[0]
+    wanted = sample(with_lora(plain, lora, 0.7))
+    assert relative(sample(bypass), wanted) < 2 * DISTANCE["nf4"]
+    assert torch.equal(sample(model), bare)
+    twice = with_lora(with_lora(model, lora, 0.4), lora, 0.3)
+    assert relative(sample(twice), wanted) < 2 * DISTANCE["nf4"]
+    stronger = with_lora(model, lora, 1.0)
+    assert relative(sample(stronger), sample(with_lora(plain, lora, 1.0))) < 2 * DISTANCE["nf4"]
+    assert torch.equal(sample(model), bare)
+
+
+@pytest.mark.parametrize("name", ["nf4", "w4a8", "int2"])
+def test_small_loras_do_not_vanish(name, file, plain, sample, lora):
+    """A LoRA far below a step of the format moves the baked model along, and in its direction."""
+    small = {k: v * 0.25 if ".lora_A." in k else v for k, v in lora.items()}
+    model = loading.load_diffusion_model(file, Request(name))
+    wanted = sample(with_lora(plain, small)) - sample(plain)
+    assert wanted.norm() / sample(plain).norm() < 0.5
+    moved = sample(with_lora(model, small)) - sample(model)
+    assert torch.nn.functional.cosine_similarity(moved.flatten(), wanted.flatten(), 0) > 0.5
+    share = (moved.flatten() @ wanted.flatten() / wanted.norm() ** 2).item()
+    assert 0.6 < share < 1.4
+
+
+def test_two_quantized_models_do_not_disturb_each_other(file, sample):
+    """Different formats in one graph, by turns, unloaded and loaded again in between."""
+    first = loading.load_diffusion_model(file, Request("nf4"))
+    second = loading.load_diffusion_model(file, Request("int2", "*mlp*=int8"))
+    wanted = [sample(first), sample(second)]
+    for _ in range(2):
+        assert torch.equal(sample(first), wanted[0])
+        management.unload_all_models()
+        assert torch.equal(sample(second), wanted[1])
+
+
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_a_partly_offloaded_model_samples_the_same(name, file, sample, conditioning):
+    """Half of the weights stay behind and are cast in each forward (--lowvram)."""
+    model = loading.load_diffusion_model(file, Request(name))
+    x, ((context, extra),) = torch.randn(1, 16, 12, 12), conditioning
+
+    def forward():
+        with torch.no_grad():
+            return model.model.apply_model(
+                x, torch.full((1,), 0.8), c_crossattn=context, y=extra["pooled_output"]
+            )
+
+    management.unload_all_models()
+    model.patch_model(device_to=LOAD_DEVICE)
+    wanted = forward()
+    model.unpatch_model()
+    model.patch_model(device_to=LOAD_DEVICE, lowvram_model_memory=model.model_size() // 2)
+    assert model.model.model_lowvram
+    assert torch.equal(forward(), wanted)
+    # More than the model's size: the host sets aside what casting its largest layer takes.
+    model.partially_load(LOAD_DEVICE, extra_memory=2 * model.model_size())
+    assert not model.model.model_lowvram
+    assert torch.equal(forward(), wanted)
+    freed = model.partially_unload(LOAD_DEVICE, model.model_size() // 3)
+    assert freed > 0
+    assert torch.equal(forward(), wanted)
+    model.unpatch_model()
+    management.unload_all_models()
+
+
+@ALL
+def test_dynamic_vram_moves_every_table_through_one_buffer(name, file):
+    """ComfyUI's dynamic loading gathers a layer's tensors in a buffer and reads them from there."""
+    memory = importlib.import_module("comfy.memory_management")
+    model, count = loading.load_diffusion_model(file, Request(name)), 0
+    for layer in model.model.diffusion_model.modules():
+        weight = getattr(layer, "weight", None)
+        if not isinstance(weight, loading.QuantizedTensor):
+            continue
+        tensors = [weight, layer.bias]
+        buffer = torch.zeros(memory.vram_aligned_size(tensors), dtype=torch.uint8)
+        assert buffer.numel() >= sum(
+            t.nbytes for k, t in layer.state_dict().items() if k != "comfy_quant"
+        )
+        management.cast_to_gathered(tensors, buffer)
+        found, bias = memory.interpret_gathered_like(tensors, buffer)
+        assert torch.equal(found.dequantize(), weight.dequantize())
+        assert bias is None or torch.equal(bias, layer.bias)
+        count += 1
+    assert count == sum(loading.model_info(model)["quantized_layers"].values()) > 0
+
+
+@pytest.mark.parametrize("name", ["nf4", "int8", "w4a8", "int2"])
+def test_torch_compile_gives_the_same_picture(name, file, sample):
+    """ComfyUI's TorchCompileModel; the "eager" backend traces all and compiles nothing."""
+    compiler = importlib.import_module("comfy_api.torch_helpers").set_torch_compile_wrapper
+    model = loading.load_diffusion_model(file, Request(name))
+    compiled = model.clone()
+    compiler(model=compiled, backend="eager")
+    assert relative(sample(compiled), sample(model)) < 0.02
 
 
 @ALL
@@ -273,10 +297,10 @@ def test_overrides_reach_the_layers(file):
     model = loading.load_diffusion_model(file, request)
     info = loading.model_info(model)
     layers = dict(model.model.diffusion_model.named_modules())
-    assert layers["context_embedder"].format == "int8"
-    assert layers["joint_blocks.0.x_block.mlp.fc1"].format is None
-    assert layers["joint_blocks.0.x_block.attn.qkv"].format == "nf4"
-    assert layers["joint_blocks.1.x_block.attn.qkv"].format == "int2"
+    assert layers["context_embedder"].choice.format == "int8"
+    assert layers["joint_blocks.0.x_block.mlp.fc1"].choice.format is None
+    assert layers["joint_blocks.0.x_block.attn.qkv"].choice.format == "nf4"
+    assert layers["joint_blocks.1.x_block.attn.qkv"].choice.format == "int2"
     assert layers["joint_blocks.1.x_block.adaLN_modulation.1"].weight_only
     assert set(info["quantized_layers"]) == {"int2", "int8", "nf4"}
     assert "context_embedder=int8" in info["layers"]
@@ -323,6 +347,7 @@ def test_bad_files_are_named_with_the_fix(file, tmp_path, plain):
     refuse(
         lambda s: s.update({key: s[key] / 0}), r"layer joint_blocks.0.x_block.mlp.fc1.*NaN or inf"
     )
+    refuse(lambda s: s["x_embedder.proj.bias"].fill_(torch.inf), r"x_embedder.proj.bias has NaN")
     refuse(
         lambda s: [s.pop(k) for k in list(s) if "joint" in k or "embed" in k], "no diffusion model"
     )

@@ -1,0 +1,326 @@
+"""Our weight formats as comfy-kitchen tensors, in memory and in files (ComfyUI 0.30.0).
+
+Each extended format becomes a ``QuantizedLayout`` registered under a name of its own; native ones
+use the host's layout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from comfy_kitchen.tensor import (
+    BaseLayoutParams,
+    QuantizedLayout,
+    QuantizedTensor,
+    dequantize_args,
+    get_layout_class,
+    register_layout_class,
+    register_layout_op,
+)
+
+from ..qsched_core.formats import FormatError, Packed, WeightFormat, get, names
+from ..qsched_core.formats.files import MappedFile
+from ..qsched_core.formats.policy import Choice
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """The weight that was quantized, in a mapped file: it takes no memory until it is read."""
+
+    weight: torch.Tensor
+    file: MappedFile
+
+    def __deepcopy__(self, memo) -> Source:
+        """Itself: torch's compiler copies a tensor's fields to compare them later."""
+        return self
+
+    def read(self, device: torch.device) -> torch.Tensor:
+        """A copy in fp32 on ``device``; the file's pages go back."""
+        weight = self.weight.to(device, torch.float32, copy=True)
+        self.file.release(self.weight)
+        return weight
+
+
+PREFIX = "qsched_"  # of our formats in a saved file's "comfy_quant"
+
+
+class PackedLayout(QuantizedLayout):
+    """The host's view of one extended ``WeightFormat``; subclasses name it in FORMAT.
+
+    A ``QuantizedTensor`` of this layout has the weight's logical shape and dtype; ``_qdata`` holds
+    the codes and ``Params`` a field for each of the format's tables.
+    """
+
+    FORMAT: WeightFormat
+    NAME: str
+
+    @classmethod
+    def quantize(
+        cls,
+        tensor,
+        scale=None,
+        stochastic_rounding=0,
+        inplace_ops=False,
+        like=None,
+        weight_only=False,
+        source=None,
+        **kwargs,
+    ):
+        """Called by the host with a seed when it bakes a LoRA into the weight.
+
+        What the host added is added to the weight as the source file has it, and rounded once, to
+        the nearest: as good as quantizing a merged file.  Without the file values round
+        stochastically, so that a small LoRA survives in the mean.
+        """
+        if like is not None:
+            like = like.to(tensor.device)
+        if like is not None and source is not None:
+            delta = tensor.float() - cls.FORMAT.dequantize(like)
+            packed = cls.FORMAT.quantize(source.read(delta.device).add_(delta))
+        else:
+            packed = cls.FORMAT.quantize(tensor, seed=stochastic_rounding or None, like=like)
+        return packed.codes, cls.params(packed, tensor.dtype, weight_only, source)
+
+    @classmethod
+    def params(
+        cls,
+        packed: Packed,
+        dtype: torch.dtype,
+        weight_only: bool = False,
+        source: Source | None = None,
+    ):
+        return cls.Params(
+            orig_dtype=dtype,
+            orig_shape=packed.shape,
+            weight_only=weight_only,
+            options=tuple(packed.options.items()),
+            source=source,
+            **packed.aux,
+        )
+
+    @classmethod
+    def dequantize(cls, qdata, params):
+        return cls.FORMAT.dequantize(_packed(cls.FORMAT, qdata, params), params.orig_dtype)
+
+    @classmethod
+    def get_plain_tensors(cls, qtensor):
+        return (qtensor._qdata, *(getattr(qtensor._params, name) for name in cls.FORMAT.aux))
+
+    @classmethod
+    def state_dict_tensors(cls, qdata, params):
+        return {"": qdata} | {f"_{name}": getattr(params, name) for name in cls.FORMAT.aux}
+
+    @classmethod
+    def requantize_kwargs(cls, qtensor):
+        params = qtensor._params
+        like = _packed(cls.FORMAT, qtensor._qdata, params)
+        return {"like": like, "weight_only": params.weight_only, "source": params.source}
+
+
+def _packed(form: WeightFormat, qdata: torch.Tensor, params) -> Packed:
+    """What ``form`` computes with, from the host's tensor."""
+    shape = params.orig_shape
+    if getattr(params, "transposed", False):
+        shape = shape[::-1]
+    if form.host is None:
+        options = dict(params.options)
+    else:
+        own = (*form.aux, "orig_dtype", "orig_shape", "transposed")
+        options = {
+            f.name: getattr(params, f.name) for f in dataclasses.fields(params) if f.name not in own
+        }
+    return Packed(qdata, {name: getattr(params, name) for name in form.aux}, shape, options)
+
+
+def _params_class(form: WeightFormat) -> type:
+    """BaseLayoutParams with a tensor field for each table ("scale" is the base's own)."""
+
+    def tensor_fields(self) -> list[str]:
+        return list(form.aux)
+
+    extra: list[tuple[str, Any, Any]] = [
+        (name, torch.Tensor, field(default=None)) for name in form.aux if name != "scale"
+    ]
+    return dataclasses.make_dataclass(
+        "Params",
+        [
+            *extra,
+            ("transposed", bool, field(default=False)),
+            ("weight_only", bool, field(default=False)),
+            ("options", tuple, field(default=())),
+            ("source", Source, field(default=None, compare=False)),
+        ],
+        bases=(BaseLayoutParams,),
+        namespace={"_tensor_fields": tensor_fields},
+        frozen=True,
+    )
+
+
+def _register_layouts() -> dict[str, type[PackedLayout]]:
+    """A layout for each extended format, known to comfy-kitchen under a name prefixed "QSched"."""
+    layouts = {}
+    for name in names():
+        form = get(name)
+        if form.host is not None:
+            continue
+        label = f"QSched{name.upper()}Layout"
+        members = {"FORMAT": form, "NAME": label, "Params": _params_class(form)}
+        layouts[name] = type(label, (PackedLayout,), members)
+        register_layout_class(label, layouts[name])
+    return layouts
+
+
+LAYOUTS = _register_layouts()
+
+
+def _is_packed(value) -> bool:
+    return isinstance(value, QuantizedTensor) and issubclass(value.layout_cls, PackedLayout)
+
+
+def product(form: WeightFormat, x, weight, bias, weight_only: bool = False):
+    """x @ weight.T + bias in ``form``'s own arithmetic; ``weight`` is not transposed."""
+    if isinstance(x, QuantizedTensor):
+        x = x.dequantize()
+    return form.linear(x, _packed(form, weight._qdata, weight._params), bias, weight_only)
+
+
+def _own_product(x, weight, bias):
+    return product(weight.layout_cls.FORMAT, x, weight, bias, weight._params.weight_only)
+
+
+@register_layout_op(torch.ops.aten.t.default, PackedLayout)
+def _t(qt, args, kwargs):
+    params = dataclasses.replace(
+        qt._params, orig_shape=qt._params.orig_shape[::-1], transposed=not qt._params.transposed
+    )
+    return QuantizedTensor(qt._qdata, qt._layout_cls, params)
+
+
+@register_layout_op(torch.ops.aten.linear.default, PackedLayout)
+def _linear(qt, args, kwargs):
+    x, weight, bias = (*args, None)[:3]
+    if not _is_packed(weight) or weight._params.transposed:
+        return torch.nn.functional.linear(*dequantize_args(args))
+    return _own_product(x, weight, bias)
+
+
+@register_layout_op(torch.ops.aten.mm.default, PackedLayout)
+def _mm(qt, args, kwargs):
+    x, weight = args
+    if not _is_packed(weight) or not weight._params.transposed:
+        return torch.mm(*dequantize_args(args))
+    return _own_product(x, weight, None)
+
+
+@register_layout_op(torch.ops.aten.addmm.default, PackedLayout)
+def _addmm(qt, args, kwargs):
+    bias, x, weight = args
+    if kwargs or not _is_packed(weight) or not weight._params.transposed:
+        return torch.addmm(*dequantize_args(args), **kwargs)
+    return _own_product(x, weight, bias)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What is known of a quantized layer besides its weight: it goes into "comfy_quant".
+
+    ``sample`` is of the weight before it was quantized, ``error`` the relative error made by that.
+    """
+
+    choice: Choice
+    sample: bytes = b""
+    error: float | None = None
+
+    def entry(self, weight: QuantizedTensor) -> dict:
+        """Our additions to the layer's "comfy_quant" entry (the host ignores them)."""
+        options = dict(getattr(weight._params, "options", ()))
+        found = {"shape": list(weight.shape), "sample": self.sample.hex()}
+        if self.error is not None:
+            found["error"] = round(self.error, 6)
+        return found | ({"options": options} if options else {})
+
+    @classmethod
+    def from_entry(cls, form: str, entry: Mapping) -> Stored:
+        choice = Choice(form, bool(entry.get("full_precision_matrix_mult")))
+        return cls(choice, bytes.fromhex(entry.get("sample", "")), entry.get("error"))
+
+
+def quantized_tensor(
+    packed: Packed, choice: Choice, dtype: torch.dtype, source: Source | None = None
+) -> QuantizedTensor:
+    """The host's tensor for a packing of ``source`` made as ``choice`` says."""
+    form = get(choice.format)
+    if form.host is None:
+        layout = LAYOUTS[choice.format]
+        params = layout.params(packed, dtype, choice.weight_only, source)
+        return QuantizedTensor(packed.codes, layout.NAME, params)
+    params = get_layout_class(form.host.layout).Params(
+        orig_dtype=dtype, orig_shape=packed.shape, **packed.aux, **packed.options
+    )
+    return QuantizedTensor(packed.codes, form.host.layout, params)
+
+
+def saved_name(name: str) -> str:
+    """What "comfy_quant" calls format ``name`` in a saved file."""
+    host = get(name).host
+    return PREFIX + name if host is None else host.algorithm
+
+
+def saved_format(entry: Mapping) -> str | None:
+    """Our name for the format of a layer's "comfy_quant" entry; None for one we don't restore."""
+    name = str(entry.get("format", ""))
+    if name.startswith(PREFIX) and name.removeprefix(PREFIX) in LAYOUTS:
+        return name.removeprefix(PREFIX)
+    rotated = bool(entry.get("convrot") or (entry.get("params") or {}).get("convrot"))
+    for form in map(get, names()):
+        same = form.host is not None and form.host.algorithm == name
+        if same and rotated == (form.name == "int8_convrot"):
+            return form.name
+    return None
+
+
+def restore_saved(sd: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Replace the packed tensors of a saved file by quantized tensors of the logical shape.
+
+    The host's model detection and loading then see an ordinary state dict of ``dtype``.
+    FormatError names a layer whose tensors are not all there, or whose format is unknown.
+    """
+    for key in [k for k in sd if k.endswith(".comfy_quant")]:
+        name, entry = key.removesuffix(".comfy_quant"), read_conf(sd.pop(key))
+        form = saved_format(entry)
+        if form is None:
+            raise FormatError(f"layer {name} is in format {entry.get('format')!r}, unknown here")
+        try:
+            packed = _restore(sd, name, get(form), entry)
+        except KeyError as error:
+            raise FormatError(
+                f"layer {name} ({form}) has no tensor {error.args[0]!r}: the file is incomplete; "
+                "save it again"
+            ) from None
+        stored = Stored.from_entry(form, entry)
+        tensor = quantized_tensor(packed, stored.choice, dtype)
+        tensor.qsched = stored
+        sd[f"{name}.weight"] = tensor
+
+
+def _restore(sd: dict, name: str, form: WeightFormat, entry: Mapping) -> Packed:
+    codes = sd[f"{name}.weight"]
+    if form.host is None:
+        aux = {table: sd.pop(f"{name}.weight_{table}") for table in form.aux}
+        return Packed(codes, aux, tuple(entry["shape"]), entry.get("options", {}))
+    aux = {table: sd.pop(f"{name}.weight{form.host.keys[table]}") for table in form.aux}
+    params = get_layout_class(form.host.layout).Params
+    wanted = {f.name for f in dataclasses.fields(params)} - {"orig_dtype", "orig_shape"}
+    options = {**(entry.get("params") or {}), **entry}
+    options = {k: v for k, v in options.items() if k in wanted}
+    return Packed(codes, aux, tuple(entry.get("shape", codes.shape)), options)
+
+
+def read_conf(tensor: torch.Tensor) -> dict:
+    """The JSON that a "comfy_quant" tensor holds."""
+    return json.loads(tensor.numpy().tobytes())

@@ -1,0 +1,205 @@
+"""Saving, merging and reporting quantized models inside the real ComfyUI."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import safetensors
+import torch
+from scenario_base import (
+    ALL,
+    DISTANCE,
+    NAMES,
+    Request,
+    comfy_sd,
+    conditioning,
+    file,
+    formats,
+    loading,
+    lora,
+    management,
+    plain,
+    relative,
+    same_state,
+    sample,
+    save_file,
+    state_bytes,
+    taesd,
+    weights,
+    with_lora,
+)
+
+__all__ = ["conditioning", "file", "lora", "plain", "sample"]  # fixtures
+
+info = importlib.import_module("qsched_pack.nodes.host_info")
+saving = importlib.import_module("qsched_pack.nodes.host_saving")
+report = importlib.import_module("qsched_pack.qsched_core.formats.report")
+chart = importlib.import_module("qsched_pack.qsched_core.formats.chart")
+
+
+def metadata(path) -> dict:
+    with safetensors.safe_open(path, framework="pt") as opened:
+        return opened.metadata()
+
+
+@ALL
+def test_a_saved_model_comes_back_bit_for_bit(name, file, sample, tmp_path):
+    model = loading.load_diffusion_model(file, Request(name))
+    path = tmp_path / "sub" / "saved.safetensors"
+    found = saving.save_model(model, path)
+    assert [p.name for p in path.parent.iterdir()] == ["saved.safetensors"], "nothing else is left"
+    assert found["kind"] == formats.get(name).kind
+    again = loading.load_diffusion_model(str(path), Request(name))
+    assert same_state(state_bytes(again), state_bytes(model))
+    assert torch.equal(sample(again), sample(model))
+    stored = json.loads(metadata(path)["qsched"])
+    assert stored["source"] == "tiny.safetensors" and stored["format"] == name
+    assert stored["source_hash"] == info.model_info(model)["source_hash"] and stored["version"] == 1
+    assert info.model_info(again)["source"] == "tiny.safetensors"
+    assert path.stat().st_size < model.model_size() + 100_000
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if formats.get(n).kind == "native"])
+def test_native_files_open_in_plain_comfyui(name, file, sample, tmp_path):
+    model = loading.load_diffusion_model(file, Request(name))
+    saving.save_model(model, tmp_path / "saved.safetensors")
+    core = comfy_sd.load_diffusion_model(str(tmp_path / "saved.safetensors"))
+    # There modulation layers have their activations rounded too, and a CPU computes in fp32.
+    assert relative(sample(core), sample(model)) < 1.5 * DISTANCE[name]
+    assert info.model_info(core)["format"].startswith("Tensor")
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if formats.get(n).kind == "extended"])
+def test_extended_files_fail_loudly_in_plain_comfyui(name, file, tmp_path):
+    model = loading.load_diffusion_model(file, Request(name))
+    saving.save_model(model, tmp_path / "saved.safetensors")
+    with pytest.raises(Exception, match=rf"qsched_{name}|size mismatch|Could not detect"):
+        comfy_sd.load_diffusion_model(str(tmp_path / "saved.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_loras_are_merged_in_full_precision_or_left_out(name, file, plain, sample, lora, tmp_path):
+    model = loading.load_diffusion_model(file, Request(name))
+    patched, wanted = with_lora(model, lora), sample(with_lora(plain, lora))
+    saving.save_model(patched, tmp_path / "merged.safetensors")
+    merged = loading.load_diffusion_model(str(tmp_path / "merged.safetensors"), Request(name))
+    assert relative(sample(merged), wanted) < 2 * DISTANCE[name]
+    kept = info.model_info(merged)
+    assert kept["merged_patches"] == info.model_info(patched)["patches"] != ""
+    saving.save_model(patched, tmp_path / "bare.safetensors", merge_loras=False)
+    bare = loading.load_diffusion_model(str(tmp_path / "bare.safetensors"), Request(name))
+    assert same_state(state_bytes(bare), state_bytes(model))
+    assert patched.patches, "the model itself keeps its LoRA"
+
+
+def test_loras_are_merged_even_when_the_source_is_gone(file, plain, sample, lora, tmp_path):
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(Path(file).read_bytes())
+    patched = with_lora(loading.load_diffusion_model(str(copy), Request("nf4")), lora)
+    copy.unlink()
+    saving.save_model(patched, tmp_path / "merged.safetensors")
+    merged = loading.load_diffusion_model(str(tmp_path / "merged.safetensors"), Request("nf4"))
+    wanted = sample(with_lora(plain, lora))
+    assert relative(sample(merged), wanted) < 0.5 * relative(sample(plain), wanted)
+
+
+def test_a_checkpoint_is_saved_with_its_vae(sample, tmp_path):
+    torch.manual_seed(0)
+    state = {f"model.diffusion_model.{k}": v for k, v in weights().items()}
+    state |= {f"first_stage_model.{k}": v for k, v in taesd.TAESD().state_dict().items()}
+    save_file(state, tmp_path / "checkpoint.safetensors")
+    model, _, vae = loading.load_checkpoint(
+        str(tmp_path / "checkpoint.safetensors"), Request("int8")
+    )
+    saving.save_model(model, tmp_path / "saved.safetensors", vae=vae)
+    again, _, other = loading.load_checkpoint(str(tmp_path / "saved.safetensors"), Request("int8"))
+    assert torch.equal(sample(again), sample(model))
+    picture = torch.rand(1, 32, 32, 3)
+    assert torch.equal(other.decode(other.encode(picture)), vae.decode(vae.encode(picture)))
+    core, _, _, _ = comfy_sd.load_checkpoint_guess_config(
+        str(tmp_path / "saved.safetensors"), output_clip=False
+    )
+    assert relative(sample(core), sample(model)) < 0.03
+
+
+def test_what_can_not_be_saved_is_refused_and_leaves_nothing(file, plain, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="not quantized by this pack"):
+        saving.save_model(plain, tmp_path / "saved.safetensors")
+    model = loading.load_diffusion_model(file, Request("nf4"))
+    full = type("Usage", (), {"free": 1000})()
+    monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: full)
+    with pytest.raises(OSError, match=r"0.00 GB free, the file takes"):
+        saving.save_model(model, tmp_path / "saved.safetensors")
+    monkeypatch.undo()
+    monkeypatch.setattr(saving.os, "replace", lambda *paths: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        saving.save_model(model, tmp_path / "saved.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def quantized_tensors() -> int:
+    """How many are alive in this process."""
+    gc.collect()
+    return sum(isinstance(o, loading.QuantizedTensor) for o in gc.get_objects())
+
+
+def test_an_interrupted_loading_leaves_nothing(file):
+    before = quantized_tensors()
+    management.interrupt_current_processing(True)
+    with pytest.raises(management.InterruptProcessingException):
+        loading.load_diffusion_model(file, Request("nf4"))
+    assert quantized_tensors() == before
+    loading.load_diffusion_model(file, Request("nf4"))
+
+
+def test_running_out_of_memory_leaves_nothing(file, monkeypatch):
+    form, before, calls = type(formats.get("nf4")), quantized_tensors(), []
+    quantize = form.quantize
+
+    def scarce(self, weight, *args, **kwargs):
+        calls.append(weight.shape)
+        if len(calls) > 5:
+            raise torch.OutOfMemoryError("out of memory")
+        return quantize(self, weight, *args, **kwargs)
+
+    monkeypatch.setattr(form, "quantize", scarce)
+    with pytest.raises(torch.OutOfMemoryError):
+        loading.load_diffusion_model(file, Request("nf4"))
+    monkeypatch.undo()
+    assert len(calls) > 5 and quantized_tensors() == before
+    loading.load_diffusion_model(file, Request("nf4"))
+
+
+@ALL
+def test_the_report_counts_every_weight(name, file):
+    model = loading.load_diffusion_model(file, Request(name))
+    rows = info.layer_rows(model.model.diffusion_model)
+    matrices = {k.removesuffix(".weight"): v for k, v in weights().items() if v.ndim >= 2}
+    matrices = {k: v for k, v in matrices.items() if k != "pos_embed"}
+    assert {r.name: r.weights for r in rows} == {k: v.numel() for k, v in matrices.items()}
+    measured = {r.name: r.error for r in rows if r.error is not None}
+    assert len(measured) == sum(loading.model_info(model)["quantized_layers"].values())
+    layers = dict(model.model.diffusion_model.named_modules())
+    for row in rows[4:7]:
+        wanted = matrices[row.name].float()
+        found = layers[row.name].weight.data.dequantize().float()
+        assert row.error == pytest.approx(relative(found, wanted), rel=0.02)
+    text = report.table(rows)
+    assert all(r.name in text for r in rows)
+    assert sum(r.nbytes for r in report.summary(rows)) == sum(r.nbytes for r in rows)
+    picture = chart.draw(rows, info.report_title(model))
+    assert picture.width == 1200 and len(picture.getcolors(100_000)) > 3
+
+
+def test_the_report_takes_models_that_others_quantized(plain, file, tmp_path):
+    model = loading.load_diffusion_model(file, Request("int8"))
+    saving.save_model(model, tmp_path / "saved.safetensors")
+    core = comfy_sd.load_diffusion_model(str(tmp_path / "saved.safetensors"))
+    kinds = {r.format for r in info.layer_rows(core.model.diffusion_model)}
+    assert "TensorWiseINT8Layout" in kinds
+    assert {r.format for r in info.layer_rows(plain.model.diffusion_model)} == {"float32"}
+    chart.draw([], "empty")

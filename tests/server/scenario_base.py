@@ -1,0 +1,122 @@
+"""What the loading scenarios share: ComfyUI and the pack in one process, small models, a sample."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+REPO = Path(__file__).resolve().parents[2]
+DEVICE = os.environ.get("QSCHED_TEST_DEVICE", "cpu")
+
+
+def _import_host():
+    """ComfyUI on DEVICE, and the pack's loading side under a package name of its own."""
+    importlib.import_module("comfy.cli_args").args.cpu = DEVICE == "cpu"
+    for name, folder in (("qsched_pack", REPO), ("qsched_pack.nodes", REPO / "nodes")):
+        package = types.ModuleType(name)
+        package.__path__ = [str(folder)]
+        sys.modules[name] = package
+    return importlib.import_module("qsched_pack.nodes.host_loading")
+
+
+loading = _import_host()
+comfy_sd = importlib.import_module("comfy.sd")
+comfy_sample = importlib.import_module("comfy.sample")
+management = importlib.import_module("comfy.model_management")
+demo = importlib.import_module("qsched_pack.demo.mmdit")
+taesd = importlib.import_module("qsched_pack.demo.taesd")
+formats = importlib.import_module("qsched_pack.qsched_core.formats")
+save_file = importlib.import_module("safetensors.torch").save_file
+
+Request = loading.Request
+LOAD_DEVICE = management.get_torch_device()
+NAMES = [n for n in formats.names() if formats.get(n).available(DEVICE) is None]
+# Relative distance of a 4-step sample to the unquantized model's, random weights.
+DISTANCE = {
+    "nf4": 0.17, "fp4": 0.2, "llm_int8": 0.015, "int8": 0.015, "int8_convrot": 0.02, "w4a8": 0.12,
+    "w4a8_convrot": 0.12, "w4a4": 0.4, "svdquant_w4a4": 0.3, "int3": 0.16, "int2": 0.27,
+}  # fmt: skip
+ALL = pytest.mark.parametrize("name", NAMES)
+
+
+def weights() -> dict[str, torch.Tensor]:
+    """A small SD3 with random weights, of the demo model's architecture."""
+    torch.manual_seed(0)
+    state = demo.MMDiT(depth=3).state_dict()
+    for key, value in state.items():
+        if (
+            "adaLN_modulation" in key
+            or key == "final_layer.linear.weight"
+            or (key.startswith("t_embedder") and value.ndim == 2)
+        ):
+            state[key] = torch.randn_like(value) * 0.1
+    narrow = state["context_embedder.weight"]
+    state["context_embedder.weight"] = torch.nn.functional.pad(narrow, (0, 4096 - narrow.shape[1]))
+    return {key: value.half() for key, value in state.items()}
+
+
+@pytest.fixture(scope="session")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "tiny.safetensors"
+    save_file(weights(), path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def plain(file):
+    return comfy_sd.load_diffusion_model(file)
+
+
+@pytest.fixture(scope="session")
+def conditioning():
+    torch.manual_seed(1)
+    return [[torch.randn(1, 77, 4096), {"pooled_output": torch.randn(1, 2048)}]]
+
+
+@pytest.fixture(scope="session")
+def sample(conditioning):
+    def run(model):
+        empty = torch.zeros(1, 16, 12, 12)
+        noise = comfy_sample.prepare_noise(empty, 3)
+        return comfy_sample.sample(
+            model, noise, 4, 1.0, "euler", "simple", conditioning, conditioning, empty,
+            seed=3, disable_pbar=True,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def lora():
+    torch.manual_seed(2)
+    return {
+        f"diffusion_model.{key.removesuffix('.weight')}.lora_{side}.weight": torch.randn(shape)
+        * 0.2
+        for key, value in weights().items()
+        if "joint_blocks" in key and key.endswith(".weight") and value.ndim == 2
+        for side, shape in (("A", (4, value.shape[1])), ("B", (value.shape[0], 4)))
+    }
+
+
+def with_lora(model, lora, strength=1.0):
+    return comfy_sd.load_lora_for_models(model, None, lora, strength, 0)[0]
+
+
+def relative(found, wanted) -> float:
+    return ((found - wanted).norm() / wanted.norm()).item()
+
+
+def state_bytes(model):
+    """The stored weights, bit for bit."""
+    state = model.model.diffusion_model.state_dict()
+    return {k: v.detach().cpu().flatten().view(torch.uint8).clone() for k, v in state.items()}
+
+
+def same_state(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
