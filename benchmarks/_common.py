@@ -19,16 +19,30 @@ from qsched_core.files import write_atomic
 
 @dataclass(frozen=True)
 class BenchRow:
-    """``ratio`` compares ``ours`` with ``other`` (medians of ``n`` runs, in ``unit``)."""
+    """``ratio`` compares ``ours`` with ``other`` (medians of ``n`` runs, in ``unit``).
+
+    ``bound`` is what the ratio has to reach, as ">= 3.75" or "<= 0.45", "" if nothing is promised.
+    ``skipped`` says why the row could not be measured here: its numbers are None then.
+    """
 
     id: str
     what: str
-    ours: float
-    other: float
-    ratio: float
+    ours: float | None
+    other: float | None
+    ratio: float | None
     unit: str
     n: int
     machine: str
+    bound: str = ""
+    skipped: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the ratio reaches the bound; None without either."""
+        if not self.bound or self.ratio is None:
+            return None
+        sign, limit = self.bound.split()
+        return self.ratio >= float(limit) if sign == ">=" else self.ratio <= float(limit)
 
 
 def machine() -> str:
@@ -54,18 +68,28 @@ def medians(ours: Callable[[], object], other: Callable[[], object], n: int) -> 
     return statistics.median(times[0]), statistics.median(times[1])
 
 
-def options(description: str | None) -> argparse.Namespace:
+def options(
+    description: str | None, runs: int = 15, groups: tuple[str, ...] = ()
+) -> argparse.Namespace:
+    """What the command line says; ``only`` names those of ``groups`` that are wanted."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--runs", type=int, default=15)
+    parser.add_argument("--runs", type=int, default=runs)
+    if groups:
+        parser.add_argument("--only", nargs="+", choices=groups, default=groups)
     return parser.parse_args()
 
 
 def report(rows: list[BenchRow], path: Path | None) -> None:
     for row in rows:
+        if row.skipped:
+            print(f"{row.id:28} skipped: {row.skipped}  {row.what}")
+            continue
+        verdict = {None: "", True: f", {row.bound} met", False: f", {row.bound} MISSED"}[row.met]
         print(
             f"{row.id:28} ours {row.ours:.4g} {row.unit}, other {row.other:.4g} {row.unit}, "
-            f"ratio {row.ratio:.3f} (n={row.n})  {row.what}"
+            f"ratio {row.ratio:.3f}{verdict} (n={row.n})  {row.what}"
         )
     if path is not None:
-        write_atomic(path, json.dumps([asdict(row) for row in rows], indent=1))
+        plain = [asdict(row) | {"met": row.met} for row in rows]
+        write_atomic(path, json.dumps(plain, indent=1))
