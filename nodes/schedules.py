@@ -120,7 +120,7 @@ class QSchedSaveSchedule(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, name, overwrite=False):
         try:
-            path = host.schedule_path(name, must_exist=False)
+            path = host.new_schedule_path(name)
         except ValueError as error:
             return str(error)
         if path.exists() and not overwrite:
@@ -129,7 +129,7 @@ class QSchedSaveSchedule(io.ComfyNode):
 
     @classmethod
     def execute(cls, schedule, name, overwrite=False) -> io.NodeOutput:
-        path = schedule.save(host.schedule_path(name, must_exist=False))
+        path = schedule.save(host.new_schedule_path(name))
         return io.NodeOutput(schedule, ui=ui.PreviewText(f"saved to {path}\n{schedule.describe()}"))
 
 
