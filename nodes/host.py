@@ -111,6 +111,30 @@ def sampling_facts(
     return sigmas[-(steps + 1) :], is_flow(sampling)
 
 
+def sigmas_of(
+    schedule: QSchedule | None, model, scheduler: str, steps: int, denoise: float
+) -> torch.Tensor:
+    """Sigmas [steps + 1] (CPU): the schedule's own, or with a model those of ``scheduler``.
+
+    ScheduleError if neither is given, or if what was asked for does not decrease.
+    """
+    if model is None:
+        if schedule is None:
+            raise ScheduleError("schedule and model are both missing; connect one of them")
+        if steps not in (0, schedule.steps):
+            raise ScheduleError(
+                f"steps={steps} needs a model: the schedule's own noise levels are {schedule.steps} "
+                "steps; connect a model, or set steps to 0"
+            )
+        sigmas = torch.tensor(schedule.tail(denoise))
+    elif steps == 0 and schedule is None:
+        raise ScheduleError("steps=0 needs a schedule, whose step count it is; set steps")
+    else:
+        sigmas, _ = sampling_facts(model, scheduler, steps or schedule.steps, denoise)
+    check_sigmas(sigmas)
+    return sigmas
+
+
 def make_sampler(
     schedule: QSchedule, solver: str, mode: str = "interpolate", node_id: str | None = None
 ):

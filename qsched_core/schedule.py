@@ -31,7 +31,7 @@ from .solvers import get_solver
 FORMAT = "qsched"
 VERSION = 1
 MODES = ("interpolate", "strict")
-EDITS = ("multiply", "add", "set")
+EDITS = ("add", "multiply", "set")
 # A correction in the file is {"kind": ..., fields of that kind}.
 KINDS = {"scalar": {"c_x", "c_eps"}}
 
@@ -178,16 +178,25 @@ class QSchedule:
                 )
         return ""
 
+    def tail(self, denoise: float) -> tuple[float, ...]:
+        """The sigmas of a partial denoise: those of the last ``denoise`` of the steps, rounded.
+
+        ScheduleError unless ``denoise`` is above 0 and at most 1; at least one step is left.
+        """
+        if not 0 < denoise <= 1:
+            raise ScheduleError(f"denoise={denoise:.6g} must be above 0 and at most 1")
+        return self.sigmas[-(max(1, round(self.steps * denoise)) + 1) :]
+
     def edited(
         self,
         step: int = 0,
         c_x: float | None = None,
         c_eps: float | None = None,
-        mode: str = "multiply",
+        mode: str = EDITS[0],
     ) -> QSchedule:
         """A copy with the coefficients of one step changed; step 0 is all of them.
 
-        ``step`` counts from 1.  ``mode`` "multiply" and "add" work on the coefficient that is
+        ``step`` counts from 1.  ``mode`` "add" and "multiply" work on the coefficient that is
         there, "set" replaces it; None leaves it.  The provenance then says that it was edited, and
         keeps what was measured with the original apart, under "original".  An edit that changes
         nothing gives the schedule itself.  ScheduleError names a step that is not there, and a
@@ -324,5 +333,6 @@ __all__ = [
     "Match",
     "QSchedule",
     "ScheduleError",
+    "check_coefficient",
     "linear_ramp",
 ]

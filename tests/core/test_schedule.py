@@ -77,10 +77,10 @@ LEARNED = {
 
 
 def test_an_edit_changes_one_step_or_all():
-    second = RAMPED.edited(2, c_x=1.02, c_eps=0.5)
+    second = RAMPED.edited(2, 1.02, 0.5, "multiply")
     assert second.c_x == (1.0, 1.1 * 1.02, 1.2, 1.3)
     assert second.c_eps == (0.9, 0.4, 0.7, 0.6)
-    every = RAMPED.edited(0, c_eps=0.01, mode="add")
+    every = RAMPED.edited(0, c_eps=0.01)
     assert every.c_eps == pytest.approx((0.91, 0.81, 0.71, 0.61))
     assert every.c_x == RAMPED.c_x
     assert RAMPED.edited(4, c_x=1.0, mode="set").c_x == (1.0, 1.1, 1.2, 1.0)
@@ -89,7 +89,7 @@ def test_an_edit_changes_one_step_or_all():
 
 def test_an_edited_schedule_claims_no_scores_of_its_own():
     learned = QSchedule(SIGMAS, RAMPED.c_x, RAMPED.c_eps, provenance=LEARNED)
-    twice = learned.edited(1, c_x=1.01).edited(2, c_x=1.0, c_eps=0.9)
+    twice = learned.edited(1, c_x=0.01).edited(2, c_x=1.0, c_eps=0.9, mode="multiply")
     facts = twice.provenance
     assert facts["source"] == "edit"
     assert facts["model"] == LEARNED["model"]  # it is still meant for that model
@@ -119,7 +119,7 @@ def test_a_provenance_that_only_looks_edited_is_kept_as_it_is():
     [
         ({"step": 5, "c_x": 1.1}, "step=5 is not in the schedule; choose 1 to 4"),
         ({"step": -1, "c_x": 1.1}, "step=-1"),
-        ({"step": 4, "c_x": 4.0}, "c_x of step 4=5.2"),
+        ({"step": 4, "c_x": 4.0, "mode": "multiply"}, "c_x of step 4=5.2"),
         ({"step": 0, "c_eps": -0.7, "mode": "add"}, "c_eps of step 1=0.2"),
         ({"step": 1, "c_x": 0.0, "mode": "set"}, "c_x of step 1=0"),
         ({"step": 1, "c_x": math.nan}, "nan"),
@@ -140,6 +140,20 @@ def test_an_edit_gives_a_valid_schedule_or_a_schedule_error(schedule, step, valu
         return
     assert edited.c_eps == schedule.c_eps
     assert QSchedule.from_json(edited.to_json()) == edited
+
+
+@pytest.mark.parametrize(
+    ("denoise", "kept"), [(1.0, 4), (0.9, 4), (0.75, 3), (0.5, 2), (0.6, 2), (0.01, 1)]
+)
+def test_a_tail_is_the_end_of_the_trajectory(denoise, kept):
+    assert RAMPED.tail(denoise) == SIGMAS[4 - kept :]
+    assert RAMPED.at(RAMPED.tail(denoise), "strict").correction.c_x == RAMPED.c_x[4 - kept :]
+
+
+@pytest.mark.parametrize("denoise", [0, -1, 1.01, math.nan])
+def test_a_tail_of_nothing_is_refused(denoise):
+    with pytest.raises(ScheduleError, match="denoise="):
+        RAMPED.tail(denoise)
 
 
 def test_saving_leaves_only_the_file(tmp_path):

@@ -198,6 +198,6 @@ def test_lists_of_numbers_stay_on_one_line():
 
 @given(st.dictionaries(st.text(st.characters(exclude_categories=("Cs",))), plain))
 def test_provenance_comes_back_as_it_was(facts):
-    schedule = QSchedule.identity((1.0, 0.0)).edited(1, c_x=1.1)
+    schedule = QSchedule.identity((1.0, 0.0)).edited(1, c_x=0.1)
     schedule = QSchedule(schedule.sigmas, schedule.c_x, schedule.c_eps, provenance=facts)
     assert QSchedule.from_json(schedule.to_json()).provenance == facts
