@@ -9,7 +9,7 @@ from comfy_api.latest import ComfyExtension, io
 
 logger = logging.getLogger(__name__)
 
-FAMILIES = ("loading", "sampling", "schedules", "calibration", "evaluation")
+FAMILIES = ("loading", "sampling", "schedules", "sharing", "calibration", "evaluation")
 
 
 class QSchedExtension(ComfyExtension):

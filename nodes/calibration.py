@@ -34,6 +34,7 @@ from ..qsched_core.search.report import Sample, report_picture, report_text, typ
 from ..qsched_core.search.strategies import STRATEGIES
 from ..qsched_core.solvers import SOLVERS
 from . import host, host_scoring
+from .pictures import as_tensor
 from .types import Objective, Prompts, Schedule
 
 SOURCES = ("bundled", "text")
@@ -80,11 +81,6 @@ def objective_and_runner(
         width=width, height=height,
     )  # fmt: skip
     return sigmas, flow, runner
-
-
-def as_tensor(picture: Image.Image) -> torch.Tensor:
-    """A PIL picture as an IMAGE [1, height, width, 3]."""
-    return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)[None]
 
 
 class QSchedCalibrationPrompts(io.ComfyNode):

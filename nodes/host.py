@@ -16,6 +16,7 @@ import folder_paths
 import latent_preview
 import torch
 
+from ..qsched_core.files import safe_name
 from ..qsched_core.precondition import ScalarCorrection
 from ..qsched_core.prompts import PromptSet
 from ..qsched_core.rollout import rollout
@@ -35,22 +36,36 @@ def register_folders() -> None:
 
 
 def schedule_files() -> list[str]:
-    return [n for n in folder_paths.get_filename_list(SCHEDULE_FOLDER) if n.endswith(".json")]
+    """Schedules in every folder registered for them, by their path inside it."""
+    names = folder_paths.get_filename_list(SCHEDULE_FOLDER)
+    return [name for name in names if name.lower().endswith(".json")]
 
 
-def schedule_path(name: str, must_exist: bool = True) -> Path:
-    """Where the schedule file ``name`` is, or will be; ScheduleError if it lies elsewhere."""
-    if must_exist:
-        found = folder_paths.get_full_path(SCHEDULE_FOLDER, name)
-        if found is None:
-            raise ScheduleError(
-                f"schedule={name!r} is not in models/{SCHEDULE_FOLDER}; refresh the list, or copy it there"
-            )
-        return Path(found)
+def schedule_path(name: str) -> Path:
+    """Where the schedule file ``name`` is; ScheduleError if there is none."""
+    found = folder_paths.get_full_path(SCHEDULE_FOLDER, name)
+    if found is None:  # a workflow may come from Windows
+        found = folder_paths.get_full_path(SCHEDULE_FOLDER, name.replace("\\", "/"))
+    if found is None or not found.lower().endswith(".json"):
+        raise ScheduleError(
+            f"schedule_name={name[:80]!r} is no schedule in models/{SCHEDULE_FOLDER}; refresh the "
+            "list, or copy the file there"
+        )
+    return Path(found)
+
+
+def new_schedule_path(name: str) -> Path:
+    """Where a schedule called ``name`` is saved: the first folder that is registered.
+
+    ScheduleError for a name that could leave it, or that not every system can hold.
+    """
     root = Path(folder_paths.get_folder_paths(SCHEDULE_FOLDER)[0]).resolve()
-    path = (root / name).with_suffix(".json").resolve()
-    if not path.is_relative_to(root) or path.parent == path or not Path(name).name:
-        raise ScheduleError(f"name={name!r} must stay inside models/{SCHEDULE_FOLDER}")
+    try:
+        path = (root / safe_name(name)).resolve()
+    except (ValueError, OSError) as error:
+        raise ScheduleError(str(error)) from None
+    if not path.is_relative_to(root):  # through a link
+        raise ScheduleError(f"name={name!r} must stay inside {root}")
     return path
 
 
@@ -94,6 +109,30 @@ def sampling_facts(
     total = steps if denoise > 0.9999 else int(steps / denoise)
     sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, total).cpu()
     return sigmas[-(steps + 1) :], is_flow(sampling)
+
+
+def sigmas_of(
+    schedule: QSchedule | None, model, scheduler: str, steps: int, denoise: float
+) -> torch.Tensor:
+    """Sigmas [steps + 1] (CPU): the schedule's own, or with a model those of ``scheduler``.
+
+    ScheduleError if neither is given, or if what was asked for does not decrease.
+    """
+    if model is None:
+        if schedule is None:
+            raise ScheduleError("schedule and model are both missing; connect one of them")
+        if steps not in (0, schedule.steps):
+            raise ScheduleError(
+                f"steps={steps} needs a model: the schedule's own noise levels are {schedule.steps} "
+                "steps; connect a model, or set steps to 0"
+            )
+        sigmas = torch.tensor(schedule.tail(denoise))
+    elif steps == 0 and schedule is None:
+        raise ScheduleError("steps=0 needs a schedule, whose step count it is; set steps")
+    else:
+        sigmas, _ = sampling_facts(model, scheduler, steps or schedule.steps, denoise)
+    check_sigmas(sigmas)
+    return sigmas
 
 
 def make_sampler(

@@ -1,12 +1,21 @@
-"""Schedule nodes: make, load and save the coefficients."""
+"""Schedule nodes: make, load, save and edit the coefficients, and their noise levels."""
 
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 from comfy_api.latest import io, ui
 
-from ..qsched_core.schedule import MAX_COEFFICIENT, MIN_COEFFICIENT, QSchedule
+from ..qsched_core.schedule import (
+    EDITS,
+    MAX_COEFFICIENT,
+    MAX_STEPS,
+    MIN_COEFFICIENT,
+    QSchedule,
+    ScheduleError,
+    check_coefficient,
+)
 from ..qsched_core.solvers import SOLVERS
 from . import host
 from .types import Schedule
@@ -80,7 +89,9 @@ class QSchedLoadSchedule(io.ComfyNode):
         return hashlib.sha256(host.schedule_path(schedule_name).read_bytes()).hexdigest()
 
     @classmethod
-    def validate_inputs(cls, schedule_name):
+    def validate_inputs(cls, schedule_name=None):
+        if schedule_name is None:  # wired: checked when it runs
+            return True
         try:
             QSchedule.load(host.schedule_path(schedule_name))
         except (ValueError, OSError) as error:
@@ -118,19 +129,156 @@ class QSchedSaveSchedule(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, name, overwrite=False):
+    def validate_inputs(cls, name=None, overwrite=False):
+        if name is None or overwrite is None:  # wired: checked when it runs
+            return True
         try:
-            path = host.schedule_path(name, must_exist=False)
-        except ValueError as error:
+            path = host.new_schedule_path(name)
+        except ScheduleError as error:
             return str(error)
-        if path.exists() and not overwrite:
-            return f"name={name!r}: {path} exists; choose another name, or set overwrite"
-        return True
+        return True if overwrite or not path.exists() else _exists(name, path)
 
     @classmethod
     def execute(cls, schedule, name, overwrite=False) -> io.NodeOutput:
-        path = schedule.save(host.schedule_path(name, must_exist=False))
+        path = host.new_schedule_path(name)
+        try:
+            schedule.save(path, overwrite)
+        except FileExistsError:
+            raise ScheduleError(_exists(name, path)) from None
         return io.NodeOutput(schedule, ui=ui.PreviewText(f"saved to {path}\n{schedule.describe()}"))
 
 
-NODES = (QSchedRamp, QSchedLoadSchedule, QSchedSaveSchedule)
+def _exists(name: str, path: Path) -> str:
+    return f"name={name!r}: {path} exists; choose another name, or set overwrite"
+
+
+class QSchedEditSchedule(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="QSchedEditSchedule",
+            display_name="Edit Schedule",
+            category="QSched/schedules",
+            description=(
+                "Nudge the coefficients of one step, or of all. The result says that it was edited: "
+                "scores that were measured are the original's."
+            ),
+            inputs=[
+                Schedule.Input("schedule"),
+                io.Int.Input(
+                    "step",
+                    default=1,
+                    min=0,
+                    max=MAX_STEPS,
+                    tooltip="1 is the first; 0 is all steps.",
+                ),
+                io.Combo.Input(
+                    "mode", options=list(EDITS), tooltip="What is done with the two numbers below."
+                ),
+                _change_input("c_x"),
+                _change_input("c_eps"),
+            ],
+            outputs=[Schedule.Output(display_name="schedule")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, mode=None, c_x=None, c_eps=None):
+        if mode is not None and mode not in EDITS:
+            return f"mode={mode!r} is unknown; choose one of {', '.join(EDITS)}"
+        try:
+            for name, value in (("c_x", c_x), ("c_eps", c_eps)):
+                if mode == "set" and value:
+                    check_coefficient(name, value)
+        except ScheduleError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, schedule, step, mode, c_x, c_eps) -> io.NodeOutput:
+        edited = schedule.edited(step, c_x or None, c_eps or None, mode)
+        return io.NodeOutput(edited, ui=ui.PreviewText(edited.describe()))
+
+
+def _change_input(name: str):
+    return io.Float.Input(
+        name,
+        default=0.0,
+        min=-MAX_COEFFICIENT,
+        max=MAX_COEFFICIENT,
+        step=0.001,
+        round=False,
+        tooltip=f"Is added to {name}, multiplies it, or takes its place. 0 leaves {name} as it is.",
+    )
+
+
+class QSchedSigmas(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="QSchedSigmas",
+            display_name="Q-Sched Sigmas",
+            category="QSched/schedules",
+            description=(
+                "Noise levels for SamplerCustom and SamplerCustomAdvanced: the schedule's own, or, "
+                "with a model, those of any scheduler."
+            ),
+            inputs=[
+                Schedule.Input(
+                    "schedule",
+                    optional=True,
+                    tooltip="Its own noise levels, unless a model is given.",
+                ),
+                io.Model.Input(
+                    "model", optional=True, tooltip="Then the scheduler gives the noise levels."
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=list(host.SCHEDULERS),
+                    default="simple",
+                    optional=True,
+                    tooltip="Used with a model.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=0,
+                    min=0,
+                    max=MAX_STEPS,
+                    optional=True,
+                    tooltip="Used with a model; 0 is as many as the schedule has.",
+                ),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip=(
+                        "Below 1 the trajectory is entered in its middle. With a model as in "
+                        "BasicScheduler; else the schedule's last steps x denoise steps are given."
+                    ),
+                ),
+            ],
+            outputs=[io.Sigmas.Output()],
+        )
+
+    @classmethod
+    def validate_inputs(cls, denoise=None):
+        if denoise is None or 0 < denoise <= 1:
+            return True
+        return f"denoise={denoise} must be above 0 and at most 1; 1 denoises fully"
+
+    @classmethod
+    def execute(
+        cls, schedule=None, model=None, scheduler="simple", steps=0, denoise=1.0
+    ) -> io.NodeOutput:
+        return io.NodeOutput(host.sigmas_of(schedule, model, scheduler, steps, denoise))
+
+
+NODES = (
+    QSchedRamp,
+    QSchedLoadSchedule,
+    QSchedSaveSchedule,
+    QSchedEditSchedule,
+    QSchedSigmas,
+)

@@ -6,44 +6,34 @@ to step numbers, so a schedule can serve a partial denoise or another step count
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from . import schedule_json
 from .files import write_atomic
 from .precondition import ScalarCorrection
-from .solvers import get_solver, log_snr
+from .schedule_checks import (
+    MAX_COEFFICIENT,
+    MAX_STEPS,
+    MIN_COEFFICIENT,
+    ScheduleError,
+    check_coefficient,
+    check_falling,
+    numbers,
+    plain_json,
+    shown,
+)
+from .schedule_match import SIGMA_TOLERANCE, Place, places
+from .solvers import get_solver
 
 FORMAT = "qsched"
 VERSION = 1
-MIN_COEFFICIENT, MAX_COEFFICIENT = 0.25, 4.0
-MAX_STEPS = 1000
-SIGMA_TOLERANCE = 1e-3  # relative: schedulers differ in the last digits between devices
-# log-SNR is infinite at the ends of a flow; coefficients are interpolated inside this range
-_SNR_RANGE = (-12.0, 12.0)
 MODES = ("interpolate", "strict")
-
-
-class ScheduleError(ValueError):
-    """A schedule, or a request to it, that can not be used; the message says how to mend it."""
-
-
-def _numbers(name: str, values: Any) -> tuple[float, ...]:
-    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Sequence):
-        raise ScheduleError(f"{name}={values!r} must be a list of numbers")
-    for position, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ScheduleError(f"{name}[{position}]={value!r} must be a number")
-        try:
-            finite = math.isfinite(value)
-        except OverflowError:
-            finite = False
-        if not finite:
-            raise ScheduleError(f"{name}[{position}]={value!r} must be finite")
-    return tuple(float(value) for value in values)
+EDITS = ("add", "multiply", "set")
+# A correction in the file is {"kind": ..., fields of that kind}.
+KINDS = {"scalar": {"c_x", "c_eps"}}
 
 
 @dataclass(frozen=True)
@@ -72,45 +62,32 @@ class QSchedule:
 
     def __post_init__(self):
         for name in ("sigmas", "c_x", "c_eps"):
-            object.__setattr__(self, name, _numbers(name, getattr(self, name)))
-        steps = len(self.sigmas) - 1
-        if not 1 <= steps <= MAX_STEPS:
-            raise ScheduleError(
-                f"sigmas has {len(self.sigmas)} values; give 2 to {MAX_STEPS + 1}, one more than steps"
-            )
+            object.__setattr__(self, name, numbers(name, getattr(self, name)))
+        check_falling(self.sigmas)
         for name in ("c_x", "c_eps"):
             values = getattr(self, name)
-            if len(values) != steps:
+            if len(values) != self.steps:
                 raise ScheduleError(
-                    f"{name} has {len(values)} values for {steps} steps; give one a step"
+                    f"{name} has {len(values)} values for {self.steps} steps; give one a step"
                 )
             for position, value in enumerate(values):
-                if not MIN_COEFFICIENT <= value <= MAX_COEFFICIENT:
-                    raise ScheduleError(
-                        f"{name}[{position}]={value} is outside [{MIN_COEFFICIENT}, {MAX_COEFFICIENT}]; "
-                        "useful coefficients are near 1"
-                    )
-        if any(b >= a for a, b in zip(self.sigmas, self.sigmas[1:], strict=False)):
-            raise ScheduleError(f"sigmas={list(self.sigmas)} must decrease at every step")
-        if self.sigmas[-1] < 0:
-            raise ScheduleError(f"sigmas ends at {self.sigmas[-1]}; it may not fall below 0")
+                check_coefficient(f"{name}[{position}]", value)
         if not isinstance(self.flow, bool):
-            raise ScheduleError(f"flow={self.flow!r} must be true or false")
+            raise ScheduleError(f"flow={shown(self.flow)} must be true or false")
         if self.flow and self.sigmas[0] > 1 + SIGMA_TOLERANCE:
             raise ScheduleError(
-                f"sigmas starts at {self.sigmas[0]}; a flow model's sigma is at most 1"
+                f"sigmas starts at {self.sigmas[0]:.6g}; a flow model's sigma is at most 1"
             )
+        if not isinstance(self.solver, str):
+            raise ScheduleError(f"solver={shown(self.solver)} must be a solver's name")
         try:
             get_solver(self.solver)
-        except (ValueError, TypeError) as error:
-            raise ScheduleError(str(error)) from None
+        except ValueError as error:
+            known = str(error).partition("; ")[2]
+            raise ScheduleError(f"solver={shown(self.solver)} is unknown; {known}") from None
         if not isinstance(self.provenance, Mapping):
-            raise ScheduleError(f"provenance={self.provenance!r} must be an object")
-        try:
-            plain = json.loads(json.dumps(dict(self.provenance), allow_nan=False))
-        except (TypeError, ValueError, RecursionError) as error:
-            raise ScheduleError(f"provenance must be plain JSON: {error}") from None
-        object.__setattr__(self, "provenance", plain)
+            raise ScheduleError(f"provenance={shown(self.provenance)} must be an object")
+        object.__setattr__(self, "provenance", plain_json("provenance", self.provenance))
 
     def __hash__(self):
         return hash((self.sigmas, self.c_x, self.c_eps, self.solver, self.flow))
@@ -160,48 +137,98 @@ class QSchedule:
         """Coefficients for the trajectory ``sigmas`` [m + 1].
 
         A sigma that was learned (to a relative 1e-3) gets its own coefficients; any other is
-        interpolated linearly in log-SNR (held constant beyond the ends), or refused with
-        ScheduleError in mode "strict".
+        interpolated linearly in log-SNR (held constant beyond the ends) and the match's note says
+        so.  The note also tells of steps that begin at a learned sigma and go to another one than
+        they were learned for, as another step count makes them.  ScheduleError for either in mode
+        "strict", and for sigmas that do not decrease.
         """
         if mode not in MODES:
-            raise ScheduleError(f"mode={mode!r} is unknown; choose one of {', '.join(MODES)}")
-        positions = [self._position(float(sigma)) for sigma in sigmas[:-1]]
-        foreign = [i for i, position in enumerate(positions) if position != int(position)]
-        if foreign and mode == "strict":
+            raise ScheduleError(f"mode={shown(mode)} is unknown; choose one of {', '.join(MODES)}")
+        sigmas = numbers("sigmas", list(sigmas))
+        check_falling(sigmas)
+        found = places(sigmas[:-1], self.sigmas[:-1], self.flow)
+        note = self._foreign(sigmas, found) or self._other_steps(sigmas, found)
+        if note and mode == "strict":
+            raise ScheduleError(f"{note}; calibrate for these sigmas, or set mode to 'interpolate'")
+        correction = ScalarCorrection(
+            tuple(place.pick(self.c_x) for place in found),
+            tuple(place.pick(self.c_eps) for place in found),
+        )
+        return Match(correction, note)
+
+    def _foreign(self, sigmas: Sequence[float], found: Sequence[Place]) -> str:
+        """What is said of sigmas that were not learned; empty if all were."""
+        foreign = [s for s, place in zip(sigmas, found, strict=False) if not place.learned]
+        if not foreign:
+            return ""
+        known = f"the schedule has {_count(self.steps)} at sigma {_listed(self.sigmas[:-1])}"
+        return (
+            f"{len(foreign)} of {_count(len(found))} have a sigma that was not learned "
+            f"(sigma={_listed(foreign)}; {known}); their coefficients are interpolated in log-SNR"
+        )
+
+    def _other_steps(self, sigmas: Sequence[float], found: Sequence[Place]) -> str:
+        """What is said of learned sigmas from which another step is made; empty if none is."""
+        for i, place in enumerate(found):
+            end, learned = sigmas[i + 1], self.sigmas[place.index + 1]
+            if abs(end - learned) > SIGMA_TOLERANCE * sigmas[i]:
+                return (
+                    f"step {i + 1} of {len(found)} goes from sigma {sigmas[i]:.4g} to {end:.4g}, "
+                    f"and was learned to {learned:.4g} (the schedule has {_count(self.steps)})"
+                )
+        return ""
+
+    def tail(self, denoise: float) -> tuple[float, ...]:
+        """The sigmas of a partial denoise: those of the last ``denoise`` of the steps, rounded.
+
+        ScheduleError unless ``denoise`` is above 0 and at most 1; at least one step is left.
+        """
+        if not 0 < denoise <= 1:
+            raise ScheduleError(f"denoise={denoise:.6g} must be above 0 and at most 1")
+        return self.sigmas[-(max(1, round(self.steps * denoise)) + 1) :]
+
+    def edited(
+        self,
+        step: int = 0,
+        c_x: float | None = None,
+        c_eps: float | None = None,
+        mode: str = EDITS[0],
+    ) -> QSchedule:
+        """A copy with the coefficients of one step changed; step 0 is all of them.
+
+        ``step`` counts from 1.  ``mode`` "add" and "multiply" work on the coefficient that is
+        there, "set" replaces it; None leaves it.  The provenance then says that it was edited, and
+        keeps what was measured with the original apart, under "original".  An edit that changes
+        nothing gives the schedule itself.  ScheduleError names a step that is not there, and a
+        coefficient that would leave [0.25, 4].
+        """
+        if mode not in EDITS:
+            raise ScheduleError(f"mode={shown(mode)} is unknown; choose one of {', '.join(EDITS)}")
+        if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= self.steps:
             raise ScheduleError(
-                f"sigma={float(sigmas[foreign[0]]):.4g} (step {foreign[0] + 1} of {len(positions)}) was "
-                f"not learned; this schedule has {self.steps} steps at sigma "
-                f"{', '.join(f'{s:.4g}' for s in self.sigmas[:-1])}; retune, or set mode to 'interpolate'"
+                f"step={shown(step)} is not in the schedule; choose 1 to {self.steps}, or 0 for all"
             )
-        note = ""
-        if foreign:
-            note = (
-                f"{len(foreign)} of {len(positions)} steps have a sigma that was not learned "
-                f"(the schedule has {self.steps} steps); their coefficients are interpolated in log-SNR"
-            )
+        changed = {}
+        for name, value in (("c_x", c_x), ("c_eps", c_eps)):
+            column = list(getattr(self, name))
+            chosen = range(self.steps) if step == 0 else (step - 1,)
+            for i in chosen if value is not None else ():
+                column[i] = _edit(f"{name} of step {i + 1}", column[i], mode, value)
+            changed[name] = tuple(column)
+        if changed == {"c_x": self.c_x, "c_eps": self.c_eps}:
+            return self
+        edit = {"step": step, "mode": mode, "c_x": c_x, "c_eps": c_eps}
+        return replace(self, **changed, provenance=self._edited_provenance(edit))
 
-        def pick(values: tuple[float, ...]) -> tuple[float, ...]:
-            return tuple(_interpolate(values, position) for position in positions)
-
-        return Match(ScalarCorrection(pick(self.c_x), pick(self.c_eps)), note)
-
-    def _position(self, sigma: float) -> float:
-        """Where ``sigma`` lies among the learned ones: a whole number at one of them."""
-        known = self.sigmas[:-1]
-        for index, value in enumerate(known):
-            if math.isclose(sigma, value, rel_tol=SIGMA_TOLERANCE):
-                return float(index)
-        target = self._log_snr(sigma)
-        if target < self._log_snr(known[0]):
-            return 1e-9  # held at the first value, yet told apart from a match
-        for index in range(len(known) - 1):
-            low, high = self._log_snr(known[index]), self._log_snr(known[index + 1])
-            if target < high:
-                return index + min(max((target - low) / (high - low), 1e-9), 1 - 1e-9)
-        return len(known) - 1 + 1e-9
-
-    def _log_snr(self, sigma: float) -> float:
-        return min(max(log_snr(sigma, self.flow), _SNR_RANGE[0]), _SNR_RANGE[1])
+    def _edited_provenance(self, edit: dict[str, Any]) -> dict[str, Any]:
+        """Still for the same model and sampling; scores and verdict are the original's."""
+        facts = self.provenance
+        kept = {key: facts[key] for key in ("model", "sampling") if key in facts}
+        edits, original = facts.get("edits"), facts.get("original")
+        if not isinstance(edits, list) or not isinstance(original, dict):  # the first edit
+            edits = []
+            original = {"c_x": self.c_x, "c_eps": self.c_eps, "provenance": facts}
+        return {"source": "edit", **kept, "edits": [*edits, edit], "original": original}
 
     def to_json(self) -> str:
         """Versioned JSON text; :meth:`from_json` gives an equal schedule back."""
@@ -212,51 +239,55 @@ class QSchedule:
             "flow": self.flow,
             "sigmas": list(self.sigmas),
             "correction": {"kind": "scalar", "c_x": list(self.c_x), "c_eps": list(self.c_eps)},
-            "provenance": dict(self.provenance),
+            "provenance": self.provenance,
         }
-        return json.dumps(content, indent=2, allow_nan=False)
+        return schedule_json.dump(content)
 
     @classmethod
     def from_json(cls, text: str) -> QSchedule:
         """Parse :meth:`to_json`'s text; ScheduleError names what is wrong with anything else."""
-        try:
-            content = json.loads(text)
-        except (ValueError, TypeError, RecursionError) as error:
-            raise ScheduleError(f"not a schedule: the text is not valid JSON ({error})") from None
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
+        content = schedule_json.parse(text)
+        if content.get("format") != FORMAT:
             raise ScheduleError(f'not a schedule: an object with "format": "{FORMAT}" is needed')
         version = content.get("version")
-        if isinstance(version, bool) or version != VERSION:
+        if type(version) is not int or version != VERSION:
             raise ScheduleError(
-                f"version={version!r} is not known here (this reads version {VERSION}); update the nodes"
+                f"version={shown(version)} is not known here (this reads version {VERSION}); "
+                "update the nodes"
             )
-        correction = content.get("correction")
+        fields = {"format", "version", "solver", "flow", "sigmas", "correction"}
+        schedule_json.take(content, "the schedule", fields, {"provenance"})
+        correction = content["correction"]
         kind = correction.get("kind") if isinstance(correction, dict) else None
-        if kind != "scalar":
+        if not isinstance(kind, str) or kind not in KINDS:
             raise ScheduleError(
-                f"correction kind={kind!r} is not known here; 'scalar' is; update the nodes"
+                f"correction kind={shown(kind)} is not known here; choose one of "
+                f"{', '.join(KINDS)}, or update the nodes"
             )
-        for name, holder in (("sigmas", content), ("c_x", correction), ("c_eps", correction)):
-            if name not in holder:
-                raise ScheduleError(f"{name} is missing from the schedule")
+        schedule_json.take(correction, "the correction", {"kind", *KINDS[kind]}, set())
         return cls(
             content["sigmas"],
             correction["c_x"],
             correction["c_eps"],
-            content.get("solver"),
-            content.get("flow"),
+            content["solver"],
+            content["flow"],
             content.get("provenance", {}),
         )
 
-    def save(self, path: str | Path) -> Path:
-        """Write the JSON atomically; OSError leaves no partial file."""
-        return write_atomic(path, self.to_json())
+    def save(self, path: str | Path, overwrite: bool = True) -> Path:
+        """Write the JSON atomically; OSError leaves no partial file.
+
+        FileExistsError if ``path`` is there and ``overwrite`` is False.
+        """
+        return write_atomic(path, self.to_json() + "\n", overwrite)
 
     @classmethod
     def load(cls, path: str | Path) -> QSchedule:
         """Read a schedule file; ScheduleError names the file and what is wrong with it."""
+        limit = 4 * schedule_json.MAX_TEXT  # bytes of UTF-8
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+            with open(path, "rb") as file:
+                return cls.from_json(file.read(limit + 1).decode())
         except (ScheduleError, UnicodeDecodeError) as error:
             raise ScheduleError(f"{path}: {error}") from None
 
@@ -279,12 +310,29 @@ def linear_ramp(start: float, end: float, steps: int) -> tuple[float, ...]:
     return tuple(start + (end - start) * i / (steps - 1) for i in range(steps))
 
 
-def _interpolate(values: tuple[float, ...], position: float) -> float:
-    index = int(position)
-    share = position - index
-    if share == 0 or index + 1 >= len(values):
-        return values[index]
-    return values[index] + (values[index + 1] - values[index]) * share
+def _edit(name: str, value: float, mode: str, by: float) -> float:
+    (by,) = numbers(f"the change of {name}", [by])
+    after = {"multiply": value * by, "add": value + by, "set": by}[mode]
+    check_coefficient(name, after)
+    return after
 
 
-__all__ = ["Match", "QSchedule", "ScheduleError", "linear_ramp"]
+def _count(steps: int) -> str:
+    return f"{steps} step" if steps == 1 else f"{steps} steps"
+
+
+def _listed(values: Sequence[float], most: int = 8) -> str:
+    text = ", ".join(f"{value:.4g}" for value in values[:most])
+    return text if len(values) <= most else f"{text}, ... {values[-1]:.4g}"
+
+
+__all__ = [
+    "MAX_COEFFICIENT",
+    "MAX_STEPS",
+    "MIN_COEFFICIENT",
+    "Match",
+    "QSchedule",
+    "ScheduleError",
+    "check_coefficient",
+    "linear_ramp",
+]

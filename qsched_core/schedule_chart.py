@@ -1,0 +1,266 @@
+"""A schedule as one picture: coefficients over the steps, every number, and where they come from.
+
+PIL alone.  Dark on an opaque light ground, so that it reads the same in a light and a dark page.
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+from . import schedule_summary
+from .schedule import MAX_COEFFICIENT, MIN_COEFFICIENT, QSchedule
+from .schedule_summary import Score
+
+WIDTH, MARGIN, LEFT = 1200, 40, 150
+PAPER, INK, GREY, FAINT = "#fbfbf9", "#1d1f21", "#5f656e", "#d5d8dc"
+C_X, C_EPS, SIGMA, GOOD = "#1f5fae", "#b54e08", "#b9c0c9", "#1c7a4f"
+PLOT, BARS, ROW = 380, 90, 34
+MAX_COLUMNS = 16
+_SCALE = 2  # drawn larger and reduced: PIL's lines have no antialiasing
+
+
+def draw(schedule: QSchedule) -> Image.Image:
+    """RGB picture, 1200 pixels wide; with more than 16 steps the table shows some of them."""
+    facts, scores = schedule_summary.facts(schedule), schedule_summary.scores(schedule)
+    pen = _Pen(3000)
+    y = _head(pen, schedule)
+    y = _plot(pen, y, schedule)
+    y = _table(pen, y, schedule)
+    y = _facts(pen, y + 26, facts)
+    if scores:
+        y = _scores(pen, y + 18, scores)
+    return pen.finish(math.ceil(y + MARGIN))
+
+
+class _Pen:
+    """Draws in pixels of the finished picture."""
+
+    def __init__(self, height: int):
+        self.image = Image.new("RGB", (WIDTH * _SCALE, height * _SCALE), PAPER)
+        self.draw = ImageDraw.Draw(self.image)
+
+    def finish(self, height: int) -> Image.Image:
+        used = self.image.crop((0, 0, WIDTH * _SCALE, height * _SCALE))
+        picture = used.resize((WIDTH, height), Image.Resampling.LANCZOS)
+        ImageDraw.Draw(picture).rectangle((0, 0, WIDTH - 1, height - 1), outline=FAINT)
+        return picture
+
+    def text(self, x, y, text: str, color=INK, size: int = 20, anchor: str = "lm") -> None:
+        self.draw.text((x * _SCALE, y * _SCALE), _latin(text), color, _font(size), anchor)
+
+    def width(self, text: str, size: int = 20) -> float:
+        return self.draw.textlength(_latin(text), _font(size)) / _SCALE
+
+    def line(self, points: Sequence[tuple[float, float]], color=INK, width: float = 1) -> None:
+        scaled = [(x * _SCALE, y * _SCALE) for x, y in points]
+        self.draw.line(scaled, color, round(width * _SCALE), joint="curve")
+
+    def dashes(self, x0: float, x1: float, y: float, color=GREY) -> None:
+        for x in range(round(x0), round(x1), 10):
+            self.line([(x, y), (min(x + 5, x1), y)], color, 1.5)
+
+    def bar(self, x0: float, y0: float, x1: float, y1: float, color) -> None:
+        self.draw.rectangle([v * _SCALE for v in (x0, y0, x1, y1)], color)
+
+    def dot(self, x: float, y: float, color, square: bool = False, radius: float = 7) -> None:
+        box = [v * _SCALE for v in (x - radius, y - radius, x + radius, y + radius)]
+        shape = self.draw.rectangle if square else self.draw.ellipse
+        shape(box, color, PAPER, _SCALE * 2)
+
+    def wrap(self, text: str, width: float, size: int = 20, most: int = 3) -> list[str]:
+        """Lines no wider than ``width``; words that are longer are broken."""
+        lines = [""]
+        for word in text.split():
+            longer = f"{lines[-1]} {word}".strip()
+            if self.width(longer, size) <= width:
+                lines[-1] = longer
+                continue
+            if lines[-1]:
+                lines.append("")
+            for letter in word:
+                if self.width(lines[-1] + letter, size) > width:
+                    lines.append("")
+                lines[-1] += letter
+        return lines if len(lines) <= most else [*lines[: most - 1], f"{lines[most - 1][:-3]}..."]
+
+
+def _font(size: int):
+    return ImageFont.load_default(size=size * _SCALE)
+
+
+def _latin(text: str) -> str:
+    """Accents are dropped, other scripts become '?': PIL's own font has ASCII alone."""
+    return unicodedata.normalize("NFKD", text).encode("ascii", "replace").decode()
+
+
+def _head(pen: _Pen, schedule: QSchedule) -> float:
+    pen.text(MARGIN, MARGIN + 8, "Q-Sched schedule", size=34)
+    pen.text(MARGIN, MARGIN + 50, schedule_summary.title(schedule), GREY, 22)
+    right = WIDTH - MARGIN
+    if schedule_summary.original(schedule) is not None:
+        pen.text(right, MARGIN + 50, "thin: before the edits", GREY, 18, "rm")
+        right -= pen.width("thin: before the edits", 18) + 40
+    for name, color, square in (("c_eps", C_EPS, True), ("c_x", C_X, False)):
+        right -= pen.width(name, 22)
+        pen.text(right, MARGIN + 50, name, color, 22)
+        pen.dot(right - 16, MARGIN + 50, color, square)
+        right -= 60
+    if schedule.is_identity:
+        text = "all coefficients are 1: the base solver"
+        pen.text(WIDTH - MARGIN, MARGIN + 8, text, GOOD, 22, "rm")
+    return MARGIN + 84
+
+
+def _columns(schedule: QSchedule) -> list[float]:
+    """The x of every step's column."""
+    left, right = LEFT + 30, WIDTH - MARGIN - 34
+    if schedule.steps == 1:
+        return [(left + right) / 2]
+    inset = (right - left) / (schedule.steps * 6) if schedule.steps <= 4 else 0
+    span = right - left - 2 * inset
+    return [left + inset + span * i / (schedule.steps - 1) for i in range(schedule.steps)]
+
+
+def _plot(pen: _Pen, top: float, schedule: QSchedule) -> float:
+    """Coefficient curves on their axis; thin ones are those before the edits."""
+    xs, bottom = _columns(schedule), top + PLOT
+    before = schedule_summary.original(schedule)
+    drawn = [schedule] if before is None else [before, schedule]
+    low, high = _range([1.0, *(value for each in drawn for value in each.c_x + each.c_eps)])
+
+    def place(value: float) -> float:
+        return bottom - (value - low) / (high - low) * PLOT
+
+    def label(value: float, text: str, color: str) -> None:
+        pen.line([(LEFT, place(value)), (WIDTH - MARGIN, place(value))], color)
+        pen.text(LEFT - 14, place(value), text, GREY, 18, "rm")
+
+    limits = [limit for limit in (MIN_COEFFICIENT, MAX_COEFFICIENT) if low <= limit <= high]
+    for value, text in _ticks(low, high):
+        if all(abs(place(value) - place(limit)) > 20 for limit in limits):
+            label(value, text, FAINT)
+    for limit in limits:
+        label(limit, f"limit {limit:g}", GREY)
+    pen.dashes(LEFT, WIDTH - MARGIN, place(1.0))
+    if before is not None:
+        for values, color in ((before.c_x, C_X), (before.c_eps, C_EPS)):
+            pen.line([(x, place(value)) for x, value in zip(xs, values, strict=True)], color)
+    curves = ((schedule.c_x, C_X, False), (schedule.c_eps, C_EPS, True))
+    for values, color, square in curves:
+        points = [(x, place(value)) for x, value in zip(xs, values, strict=True)]
+        if len(points) == 1:
+            points.append((xs[0], place(1.0)))
+        pen.line(points, color, 2.5 if square else 5)  # both are seen where they are equal
+    if schedule.steps > 2 * MAX_COLUMNS:
+        return bottom
+    for i, x in enumerate(xs):
+        equal = schedule.c_x[i] == schedule.c_eps[i]
+        for values, color, square in curves:
+            side = (5 if square else -5) if equal else 0
+            pen.dot(x + side, place(values[i]), color, square)
+    return bottom
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    """The ends of an axis for ``values``, with some room on both sides."""
+    low, high = min(values), max(values)
+    room = max((high - low) * 0.1, 0.02 - (high - low) / 2)
+    return low - room, high + room
+
+
+def _ticks(low: float, high: float) -> list[tuple[float, str]]:
+    """About six round numbers in between, and their text."""
+    rough = (high - low) / 6
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough * 0.999)
+    digits = max(2, -math.floor(math.log10(step) + 1e-9))
+    counts = range(math.ceil(low / step), math.floor(high / step) + 1)
+    return [(k * step, f"{k * step:.{digits}f}") for k in counts]
+
+
+def _table(pen: _Pen, top: float, schedule: QSchedule) -> float:
+    """Bars of sigma, then the numbers, each under its step."""
+    xs = _columns(schedule)
+    shown = _shown(schedule.steps)
+    gap = (xs[1] - xs[0]) if len(xs) > 1 else 120
+    half = min(34, gap * 0.36)
+    base = top + 36 + BARS
+    pen.text(LEFT - 14, base - BARS / 2, "sigma", GREY, 18, "rm")
+    for x, sigma in zip(xs, schedule.sigmas, strict=False):
+        height = max(1.5, BARS * sigma / schedule.sigmas[0])
+        pen.bar(x - half, base - height, x + half, base, SIGMA)
+    pen.line([(LEFT, base), (WIDTH - MARGIN, base)], GREY, 1.5)
+    digits = 4 if len(shown) <= 10 else 3
+    rows = (
+        ("step", INK, [str(i + 1) for i in range(schedule.steps)]),
+        ("sigma", GREY, [f"{sigma:.{digits}g}" for sigma in schedule.sigmas[:-1]]),
+        ("c_x", C_X, [f"{value:.{digits}f}" for value in schedule.c_x]),
+        ("c_eps", C_EPS, [f"{value:.{digits}f}" for value in schedule.c_eps]),
+    )
+    y = base + 26
+    for name, color, cells in rows:
+        pen.text(LEFT - 14, y, name, color, 20, "rm")
+        for i in shown:
+            pen.text(xs[i], y, cells[i], color, 20 if len(shown) <= 10 else 18, "mm")
+        y += ROW
+    end = f"the last step ends at sigma {schedule.sigmas[-1]:.4g}"
+    if len(shown) < schedule.steps:
+        end = f"{len(shown)} of {schedule.steps} steps are listed; {end}"
+    pen.text(WIDTH - MARGIN, y, end, GREY, 18, "rm")
+    return y + 12
+
+
+def _shown(steps: int) -> list[int]:
+    """Steps whose numbers have room: all up to 16, else evenly chosen with both ends."""
+    count = min(steps, MAX_COLUMNS)
+    if count == 1:
+        return [0]
+    return sorted({round(k * (steps - 1) / (count - 1)) for k in range(count)})
+
+
+def _facts(pen: _Pen, top: float, facts: Sequence[tuple[str, str]]) -> float:
+    pen.line([(MARGIN, top), (WIDTH - MARGIN, top)], FAINT, 1.5)
+    y = top + 28
+    for label, value in facts:
+        pen.text(LEFT - 14, y, label, GREY, 20, "rm")
+        for line in pen.wrap(value, WIDTH - MARGIN - LEFT):
+            pen.text(LEFT, y, line)
+            y += 28
+        y += 4
+    return y - 12
+
+
+def _scores(pen: _Pen, top: float, scores: Sequence[Score]) -> float:
+    """Scores before and after, and the gain with its interval against zero."""
+    left, right = 760, WIDTH - MARGIN
+    ends = [0.0, *(score.gain for score in scores)]
+    ends += [end for score in scores for end in score.interval or ()]
+    low, high = min(ends), max(ends)
+    room = (high - low) * 0.08 or 0.01
+    low, high = low - room, high + room
+
+    def place(gain: float) -> float:
+        return left + (gain - low) / (high - low) * (right - left)
+
+    pen.line([(MARGIN, top), (WIDTH - MARGIN, top)], FAINT, 1.5)
+    y = top + 28
+    pen.text(LEFT, y, "mean JAQ, c = 1 -> coefficients", GREY, 18)
+    pen.text(left, y, "gain, 95 % interval (line: no gain)", GREY, 18)
+    bottom = y + 20 + 44 * len(scores)
+    pen.line([(place(0), y + 20), (place(0), bottom)], GREY, 1.5)
+    for score in scores:
+        y += 44
+        count = "" if score.count is None else f" on {score.count} prompts"
+        pen.text(LEFT - 14, y, score.part, GREY, 20, "rm")
+        numbers = f"{score.before:.3f} -> {score.after:.3f}{count}"
+        sure = score.interval is not None and score.interval[0] > 0
+        pen.text(LEFT, y, numbers)
+        pen.text(left - 30, y, f"{score.gain:+.4f}", GOOD if sure else INK, 20, "rm")
+        if score.interval is not None:
+            pen.line([(place(end), y) for end in score.interval], GOOD if sure else GREY, 3)
+        pen.dot(place(score.gain), y, GOOD if sure else GREY)
+    return bottom
