@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from .tables import block_rows, fill_in_blocks
 
 CHUNK_ELEMENTS = 1 << 21  # weights quantized at once: bounds the temporaries to some 50 MB
+PRODUCT_ELEMENTS = 1 << 20  # weights that a CPU dequantizes at once to multiply by them
 
 
 class FormatError(ValueError):
@@ -51,6 +52,11 @@ class Packed:
         """Bits a weight as stored, tables and padding counted."""
         return 8 * self.nbytes / math.prod(self.shape)
 
+    def rows(self, part: slice) -> Packed:
+        """Some rows of a packing all of whose tables but the single numbers have rows."""
+        codes, aux = self.codes[part], {n: t[part] if t.ndim else t for n, t in self.aux.items()}
+        return Packed(codes, aux, (len(codes), *self.shape[1:]), self.options)
+
     def to(self, device: torch.device | str) -> Packed:
         aux = {name: t.to(device) for name, t in self.aux.items()}
         return Packed(self.codes.to(device), aux, self.shape, self.options, self.error)
@@ -86,6 +92,7 @@ class WeightFormat(ABC):
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv2d")
     aux: ClassVar[tuple[str, ...]] = ("scale",)
     group: ClassVar[int] = 1
+    by_rows: ClassVar[bool] = True  # whether rows of a packing are a packing: see Packed.rows
     low_bit_activations: ClassVar[bool] = False
 
     @property
@@ -210,12 +217,29 @@ class WeightFormat(ABC):
         weight_only: bool = False,
     ) -> torch.Tensor:
         """x [..., in] times the weight's transpose, plus bias [out]; in x's dtype."""
-        weight = self.dequantize(packed, x.dtype)
         if weight_only or not self.low_bit_activations:
-            return F.linear(x, weight, bias)
+            return self._on_values(x, packed, bias)
         codes, scale = quantize_tokens(x)
-        out = F.linear(codes.to(x.dtype), weight) * scale.to(x.dtype)
+        out = self._on_values(codes.to(x.dtype), packed) * scale.to(x.dtype)
         return out if bias is None else out + bias.to(x.dtype)
+
+    def _on_values(self, x, packed: Packed, bias=None) -> torch.Tensor:
+        """x [..., in] times the dequantized weight's transpose, plus bias.
+
+        A CPU dequantizes some rows at a time: a large new matrix costs it more in page faults than
+        in arithmetic.
+        """
+        rows, columns = packed.matrix
+        step = max(1, PRODUCT_ELEMENTS // columns)
+        plain = x.device.type != "cpu" or step >= rows or not self.by_rows
+        if plain or torch.compiler.is_compiling() or x.requires_grad:
+            return F.linear(x, self.dequantize(packed, x.dtype), bias)
+        out = x.new_empty(*x.shape[:-1], rows)
+        for start in range(0, rows, step):
+            part = slice(start, start + step)
+            weight = self.dequantize(packed.rows(part), x.dtype)
+            out[..., part] = F.linear(x, weight, None if bias is None else bias[part])
+        return out
 
 
 class Error:

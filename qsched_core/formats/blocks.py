@@ -23,6 +23,7 @@ class BlockFormat(KitchenFormat):
     """
 
     kinds = ("linear",)
+    by_rows = False  # scales are in tiles of 128 rows
     blocks: ClassVar[str] = "scale"
     out_multiple: ClassVar[int]
 

@@ -48,6 +48,7 @@ class SVDQuantW4A4(KitchenFormat):
     bits = 4.25
     aux = ("scale", "proj_down", "proj_up", "smooth_factor")
     group = 64
+    by_rows = False
 
     def unfit(self, shape):
         reason = super().unfit(shape)

@@ -41,6 +41,7 @@ class W4A8ConvRot(KitchenFormat):
     kinds = ("linear",)
     aux = ("scale", "s_channel", "codebook")
     group = 16
+    by_rows = False
 
     def unfit(self, shape):
         reason = super().unfit(shape)

@@ -109,6 +109,17 @@ FLUX_DEV = Small(
 # FLUX.2 klein is the recent few-step DiT whose width detection reads from the file.  Z-Image's
 # and Qwen-Image's are fixed: one block of each is 0.18 and 0.34 billion weights.
 FLUX2_KLEIN = Small(real.FLUX2_KLEIN.smaller(**FLUX_WIDTH), (1, 128, 8, 8), 7680)
+# A video model, for latents with a dimension of frames.
+WAN = Small(
+    Family(
+        "wan",
+        "comfy.ldm.wan.model:WanModel",
+        {"dim": 256, "ffn_dim": 512, "num_heads": 2, "num_layers": 2},
+        "WAN21_T2V",
+    ),
+    (1, 16, 3, 8, 8),
+    4096,
+)
 QWEN_IMAGE = Small(real.QWEN_IMAGE.smaller(num_layers=1), (1, 16, 1, 8, 8), 3584)
 
 SMALL = {

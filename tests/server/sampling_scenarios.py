@@ -1,0 +1,313 @@
+"""The sampler in graphs that differ from a plain one, inside the real ComfyUI.
+
+Each case draws with some small random model and a feature of ComfyUI's; the same must come out of
+ComfyUI's own sampler and of ours at coefficients of 1, and known pixels must survive any.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from families import FLUX_SCHNELL, SD15, WAN, Small
+
+from benchmarks import _families as real
+from benchmarks._host import import_pack
+
+import_pack()
+comfy_sd = importlib.import_module("comfy.sd")
+comfy_sample = importlib.import_module("comfy.sample")
+samplers = importlib.import_module("comfy.samplers")
+controlnet = importlib.import_module("comfy.controlnet")
+custom = importlib.import_module("comfy_extras.nodes_custom_sampler")
+perp_neg = importlib.import_module("comfy_extras.nodes_perpneg")
+differential = importlib.import_module("comfy_extras.nodes_differential_diffusion")
+host = importlib.import_module("qsched_pack.nodes.host_sampling")
+schedules = importlib.import_module("qsched_pack.qsched_core.schedule")
+solvers = importlib.import_module("qsched_pack.qsched_core.solvers")
+save_file = importlib.import_module("safetensors.torch").save_file
+
+STEPS, SEED = 4, 3
+C_X, C_EPS = (0.9, 1.05, 0.97, 1.02), (1.1, 0.93, 1.04, 0.98)
+SHARED = ("euler", "euler_ancestral", "lcm", "ddim", "dpmpp_2m", "dpmpp_sde")  # of ComfyUI's name
+Draw = Callable[..., torch.Tensor]
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory) -> Callable[[Small], Path]:
+    folder = tmp_path_factory.mktemp("models")
+
+    @cache
+    def write(small: Small) -> Path:
+        save_file(small.weights(), folder / f"{small.name}.safetensors")
+        return folder / f"{small.name}.safetensors"
+
+    return write
+
+
+def conditioning(small: Small, seed: int = 1) -> list:
+    random = torch.Generator().manual_seed(seed)
+    (entry,) = small.conditioning()
+    return [[torch.randn(entry[0].shape, generator=random), dict(entry[1])]]
+
+
+def drawing(model, positive, negative=None, cfg=1.0, shape=None, guider=None, mask=None) -> Draw:
+    """``draw(sampler, sigmas=None)`` with everything else fixed; the latent is not empty if masked."""
+    latent = torch.zeros(shape)
+    if mask is not None:
+        latent = torch.randn(shape, generator=torch.Generator().manual_seed(9))
+
+    def draw(sampler, sigmas=None) -> torch.Tensor:
+        used = guider
+        if used is None:
+            used = samplers.CFGGuider(model)
+            used.set_conds(positive, positive if negative is None else negative)
+            used.set_cfg(cfg)
+        noise = comfy_sample.prepare_noise(latent, SEED)
+        levels = levels_of(model) if sigmas is None else sigmas
+        return used.sample(
+            noise, latent, sampler, levels, denoise_mask=mask, disable_pbar=True, seed=SEED
+        )
+
+    draw.model, draw.latent, draw.mask = model, latent, mask
+    return draw
+
+
+def levels_of(model) -> torch.Tensor:
+    return host.sampling_facts(model, "simple", STEPS)[0]
+
+
+def schedule_of(model, solver: str, c_x=C_X, c_eps=C_EPS):
+    sigmas, flow = host.sampling_facts(model, "simple", STEPS)
+    return schedules.QSchedule(tuple(sigmas.tolist()), c_x, c_eps, solver, flow)
+
+
+def ours(draw: Draw, solver: str, c_x=C_X, c_eps=C_EPS):
+    return host.make_sampler(schedule_of(draw.model, solver, c_x, c_eps), solver, "strict")
+
+
+def plain(files, small: Small):
+    return comfy_sd.load_diffusion_model(str(files(small)))
+
+
+def left_half(shape) -> torch.Tensor:
+    """0 (known) on the left half, 1 on the right."""
+    mask = torch.ones(shape[0], 1, *shape[2:])
+    mask[..., : shape[-1] // 2] = 0
+    return mask
+
+
+def with_cfg(files):
+    return drawing(
+        plain(files, SD15), conditioning(SD15), conditioning(SD15, 2), 5.0, SD15.latent
+    )
+
+
+def basic_guider(files):
+    model = plain(files, SD15)
+    guider = custom.Guider_Basic(model)
+    guider.set_conds(conditioning(SD15))
+    return drawing(model, None, shape=SD15.latent, guider=guider)
+
+
+def dual_guider(files):
+    model = plain(files, SD15)
+    guider = custom.Guider_DualCFG(model)
+    guider.set_conds(conditioning(SD15), conditioning(SD15, 2), conditioning(SD15, 3))
+    guider.set_cfg(3.0, 2.0)
+    return drawing(model, None, shape=SD15.latent, guider=guider)
+
+
+def perp_neg_guider(files):
+    model = plain(files, SD15)
+    guider = perp_neg.Guider_PerpNeg(model)
+    guider.set_conds(conditioning(SD15), conditioning(SD15, 2), conditioning(SD15, 3))
+    guider.set_cfg(3.0, 1.0)
+    return drawing(model, None, shape=SD15.latent, guider=guider)
+
+
+def control(files):
+    """A ControlNet of the small model's shape, found by ComfyUI's own detection."""
+    config = {k: v for k, v in SD15.family.config.items() if k != "out_channels"}
+    module = importlib.import_module("comfy.cldm.cldm").ControlNet(**config, hint_channels=3)
+    random = torch.Generator().manual_seed(4)
+    state = {k: real.random_weight(k, tuple(v.shape), random) for k, v in module.state_dict().items()}
+    net = controlnet.load_controlnet_state_dict(state)
+    hint = torch.rand(1, 3, 96, 96, generator=random)
+    positive = conditioning(SD15)
+    positive[0][1]["control"] = net.copy().set_cond_hint(hint, 0.8, (0.0, 1.0))
+    positive[0][1]["control_apply_to_uncond"] = True
+    return drawing(plain(files, SD15), positive, conditioning(SD15, 2), 3.0, SD15.latent)
+
+
+def lora(files):
+    random, weights = torch.Generator().manual_seed(5), {}
+    for key, value in SD15.weights().items():
+        if key.endswith("attn2.to_k.weight"):
+            name = f"diffusion_model.{key.removesuffix('.weight')}"
+            weights[f"{name}.lora_A.weight"] = torch.randn(4, value.shape[1], generator=random)
+            weights[f"{name}.lora_B.weight"] = torch.randn(value.shape[0], 4, generator=random)
+    model = comfy_sd.load_lora_for_models(plain(files, SD15), None, weights, 0.1, 0)[0]
+    return drawing(model, conditioning(SD15), shape=SD15.latent)
+
+
+def attention_patch(files):
+    """What IP-Adapter packs do: more keys and values, and an addition to the attention's output."""
+    model = plain(files, SD15).clone()
+    model.set_model_attn2_patch(lambda q, k, v, extra: (q, k * 1.1, v + 0.1))
+    model.set_model_attn2_output_patch(lambda out, extra: out * 1.05)
+    return drawing(model, conditioning(SD15), shape=SD15.latent)
+
+
+def batch_of_three(files):
+    return drawing(plain(files, SD15), conditioning(SD15), shape=(3, *SD15.latent[1:]))
+
+
+def not_square(files):
+    return drawing(plain(files, SD15), conditioning(SD15), shape=(1, 4, 8, 20))
+
+
+def flow(files):
+    return drawing(plain(files, FLUX_SCHNELL), conditioning(FLUX_SCHNELL), shape=FLUX_SCHNELL.latent)
+
+
+def video(files):
+    return drawing(plain(files, WAN), conditioning(WAN), conditioning(WAN, 2), 2.0, WAN.latent)
+
+
+def inpainting(files):
+    mask = left_half(SD15.latent)
+    return drawing(plain(files, SD15), conditioning(SD15), shape=SD15.latent, mask=mask)
+
+
+def inpainting_flow(files):
+    mask, model = left_half(FLUX_SCHNELL.latent), plain(files, FLUX_SCHNELL)
+    return drawing(model, conditioning(FLUX_SCHNELL), shape=FLUX_SCHNELL.latent, mask=mask)
+
+
+def inpainting_video(files):
+    mask = left_half(WAN.latent)
+    return drawing(plain(files, WAN), conditioning(WAN), shape=WAN.latent, mask=mask)
+
+
+def differential_diffusion(files):
+    mask = torch.linspace(0, 1, SD15.latent[-1]).expand(1, 1, *SD15.latent[2:]).clone()
+    mask[..., :3] = 0
+    model = differential.DifferentialDiffusion.execute(plain(files, SD15)).args[0]
+    return drawing(model, conditioning(SD15), shape=SD15.latent, mask=mask)
+
+
+MASKED = (inpainting, inpainting_flow, inpainting_video, differential_diffusion)
+GRAPHS = (
+    with_cfg, basic_guider, dual_guider, perp_neg_guider, control, lora, attention_patch,
+    batch_of_three, not_square, flow, video, *MASKED,
+)  # fmt: skip
+ONES = (1.0,) * STEPS
+
+
+def same_within(found: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> bool:
+    return ((found - wanted).abs().max() <= tolerance * wanted.abs().max()).item()
+
+
+@pytest.mark.parametrize("graph", GRAPHS, ids=lambda g: g.__name__)
+def test_ones_give_comfyuis_own_latent_and_others_do_not(graph, files):
+    draw = graph(files)
+    for solver in SHARED:
+        core = draw(samplers.sampler_object(solver))
+        assert torch.isfinite(core).all() and core.std() > 0.05
+        assert torch.equal(draw(ours(draw, solver, ONES, ONES)), core), solver
+        moved = draw(ours(draw, solver))
+        assert torch.isfinite(moved).all(), solver
+        assert not same_within(moved, core, 1e-3), solver
+        assert torch.equal(draw(ours(draw, solver)), moved), "the same seed, the same latent"
+
+
+@pytest.mark.parametrize("solver", list(solvers.SOLVERS))
+@pytest.mark.parametrize("graph", MASKED, ids=lambda g: g.__name__)
+def test_known_pixels_are_untouched_by_any_coefficients(graph, solver, files):
+    draw = graph(files)
+    found = draw(ours(draw, solver))
+    known = (draw.mask == 0).expand_as(found)
+    assert known.any() and not known.all()
+    assert same_within(found[known], draw.latent[known], 2e-5)
+    assert not same_within(found[~known], draw.latent[~known], 0.1)
+
+
+def test_under_a_differential_mask_a_pixel_is_known_until_its_step(files):
+    """While a pixel is known its latent is the picture's own, not one that coefficients moved."""
+    draw, seen = differential_diffusion(files), []
+    unmasked = ours(draw, "euler")
+    around = unmasked.sampler_function
+
+    def watched(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        def keep(state):
+            seen.append((float(state["sigma"]), state["x"].clone()))
+            callback(state)
+
+        return around(model, x, sigmas, extra_args, keep, disable)
+
+    draw(samplers.KSAMPLER(watched))
+    noise = comfy_sample.prepare_noise(draw.latent, SEED)
+    sampling = draw.model.get_model_object("model_sampling")
+    for index, (sigma, x) in enumerate(seen):
+        mask = draw.model.model_options["denoise_mask_function"](
+            torch.tensor([sigma]),
+            draw.mask,
+            extra_options={"model": _Inner(sampling), "sigmas": levels_of(draw.model)},
+        )
+        known = (mask == 0).expand_as(x)
+        assert known.any(), index
+        wanted = draw.model.model.process_latent_in(draw.latent) + sigma * noise
+        assert same_within(x[known], wanted[known], 2e-4), index
+
+
+class _Inner:
+    def __init__(self, sampling):
+        self.inner_model = type("Inner", (), {"model_sampling": sampling})
+
+
+@pytest.mark.parametrize("graph", [with_cfg, flow, inpainting, video], ids=lambda g: g.__name__)
+def test_around_a_sampler_of_comfyuis(graph, files):
+    draw = graph(files)
+
+    def around(name: str, c_x=C_X, c_eps=C_EPS):
+        schedule = schedule_of(draw.model, "euler", c_x, c_eps)
+        return draw(host.make_around_sampler(schedule, samplers.sampler_object(name), "interpolate"))
+
+    for name in ("euler", "heun", "dpmpp_2m", "res_multistep", "uni_pc"):
+        core = draw(samplers.sampler_object(name))
+        assert torch.equal(around(name, ONES, ONES), core), name
+        assert not same_within(around(name), core, 1e-3), name
+    assert same_within(around("euler"), draw(ours(draw, "euler")), 1e-4)
+
+
+def test_nan_in_the_model_names_the_step(files):
+    draw, calls = with_cfg(files), []
+
+    def break_it(args):
+        calls.append(args)
+        return args["denoised"] * (torch.nan if len(calls) > 2 else 1)
+
+    draw.model.set_model_sampler_post_cfg_function(break_it)
+    with pytest.raises(ValueError, match="step 3 of 4"):
+        draw(ours(draw, "euler"))
+
+
+def test_nan_in_the_latent_is_named_before_the_first_step(files):
+    draw = inpainting(files)
+    draw.latent[0, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"latent.*NaN"):
+        draw(ours(draw, "euler"))
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "message"), [([1.0], "at least 2"), ([0.5, 0.9, 0.0], "must decrease")]
+)
+def test_sigmas_that_can_not_be_sampled(sigmas, message, files):
+    draw = with_cfg(files)
+    with pytest.raises(ValueError, match=message):
+        draw(ours(draw, "euler"), torch.tensor(sigmas))
