@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import comfy.model_management
@@ -13,7 +13,6 @@ import comfy.sample
 import comfy.samplers
 import comfy.utils
 import folder_paths
-import latent_preview
 import torch
 
 from ..qsched_core.files import safe_name
@@ -21,7 +20,7 @@ from ..qsched_core.precondition import ScalarCorrection
 from ..qsched_core.prompts import PromptSet
 from ..qsched_core.rollout import rollout
 from ..qsched_core.schedule import QSchedule, ScheduleError
-from ..qsched_core.solvers import get_solver
+from ..qsched_core.solvers import ModelFacts, check_sigmas, get_solver
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +115,7 @@ def sigmas_of(
 ) -> torch.Tensor:
     """Sigmas [steps + 1] (CPU): the schedule's own, or with a model those of ``scheduler``.
 
-    ScheduleError if neither is given, or if what was asked for does not decrease.
+    ScheduleError if neither is given; ValueError if what was asked for does not decrease.
     """
     if model is None:
         if schedule is None:
@@ -135,99 +134,16 @@ def sigmas_of(
     return sigmas
 
 
-def make_sampler(
-    schedule: QSchedule, solver: str, mode: str = "interpolate", node_id: str | None = None
-):
-    """A SAMPLER that runs ``solver`` corrected by ``schedule``.
-
-    The schedule is matched to the sigmas and to the model when sampling starts: ScheduleError if
-    they do not fit (or, with ``mode`` "strict", if anything differs from what was learned).
-    """
-    entry = get_solver(solver)
-
-    def sample(model, x, sigmas, extra_args=None, callback=None, disable=None):
-        guider = model.inner_model
-        sampling = guider.inner_model.model_sampling
-        flow = is_flow(sampling)
-        if flow != schedule.flow and not schedule.is_identity:
-            learned, found = ("flow", "epsilon") if schedule.flow else ("epsilon", "flow")
-            raise ScheduleError(
-                f"the schedule was learned for a {learned} model but this is a {found} model; "
-                "calibrate it for this model"
-            )
-        differences = _differences(schedule, solver, guider.model_patcher)
-        if differences and mode == "strict":
-            raise ScheduleError(f"{differences}; calibrate again, or set mode to 'interpolate'")
-        check_sigmas(sigmas)
-        match = schedule.at(sigmas.tolist(), mode)
-        for text in (differences, match.note):
-            if text and not schedule.is_identity:
-                report(node_id, text)
-        options = entry.options(flow)
-        if entry.stochastic:
-            options["s_noise"] = getattr(sampling, "noise_scale", 1.0) if flow else 1.0
-        return entry.function(
-            model, x, sigmas, extra_args, callback, disable, correction=match.correction, **options
-        )
-
-    return comfy.samplers.KSAMPLER(sample)
-
-
-def check_sigmas(sigmas: torch.Tensor) -> None:
-    """ScheduleError unless there is at least one step and sigma falls at every one."""
-    if len(sigmas) < 2:
-        raise ScheduleError(f"sigmas has {len(sigmas)} values; at least 2 are needed for one step")
-    if not (sigmas[:-1] > sigmas[1:]).all():
-        raise ScheduleError(f"sigmas={sigmas.tolist()} must decrease at every step")
-
-
-def _differences(schedule: QSchedule, solver: str, model) -> str:
-    """What the schedule was learned for and is not used with, in words; empty if nothing."""
-    from .host_loading import model_info
-
-    parts = []
-    if solver != schedule.solver:
-        parts.append(f"solver {schedule.solver!r}, not {solver!r}")
-    learned = schedule.provenance.get("model")
-    if isinstance(learned, dict):
-        found = model_info(model)
-        for key, label in (("format", "weight format"), ("source_hash", "model")):
-            if learned.get(key) and found.get(key) and learned[key] != found[key]:
-                name = {"source_hash": "source"}.get(key, key)
-                parts.append(
-                    f"{label} {learned.get(name) or learned[key]!r}, not {found.get(name) or found[key]!r}"
-                )
-    return f"this schedule was learned for {'; '.join(parts)}" if parts else ""
-
-
-def ksampler(
-    model, schedule, solver, mode, node_id, *, seed, steps, cfg, scheduler, positive, negative, latent, denoise
-):  # fmt: skip
-    """KSampler with a corrected solver: the LATENT dict it returns is KSampler's own."""
-    image = comfy.sample.fix_empty_latent_channels(
-        model,
-        latent["samples"],
-        latent.get("downscale_ratio_spacial"),
-        latent.get("downscale_ratio_temporal"),
+def model_facts(sampling) -> ModelFacts:
+    """What solvers need to know of a model, from its model_sampling object."""
+    flow = is_flow(sampling)
+    return ModelFacts(
+        flow,
+        s_noise=float(getattr(sampling, "noise_scale", 1.0)) if flow else 1.0,
+        training_sigmas=None if flow else getattr(sampling, "sigmas", None),
+        # where ComfyUI moves a flow's sigma of 1, which has no log-SNR
+        first_sigma=float(sampling.percent_to_sigma(1e-4)) if flow else None,
     )
-    sigmas, _ = sampling_facts(model, scheduler, steps, denoise)
-    noise = comfy.sample.prepare_noise(image, seed, latent.get("batch_index"))
-    samples = comfy.sample.sample_custom(
-        model,
-        noise,
-        cfg,
-        make_sampler(schedule, solver, mode, node_id),
-        sigmas,
-        positive,
-        negative,
-        image,
-        noise_mask=latent.get("noise_mask"),
-        callback=latent_preview.prepare_callback(model, steps),
-        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-        seed=seed,
-    )
-    out = {k: v for k, v in latent.items() if not k.startswith("downscale_ratio_")}
-    return out | {"samples": samples}
 
 
 class TrajectoryRunner:
@@ -252,13 +168,13 @@ class TrajectoryRunner:
         width: int,
         height: int,
         max_batch: int = 0,
+        options: Mapping[str, float] | None = None,
     ):
-        get_solver(solver)
+        self.options = get_solver(solver).check(dict(options or {}))
         check_sigmas(sigmas)
         self.model, self.clip, self.vae = model, clip, vae
         self.sigmas, self.solver, self.cfg, self.negative = sigmas, solver, cfg, negative
-        self.flow = is_flow(model_sampling(model))
-        self.noise_scale = getattr(model_sampling(model), "noise_scale", 1.0) if self.flow else 1.0
+        self.facts = model_facts(model_sampling(model))
         self.latent = self._empty_latent(width, height)
         self.width, self.height = width, height
         self.max_batch = max_batch or self._batch_that_fits()
@@ -295,6 +211,7 @@ class TrajectoryRunner:
         """What fixes the pictures beside model, prompts and seeds: plain JSON."""
         return {
             "solver": self.solver,
+            **({"options": self.options} if self.options else {}),
             "sigmas": [float(s) for s in self.sigmas],
             "cfg": self.cfg,
             "negative": self.negative,
@@ -367,12 +284,12 @@ class TrajectoryRunner:
                 sigmas,
                 corrections,
                 solver=self.solver,
-                flow=self.flow,
+                facts=self.facts,
                 seeds=seeds,
+                options=self.options,
                 first=self._first.get(key),
                 extra_args=extra_args,
                 callback=step_done,
-                noise_scale=self.noise_scale,
             )
             self._first[key] = result.first.cpu()
             self.model_evaluations += result.evaluations

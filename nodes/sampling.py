@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..qsched_core.schedule import MODES
 from ..qsched_core.solvers import SOLVERS
-from . import host
+from . import host, host_sampling
 from .types import Schedule
 
 MODE_TOOLTIP = (
@@ -46,7 +46,9 @@ class QSchedSampler(io.ComfyNode):
 
     @classmethod
     def execute(cls, schedule, solver, mode=MODES[0]) -> io.NodeOutput:
-        return io.NodeOutput(host.make_sampler(schedule, solver, mode, cls.hidden.unique_id))
+        return io.NodeOutput(
+            host_sampling.make_sampler(schedule, solver, mode, cls.hidden.unique_id)
+        )
 
 
 class QSchedKSampler(io.ComfyNode):
@@ -105,7 +107,7 @@ class QSchedKSampler(io.ComfyNode):
         cls, model, schedule, seed, steps, cfg, solver, scheduler, positive, negative, latent_image,
         denoise=1.0, mode=MODES[0],
     ) -> io.NodeOutput:  # fmt: skip
-        latent = host.ksampler(
+        latent = host_sampling.ksampler(
             model, schedule, solver, mode, cls.hidden.unique_id,
             seed=seed, steps=steps, cfg=cfg, scheduler=scheduler,
             positive=positive, negative=negative, latent=latent_image, denoise=denoise,

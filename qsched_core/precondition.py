@@ -28,6 +28,16 @@ class Correction(Protocol):
         """Corrected (x', D') of ``step``; ``mask`` is 1 where the model is responsible."""
         ...
 
+    def intermediate(
+        self, step: int, x: torch.Tensor, denoised: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Corrected D' of a further evaluation inside ``step``, at an x made of the corrected x'.
+
+        The state was scaled by the step's c_x already, so only the model's output is corrected:
+        D' = x - c_eps * (x - D).
+        """
+        ...
+
 
 def precondition(
     x: torch.Tensor,
@@ -44,9 +54,11 @@ def precondition(
     """
     if isinstance(c_x, float) and isinstance(c_eps, float) and c_x == c_eps == 1.0:
         return x, denoised
-    residual = x - denoised
-    scaled = c_x * x
-    corrected = scaled - c_eps * residual
+    scaled = x * c_x
+    if isinstance(c_eps, torch.Tensor):
+        corrected = torch.addcmul(scaled, x - denoised, c_eps, value=-1)
+    else:
+        corrected = torch.add(scaled, x - denoised, alpha=-c_eps)
     if mask is not None:
         return torch.lerp(x, scaled, mask), torch.lerp(denoised, corrected, mask)
     return scaled, corrected
@@ -61,6 +73,9 @@ class ScalarCorrection:
 
     def __call__(self, step, x, denoised, mask=None):
         return precondition(x, denoised, self.c_x[step], self.c_eps[step], mask)
+
+    def intermediate(self, step, x, denoised, mask=None):
+        return precondition(x, denoised, 1.0, self.c_eps[step], mask)[1]
 
 
 @dataclass(frozen=True)
@@ -81,10 +96,15 @@ class BatchCorrection:
         )
 
     def __call__(self, step, x, denoised, mask=None):
-        def spread(column: torch.Tensor) -> torch.Tensor:
-            per_sample = column.to(x).repeat_interleave(x.shape[0] // len(column))
-            return per_sample.reshape(-1, *[1] * (x.ndim - 1))
-
         return precondition(
-            x, denoised, spread(self.c_x[:, step]), spread(self.c_eps[:, step]), mask
+            x, denoised, _spread(self.c_x[:, step], x), _spread(self.c_eps[:, step], x), mask
         )
+
+    def intermediate(self, step, x, denoised, mask=None):
+        return precondition(x, denoised, 1.0, _spread(self.c_eps[:, step], x), mask)[1]
+
+
+def _spread(column: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """One value a candidate [candidates] to one a sample, shaped to broadcast against x."""
+    per_sample = column.to(x).repeat_interleave(x.shape[0] // len(column))
+    return per_sample.reshape(-1, *[1] * (x.ndim - 1))

@@ -6,13 +6,13 @@ the coefficients: all candidates share it, and a caller may keep it for the next
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from .precondition import BatchCorrection, ScalarCorrection
-from .solvers import NoiseSampler, default_noise_sampler, get_solver
+from .solvers import ModelFacts, NoiseSampler, Solver, get_solver
 
 
 def tile(x: torch.Tensor, times: int) -> torch.Tensor:
@@ -20,12 +20,14 @@ def tile(x: torch.Tensor, times: int) -> torch.Tensor:
     return x.repeat(times, *[1] * (x.ndim - 1))
 
 
-def per_sample_noise(x: torch.Tensor, seeds: Sequence[int], candidates: int) -> NoiseSampler:
+def per_sample_noise(
+    solver: Solver, x: torch.Tensor, sigmas: torch.Tensor, seeds: Sequence[int], candidates: int
+) -> NoiseSampler:
     """Noise for a batch [candidates * samples, ...] in which every sample has its own seed.
 
-    A sample draws what it would draw alone, and every candidate gets the same noise.
+    A sample draws what ``solver`` would draw for it alone, and every candidate gets the same noise.
     """
-    draws = [default_noise_sampler(x[i : i + 1], seed) for i, seed in enumerate(seeds)]
+    draws = [solver.noise(x[i : i + 1], sigmas, seed) for i, seed in enumerate(seeds)]
     return lambda sigma, sigma_next: tile(
         torch.cat([draw(sigma, sigma_next) for draw in draws]), candidates
     )
@@ -71,26 +73,26 @@ def rollout(
     corrections: Sequence[ScalarCorrection],
     *,
     solver: str,
-    flow: bool,
+    facts: ModelFacts,
     seeds: Sequence[int],
+    options: Mapping[str, float] | None = None,
     first: torch.Tensor | None = None,
     extra_args: dict | None = None,
     callback=None,
-    noise_scale: float = 1.0,
 ) -> Rollout:
     """Run every correction on the same initial latents x [samples, ...] in one batch.
 
     ``model(x, sigma, **extra_args)`` predicts the guided clean latent for any batch that is a
     multiple of the samples, samples varying fastest.  ``seeds`` has one seed a sample, for the
-    stochastic solvers.
+    stochastic solvers; ``options`` are the solver's own.  Each candidate's latents are what it would
+    get alone, up to the rounding of a batched model evaluation.
     """
     entry = get_solver(solver)
     candidates = len(corrections)
     shared = SharedFirstStep(model, candidates, first)
-    options = entry.options(flow)
+    arguments = entry.bind(facts, **(options or {}))
     if entry.stochastic:
-        options["noise_sampler"] = per_sample_noise(x, seeds, candidates)
-        options["s_noise"] = noise_scale
+        arguments["noise_sampler"] = per_sample_noise(entry, x, sigmas, seeds, candidates)
     out = entry.function(
         shared,
         tile(x, candidates),
@@ -98,6 +100,6 @@ def rollout(
         extra_args=extra_args,
         callback=callback,
         correction=BatchCorrection.of(corrections),
-        **options,
+        **arguments,
     )
     return Rollout(out.unflatten(0, (candidates, x.shape[0])), shared.first, shared.evaluations)

@@ -9,12 +9,20 @@ from hypothesis import strategies as st
 
 from qsched_core.precondition import BatchCorrection, ScalarCorrection, precondition
 from qsched_core.rollout import rollout
-from qsched_core.solvers import SOLVERS, get_solver, sample_euler, sample_euler_ancestral
+from qsched_core.solvers import SOLVERS, ModelFacts, get_solver, sample_euler
+from qsched_core.solvers.tcd import target_sigma, timestep_of
 
 FLOW = torch.tensor([1.0, 0.9, 0.75, 0.5, 0.0])
 VE = torch.tensor([14.6146, 3.5, 1.2, 0.4, 0.0])
+TRAINING = ((torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2).neg() + 1).cumprod(0)
+TRAINING = ((1 - TRAINING) / TRAINING) ** 0.5
 CORRECTION = ScalarCorrection((0.93, 0.97, 1.02, 1.04), (1.08, 0.99, 0.95, 1.03))
 scalars = st.floats(0.5, 2.0)
+
+
+def facts(flow):
+    """What a ComfyUI model of either family would give the solvers."""
+    return ModelFacts(flow, first_sigma=0.9999) if flow else ModelFacts(flow, 1.0, TRAINING)
 
 
 def model(x, sigma, **_):
@@ -48,45 +56,11 @@ def test_known_pixels_are_untouched_for_any_coefficients(c_x, c_eps):
     torch.testing.assert_close(corrected[..., :3], full[1][..., :3])
 
 
-def test_flow_match_euler_of_the_publication():
-    """FlowMatchEulerDiscreteScheduler: prev = c_x x + (sigma_next - sigma) c_eps v."""
-    x = expected = noise()
-    ones = torch.ones(2, dtype=x.dtype)
-    for i in range(4):
-        velocity = (expected - model(expected, FLOW[i] * ones)) / FLOW[i]
-        expected = (
-            CORRECTION.c_x[i] * expected + (FLOW[i + 1] - FLOW[i]) * CORRECTION.c_eps[i] * velocity
-        )
-    got = sample_euler(model, x, FLOW, correction=CORRECTION)
-    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
-
-
-def test_euler_ancestral_of_the_publication():
-    """EulerAncestralDiscreteScheduler: the coefficients scale sample and model output, then
-    x0 = x' - sigma eps', derivative = (x' - x0) / sigma, and fresh noise is added."""
-    x = expected = noise()
-    ones = torch.ones(2, dtype=x.dtype)
-    fresh = [noise(10 + i) for i in range(4)]
-    for i in range(4):
-        sigma, following = VE[i], VE[i + 1]
-        eps = CORRECTION.c_eps[i] * (expected - model(expected, sigma * ones)) / sigma
-        sample = CORRECTION.c_x[i] * expected
-        up = (following**2 * (sigma**2 - following**2) / sigma**2) ** 0.5
-        down = (following**2 - up**2) ** 0.5
-        clean = sample - sigma * eps
-        expected = sample + (sample - clean) / sigma * (down - sigma) + up * fresh[i]
-    draws = iter(fresh)
-    got = sample_euler_ancestral(
-        model, x, VE, correction=CORRECTION, noise_sampler=lambda *_: next(draws)
-    )
-    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
-
-
 @pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize(("sigmas", "flow"), [(FLOW, True), (VE, False)])
 def test_coefficients_of_one_are_the_base_solver_bit_for_bit(name, sigmas, flow):
     solver = get_solver(name)
-    args = {"extra_args": {"seed": 7}} | solver.options(flow)
+    args = {"extra_args": {"seed": 7}} | solver.bind(facts(flow))
 
     def seeded(x, sigma, seed):
         return model(x, sigma)
@@ -101,10 +75,19 @@ def test_coefficients_of_one_are_the_base_solver_bit_for_bit(name, sigmas, flow)
 def test_a_batched_rollout_equals_each_trajectory_alone(name, sigmas, flow):
     x, seeds = noise(shape=(3, 4, 6, 6)), (5, 6, 7)
     candidates = [CORRECTION, ScalarCorrection((1.0,) * 4, (1.0,) * 4)]
-    many = rollout(model, x, sigmas, candidates, solver=name, flow=flow, seeds=seeds)
-    assert many.latents.shape == (2, 3, 4, 6, 6)
-    assert many.evaluations == 3 + 2 * 3 * 3  # the first step once, then every candidate
     solver = get_solver(name)
+    evaluations = 0
+
+    def counted(x, sigma, **extra):
+        nonlocal evaluations
+        evaluations += 1
+        return model(x, sigma)
+
+    solver.function(counted, x, sigmas, {"seed": 1}, **solver.bind(facts(flow)))
+    later = 2 * 3 * (evaluations - 1)  # every candidate, after the first evaluation
+    many = rollout(model, x, sigmas, candidates, solver=name, facts=facts(flow), seeds=seeds)
+    assert many.latents.shape == (2, 3, 4, 6, 6)
+    assert many.evaluations == 3 + later
     for k, candidate in enumerate(candidates):
         for p, seed in enumerate(seeds):
             alone = solver.function(
@@ -113,13 +96,13 @@ def test_a_batched_rollout_equals_each_trajectory_alone(name, sigmas, flow):
                 sigmas,
                 extra_args={"seed": seed},
                 correction=candidate,
-                **solver.options(flow),
+                **solver.bind(facts(flow)),
             )
             torch.testing.assert_close(many.latents[k, p : p + 1], alone, rtol=1e-6, atol=1e-6)
     again = rollout(
-        model, x, sigmas, candidates, solver=name, flow=flow, seeds=seeds, first=many.first
+        model, x, sigmas, candidates, solver=name, facts=facts(flow), seeds=seeds, first=many.first
     )
-    assert again.evaluations == 2 * 3 * 3
+    assert again.evaluations == later
     assert torch.equal(again.latents, many.latents)
 
 
@@ -134,13 +117,102 @@ def test_a_batch_correction_gives_each_candidate_its_own_scalars():
 
 
 def test_a_broken_model_stops_with_the_step():
-    def broken(x, sigma, **_):
-        return model(x, sigma) if sigma[0] > 0.8 else x * torch.nan
+    for broken_value in (torch.nan, torch.inf, -torch.inf):
 
-    with pytest.raises(ValueError, match="step 3 of 4"):
-        sample_euler(broken, noise(), FLOW)
+        def broken(x, sigma, value=broken_value, **_):
+            out = model(x, sigma)
+            if sigma[0] < 0.8:
+                out[0, 0, 0, 0] = value
+            return out
+
+        with pytest.raises(ValueError, match="step 3 of 4"):
+            sample_euler(broken, noise(), FLOW)
+
+
+def test_a_second_evaluation_that_breaks_stops_with_the_step():
+    def broken(x, sigma, **_):
+        return x * torch.nan if 0.75 < sigma[0] < 0.9 else model(x, sigma)
+
+    solver = get_solver("dpmpp_sde")
+    with pytest.raises(ValueError, match="step 2 of 4"):
+        solver.function(broken, noise(), FLOW, {"seed": 1}, **solver.bind(facts(True)))
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_what_can_not_be_sampled_is_refused_before_the_model_runs(name):
+    solver = get_solver(name)
+
+    def sample(x, sigmas):
+        def never(*_, **__):
+            raise AssertionError("the model ran")
+
+        solver.function(never, x, sigmas, {"seed": 1}, **solver.bind(facts(True)))
+
+    x = noise()
+    with pytest.raises(ValueError, match="NaN or infinity before step 1"):
+        sample(torch.where(x > x.max() - 1e-9, torch.inf, x), FLOW)
+    with pytest.raises(ValueError, match="empty"):
+        sample(x[..., :0], FLOW)
+    for sigmas, words in (
+        ([0.5], "at least 2"),
+        ([0.9, 0.9, 0.0], "must decrease"),
+        ([0.5, 0.7, 0.0], "must decrease"),
+        ([0.5, float("nan"), 0.0], "finite"),
+        ([0.5, -0.1], "not negative"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            sample(x, torch.tensor(sigmas))
+
+
+def test_large_but_finite_latents_are_not_taken_for_broken():
+    """The check sums: float16 and bfloat16 sums must not overflow into a false alarm."""
+    for dtype, value in ((torch.float16, 60000.0), (torch.float32, 3e38), (torch.bfloat16, 3e38)):
+        x = torch.full((1, 4, 8, 8), value, dtype=dtype)
+        sample_euler(lambda x, sigma: torch.zeros_like(x), x, torch.tensor([1.0, 0.0]))
 
 
 def test_an_unknown_solver_lists_the_known():
     with pytest.raises(ValueError, match="euler_ancestral"):
         get_solver("heun")
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_options_are_checked_by_name_value_and_range(name):
+    solver = get_solver(name)
+    for option in solver.options:
+        for value in (option.minimum - 0.1, option.maximum + 0.1, float("nan"), "1", True, None):
+            with pytest.raises(ValueError, match=f"{option.name}=.*{name}.*from 0 to 1"):
+                solver.bind(facts(True), **{option.name: value})
+        assert solver.bind(facts(True), **{option.name: option.minimum})[option.name] == 0.0
+        assert solver.bind(facts(True))[option.name] == option.default
+    with pytest.raises(ValueError, match=f"churn=1 is no option of solver {name}"):
+        solver.bind(facts(True), churn=1)
+
+
+def test_tcd_says_which_fact_of_the_model_is_missing():
+    solver = get_solver("tcd")
+    for training, words in ((None, "missing"), (TRAINING.flip(0), "must rise")):
+        arguments = solver.bind(ModelFacts(False, training_sigmas=training))
+        with pytest.raises(ValueError, match=f"training_sigmas.*{words}"):
+            solver.function(model, noise(), VE, {"seed": 1}, **arguments)
+
+
+def test_a_flow_without_a_first_sigma_is_refused_by_dpmpp_sde():
+    solver = get_solver("dpmpp_sde")
+    with pytest.raises(ValueError, match="first_sigma is missing"):
+        solver.function(model, noise(), FLOW, {"seed": 1}, **solver.bind(ModelFacts(True)))
+
+
+@given(st.floats(0, 1), st.floats(0.03, 14.6))
+def test_tcd_never_aims_above_the_noise_level_it_returns_to(gamma, sigma):
+    """A negative variance there is a NaN picture; sigmas need not be training sigmas."""
+    training = TRAINING.tolist()
+    target = target_sigma(sigma, gamma, training)
+    assert 0 < target <= sigma
+    if gamma == 0:
+        assert target == sigma
+
+
+@given(st.integers(0, 999))
+def test_a_training_sigma_is_its_timestep(index):
+    assert timestep_of(float(TRAINING[index]), TRAINING.tolist()) == index

@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from qsched_core.precondition import ScalarCorrection
-from qsched_core.solvers import SOLVERS, get_solver
+from qsched_core.solvers import SOLVERS, ModelFacts, get_solver
+
+FAMILIES = {
+    "flow": ("CONST", "ModelSamplingDiscreteFlow"),
+    "epsilon": ("EPS", "ModelSamplingDiscrete"),
+    "v": ("V_PREDICTION", "ModelSamplingDiscrete"),
+}
+IN_CORE = [name for name in SOLVERS if name != "tcd"]  # ComfyUI has no tcd
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +27,7 @@ def comfy(comfyui_path):
     try:
         importlib.import_module("comfy.cli_args").args.cpu = True
         yield SimpleNamespace(
-            sampling=importlib.import_module("comfy.k_diffusion.sampling"),
+            samplers=importlib.import_module("comfy.samplers"),
             model_sampling=importlib.import_module("comfy.model_sampling"),
         )
     finally:
@@ -30,38 +37,133 @@ def comfy(comfyui_path):
 class _Denoiser:
     """What a ComfyUI sampler sees: a callable with the model sampling two levels down."""
 
-    def __init__(self, model_sampling):
-        self.patcher = SimpleNamespace(get_model_object=lambda name: model_sampling)
-        base = SimpleNamespace(model_sampling=model_sampling)
+    def __init__(self, sampling):
+        self.sampling = sampling
+        self.patcher = SimpleNamespace(get_model_object=lambda name: sampling)
+        base = SimpleNamespace(model_sampling=sampling)
         self.inner_model = SimpleNamespace(inner_model=base, model_patcher=self.patcher)
 
     def __call__(self, x, sigma, seed=None):
-        return torch.tanh(x * 0.7) / (1 + sigma.reshape(-1, 1, 1, 1))
+        """A prediction in the family's own parametrisation, turned into D by ComfyUI."""
+        scaled = self.sampling.calculate_input(sigma, x)
+        output = torch.tanh(scaled * 0.7) / (1 + sigma.reshape(-1, 1, 1, 1))
+        return self.sampling.calculate_denoised(sigma, output, x)
+
+
+def sampling_of(comfy, family):
+    kind, schedule = (getattr(comfy.model_sampling, name) for name in FAMILIES[family])
+    return type("ModelSampling", (schedule, kind), {})()
+
+
+def facts_of(sampling, flow):
+    """As nodes/host.py: what the adapter hands to the solvers."""
+    return ModelFacts(
+        flow,
+        s_noise=getattr(sampling, "noise_scale", 1.0) if flow else 1.0,
+        training_sigmas=None if flow else sampling.sigmas,
+        first_sigma=sampling.percent_to_sigma(1e-4) if flow else None,
+    )
+
+
+def ours(name, denoiser, x, sigmas, correction, seed=11, **options):
+    flow = denoiser.sampling.__class__.__mro__[1].__name__ == "ModelSamplingDiscreteFlow"
+    solver = get_solver(name)
+    arguments = solver.bind(facts_of(denoiser.sampling, flow), **options)
+    return solver.function(denoiser, x, sigmas, {"seed": seed}, correction=correction, **arguments)
+
+
+def theirs(comfy, name, denoiser, x, sigmas, seed=11, **options):
+    sampler = comfy.samplers.sampler_object(name)
+    return sampler.sampler_function(
+        denoiser, x, sigmas, extra_args={"seed": seed}, disable=True, **options
+    )
+
+
+def start(comfy, sampling, batch, scheduler="simple", steps=4):
+    sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, steps)
+    x = torch.randn(batch, 4, 8, 8, generator=torch.Generator().manual_seed(3)) * sigmas[0]
+    return x, sigmas
+
+
+@pytest.mark.parametrize("name", IN_CORE)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("scheduler", ["simple", "sgm_uniform", "karras"])
+def test_coefficients_of_one_equal_comfyui_bit_for_bit(comfy, name, family, batch, scheduler):
+    denoiser = _Denoiser(sampling_of(comfy, family))
+    x, sigmas = start(comfy, denoiser.sampling, batch, scheduler)
+    given = x.clone()
+    core = theirs(comfy, name, denoiser, x, sigmas)
+    assert torch.isfinite(core).all()
+    for correction in (None, ScalarCorrection((1.0,) * 4, (1.0,) * 4)):
+        assert torch.equal(ours(name, denoiser, x, sigmas, correction), core)
+        assert torch.equal(x, given)  # the caller's latent is not written to
+    for moved in (
+        ScalarCorrection((1.01,) * 4, (1.0,) * 4),
+        ScalarCorrection((1.0,) * 4, (1.01,) * 4),
+    ):
+        assert not torch.equal(ours(name, denoiser, x, sigmas, moved), core)
+        assert torch.equal(x, given)
+
+
+@pytest.mark.parametrize("name", ["euler_ancestral", "dpmpp_sde"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("eta", [0.0, 0.4])
+def test_eta_is_comfyuis(comfy, name, family, eta):
+    denoiser = _Denoiser(sampling_of(comfy, family))
+    x, sigmas = start(comfy, denoiser.sampling, 2)
+    core = theirs(comfy, name, denoiser, x, sigmas, eta=eta)
+    assert torch.equal(ours(name, denoiser, x, sigmas, None, eta=eta), core)
+
+
+@pytest.mark.parametrize("name", ["euler_ancestral", "lcm", "dpmpp_sde"])
+def test_a_models_noise_scale_is_comfyuis(comfy, name):
+    sampling = sampling_of(comfy, "flow")
+    sampling.set_noise_scale(8.0)
+    denoiser = _Denoiser(sampling)
+    x, sigmas = start(comfy, sampling, 2)
+    core = theirs(comfy, name, denoiser, x, sigmas)
+    assert torch.equal(ours(name, denoiser, x, sigmas, None), core)
+
+
+@pytest.mark.parametrize("name", IN_CORE)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("part", [slice(0, 3), slice(2, 5), slice(3, 5)])
+def test_parts_of_a_trajectory_equal_comfyui(comfy, name, family, part):
+    """img2img enters in the middle; the advanced sampler leaves before the end."""
+    denoiser = _Denoiser(sampling_of(comfy, family))
+    x, sigmas = start(comfy, denoiser.sampling, 2)
+    try:
+        core = theirs(comfy, name, denoiser, x, sigmas[part])
+    except ValueError as error:  # core's Brownian tree has no interval on a single step to 0
+        assert name == "dpmpp_sde" and len(sigmas[part]) == 2, error
+        core = denoiser(x, sigmas[part][:1].expand(2))
+    assert torch.equal(ours(name, denoiser, x, sigmas[part], None), core)
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-@pytest.mark.parametrize("flow", [True, False], ids=["flow", "epsilon"])
-@pytest.mark.parametrize("batch", [1, 3])
-def test_coefficients_of_one_equal_comfyui_bit_for_bit(comfy, name, flow, batch):
-    kind = comfy.model_sampling.CONST if flow else comfy.model_sampling.EPS
-    sigmas = torch.tensor([1.0, 0.9, 0.75, 0.5, 0.0] if flow else [14.6146, 3.5, 1.2, 0.4, 0.0])
-    x = torch.randn(batch, 4, 8, 8, generator=torch.Generator().manual_seed(3)) * sigmas[0]
-    denoiser = _Denoiser(kind())
-    theirs = getattr(comfy.sampling, f"sample_{name}")(
-        denoiser, x, sigmas, extra_args={"seed": 11}, disable=True
-    )
-    solver = get_solver(name)
-    for correction in (None, ScalarCorrection((1.0,) * 4, (1.0,) * 4)):
-        ours = solver.function(
-            denoiser, x, sigmas, {"seed": 11}, correction=correction, **solver.options(flow)
-        )
-        assert torch.equal(ours, theirs)
-    moved = solver.function(
-        denoiser,
-        x,
-        sigmas,
-        {"seed": 11},
-        correction=ScalarCorrection((1.01,) * 4, (1.0,) * 4),
-        **solver.options(flow),
-    )
-    assert not torch.equal(moved, theirs)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_seed_fixes_the_image(comfy, name, family):
+    denoiser = _Denoiser(sampling_of(comfy, family))
+    x, sigmas = start(comfy, denoiser.sampling, 3)
+    correction = ScalarCorrection((0.98, 1.01, 1.02, 1.0), (1.03, 0.98, 1.0, 1.01))
+    first = ours(name, denoiser, x, sigmas, correction, seed=5)
+    torch.manual_seed(99)  # the global generator has no part in it
+    assert torch.equal(ours(name, denoiser, x, sigmas, correction, seed=5), first)
+    options = {"eta": 1.0} if name == "ddim" else {}
+    other = [ours(name, denoiser, x, sigmas, correction, seed=s, **options) for s in (5, 6)]
+    deterministic = name in ("euler", "dpmpp_2m")
+    assert torch.equal(*other) == deterministic
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tcd_between_its_neighbours(comfy, family):
+    """ComfyUI has no tcd: gamma 0 is its euler, gamma 1 (on timestep 0's level) nearly its lcm."""
+    denoiser = _Denoiser(sampling_of(comfy, family))
+    x, sigmas = start(comfy, denoiser.sampling, 2)
+    plain = ours("tcd", denoiser, x, sigmas, None, gamma=0.0)
+    torch.testing.assert_close(plain, theirs(comfy, "euler", denoiser, x, sigmas))
+    full = ours("tcd", denoiser, x, sigmas, None, gamma=1.0)
+    near = theirs(comfy, "lcm", denoiser, x, sigmas)
+    scale = 1e-5 if family == "flow" else 0.1
+    torch.testing.assert_close(full, near, rtol=scale, atol=scale)

@@ -1,0 +1,56 @@
+"""Euler ancestral: the solver of SDXL-Turbo and its kind."""
+
+from __future__ import annotations
+
+import torch
+
+from .base import Step, ancestral_step, euler_step, integrate, noise_of, white_noise
+
+
+@torch.no_grad()
+def sample_euler_ancestral(
+    model,
+    x,
+    sigmas,
+    extra_args=None,
+    callback=None,
+    disable=None,
+    *,
+    correction=None,
+    flow=False,
+    eta=1.0,
+    s_noise=1.0,
+    noise_sampler=None,
+) -> torch.Tensor:
+    """Euler ancestral, for variance-exploding models and (``flow``) for rectified flow.
+
+    x_next = x' + (sigma_down - sigma) * eps' + sigma_up * noise (k-diffusion; Karras et al. 2022,
+    arXiv 2206.00364, algorithm 2 with the noise after the step).  ``eta`` in [0, 1] is the share of
+    fresh noise, ``s_noise`` its scale.  The flow form keeps the signal at 1 - sigma and the noise at
+    sigma, as ComfyUI's ``sample_euler_ancestral_RF``.  x [n, ...]; ValueError as
+    :func:`~.base.integrate`.
+    """
+    draw = noise_of(white_noise, noise_sampler, x, sigmas, extra_args)
+
+    def update_ve(step: Step) -> torch.Tensor:
+        down, up = ancestral_step(step.sigma, step.sigma_next, eta)
+        if down == 0:
+            return step.denoised
+        # drawn at eta 0 too, as ComfyUI does: the generator of a longer chain must not shift
+        return euler_step(step, down).add_(draw(step.sigma, step.sigma_next) * s_noise * up)
+
+    def update_flow(step: Step) -> torch.Tensor:
+        if step.sigma_next == 0:
+            return step.denoised
+        down = step.sigma_next * (1 + (step.sigma_next / step.sigma - 1) * eta)
+        alpha_next, alpha_down = 1 - step.sigma_next, 1 - down
+        renoise = (step.sigma_next**2 - down**2 * alpha_next**2 / alpha_down**2) ** 0.5
+        ratio = down / step.sigma
+        moved = (ratio * step.x).add_((1 - ratio) * step.denoised)
+        if eta > 0:
+            noise = draw(step.sigma, step.sigma_next)
+            moved.mul_(alpha_next / alpha_down).add_(noise * s_noise * renoise)
+        return moved
+
+    update = update_flow if flow else update_ve
+    return integrate(update, model, x, sigmas, extra_args, callback, correction)

@@ -1,0 +1,102 @@
+"""DPM-Solver++: 2M (multistep) and SDE (two evaluations a step)."""
+
+from __future__ import annotations
+
+import torch
+
+from .base import Step, ancestral_step, brownian_noise, integrate, noise_of
+
+
+@torch.no_grad()
+def sample_dpmpp_2m(
+    model, x, sigmas, extra_args=None, callback=None, disable=None, *, correction=None
+) -> torch.Tensor:
+    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2) with lambda = -log(sigma).
+
+    x_next = (sigma_next / sigma) * x' - (exp(-h) - 1) * ((1 + 1 / 2r) * D' - 1 / 2r * D'_before):
+    the history is the previous step's *corrected* prediction.  As ComfyUI, flow models use the same
+    lambda.  x [n, ...]; ValueError as :func:`~.base.integrate`.
+    """
+    before: tuple[torch.Tensor, torch.Tensor] | None = None  # the last step's lambda and D'
+
+    def update(step: Step) -> torch.Tensor:
+        nonlocal before
+        now, following = step.sigma.log().neg(), step.sigma_next.log().neg()
+        h = following - now
+        denoised = step.denoised
+        if before is not None and step.sigma_next != 0:
+            half = 1 / (2 * ((now - before[0]) / h))
+            denoised = ((1 + half) * denoised).sub_(half * before[1])
+        before = now, step.denoised
+        moved = (following.neg().exp() / now.neg().exp()) * step.x
+        return moved.sub_((-h).expm1() * denoised)
+
+    return integrate(update, model, x, sigmas, extra_args, callback, correction)
+
+
+@torch.no_grad()
+def sample_dpmpp_sde(
+    model,
+    x,
+    sigmas,
+    extra_args=None,
+    callback=None,
+    disable=None,
+    *,
+    correction=None,
+    flow=False,
+    first_sigma=None,
+    eta=1.0,
+    s_noise=1.0,
+    r=0.5,
+    noise_sampler=None,
+) -> torch.Tensor:
+    """DPM-Solver++ (stochastic; arXiv 2211.01095, section 5, as k-diffusion's two-stage form).
+
+    ``r`` places the second evaluation between the two noise levels in half-log-SNR.  The step's c_x
+    scales the state once, at the first evaluation; its c_eps corrects both outputs, the second as
+    D2' = x2 - c_eps * (x2 - D2), since x2 is already made of the scaled state.
+
+    ``flow`` models have lambda = log((1 - sigma) / sigma), infinite at 1: ``first_sigma`` takes the
+    place of a first sigma of 1 or more (required then).  Noise is a Brownian path over sigma.
+    ``eta`` in [0, 1] is the share of fresh noise, ``s_noise`` its scale.  x [n, ...]; ValueError as
+    :func:`~.base.integrate`.
+    """
+    draw = noise_of(brownian_noise, noise_sampler, x, sigmas, extra_args)
+    if flow and len(sigmas) > 1 and sigmas[0] >= 1:
+        if first_sigma is None:
+            raise ValueError(
+                f"first_sigma is missing; a flow's first sigma of {float(sigmas[0]):.4g} has no "
+                "signal, so dpmpp_sde needs one just below 1 in its place"
+            )
+        sigmas = sigmas.clone()
+        sigmas[0] = first_sigma
+
+    def lambda_of(sigma: torch.Tensor) -> torch.Tensor:
+        return sigma.logit().neg() if flow else sigma.log().neg()
+
+    def advance(step: Step, start, end, sigma_end, denoised) -> torch.Tensor:
+        """From lambda ``start`` to ``end`` (0-dim) with the prediction ``denoised``."""
+        alpha, alpha_end = step.sigma * start.exp(), sigma_end * end.exp()
+        down, up = ancestral_step(start.neg().exp(), end.neg().exp(), eta)
+        h = down.log().neg() - start
+        moved = (alpha_end / alpha) * (-h).exp() * step.x
+        moved.sub_(alpha_end * (-h).expm1() * denoised)
+        if eta > 0 and s_noise > 0:
+            moved.add_(alpha_end * draw(step.sigma, sigma_end) * s_noise * up)
+        return moved
+
+    def update(step: Step) -> torch.Tensor:
+        if step.sigma_next == 0:
+            return step.denoised
+        start, end = lambda_of(step.sigma), lambda_of(step.sigma_next)
+        middle = start + r * (end - start)
+        sigma_middle = middle.neg().sigmoid() if flow else middle.neg().exp()
+        second = step.predict(
+            advance(step, start, middle, sigma_middle, step.denoised), sigma_middle
+        )
+        share = 1 / (2 * r)
+        mixed = ((1 - share) * step.denoised).add_(share * second)
+        return advance(step, start, end, step.sigma_next, mixed)
+
+    return integrate(update, model, x, sigmas, extra_args, callback, correction)

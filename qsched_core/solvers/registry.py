@@ -1,0 +1,161 @@
+"""The table of solvers: what each needs of the model, and the options a user may set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+
+from .ancestral import sample_euler_ancestral
+from .base import NoiseSource, brownian_noise, white_noise
+from .ddim import sample_ddim
+from .dpmpp import sample_dpmpp_2m, sample_dpmpp_sde
+from .euler import sample_euler
+from .lcm import sample_lcm
+from .tcd import sample_tcd
+
+
+@dataclass(frozen=True)
+class Option:
+    """A number a user may set: its range includes both ends."""
+
+    name: str
+    default: float
+    minimum: float
+    maximum: float
+    tooltip: str
+
+    def __post_init__(self):
+        self.check(self.default, "the registry")
+
+    def check(self, value: object, solver: str) -> float:
+        """``value`` as a float; ValueError naming option, value and range if it is not in it."""
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not self.minimum <= value <= self.maximum:
+            raise ValueError(
+                f"{self.name}={value!r} for solver {solver} must be a number from {self.minimum:g} "
+                f"to {self.maximum:g}; its default is {self.default:g}"
+            )
+        return float(value)
+
+
+@dataclass(frozen=True, eq=False)
+class ModelFacts:
+    """What solvers may need to know of a model.
+
+    ``flow``: sigma is a flow's time in [0, 1].  ``s_noise``: the scale of the noise the model was
+    trained with.  ``training_sigmas`` [timesteps]: rising, one a training timestep, None if it has
+    none.  ``first_sigma``: stands for a flow's sigma of 1 where that has no log-SNR.
+    """
+
+    flow: bool
+    s_noise: float = 1.0
+    training_sigmas: torch.Tensor | None = None
+    first_sigma: float | None = None
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A registry entry.
+
+    ``noise`` makes the noise sampler of a stochastic solver from (x, sigmas, seed); None for the
+    others.  ``facts`` are the fields of :class:`ModelFacts` that ``function`` takes as keywords,
+    ``options`` what a user may set.  ``new_inpaint_noise``: ComfyUI gives the known pixels of an
+    inpainting their own noise with this sampler.
+    """
+
+    name: str
+    function: Callable[..., torch.Tensor]
+    noise: NoiseSource | None = None
+    options: tuple[Option, ...] = ()
+    facts: tuple[str, ...] = ()
+    new_inpaint_noise: bool = False
+
+    def __post_init__(self):
+        unknown = set(self.facts) - {field.name for field in fields(ModelFacts)}
+        if unknown:
+            raise ValueError(f"facts={self.facts} of solver {self.name}: no {', '.join(unknown)}")
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether it draws noise after the first latent's, so that the seed matters to it."""
+        return self.noise is not None
+
+    def check(self, options: dict[str, object]) -> dict[str, float]:
+        """Every option, validated, defaults filled in; ValueError for one that is not there."""
+        known = {option.name: option for option in self.options}
+        for name, value in options.items():
+            if name not in known:
+                there = f"it has {', '.join(known)}" if known else "it has none"
+                raise ValueError(f"{name}={value!r} is no option of solver {self.name}; {there}")
+        return {
+            name: option.check(options.get(name, option.default), self.name)
+            for name, option in known.items()
+        }
+
+    def bind(self, model: ModelFacts, **options: object) -> dict[str, object]:
+        """Keyword arguments that fit ``function`` to a model, with validated ``options``."""
+        return {name: getattr(model, name) for name in self.facts} | self.check(options)
+
+
+def _share(name: str, default: float, tooltip: str) -> Option:
+    return Option(name, default, 0.0, 1.0, tooltip)
+
+
+_ETA = "Share of fresh noise in every step. 0 is deterministic"
+
+SOLVERS: dict[str, Solver] = {
+    solver.name: solver
+    for solver in (
+        Solver("euler", sample_euler),
+        Solver(
+            "euler_ancestral",
+            sample_euler_ancestral,
+            white_noise,
+            (_share("eta", 1.0, f"{_ETA}, 1 is ComfyUI's default."),),
+            ("flow", "s_noise"),
+        ),
+        Solver("lcm", sample_lcm, white_noise, facts=("flow", "s_noise")),
+        Solver(
+            "tcd",
+            sample_tcd,
+            white_noise,
+            (
+                _share(
+                    "gamma",
+                    0.3,
+                    "Randomness of TCD, PCM and Hyper-SD models. 0 is deterministic, 1 renoises "
+                    "fully; 0.3 is the published default. More steps want more of it.",
+                ),
+            ),
+            ("flow", "s_noise", "training_sigmas"),
+        ),
+        Solver(
+            "ddim",
+            sample_ddim,
+            white_noise,
+            (_share("eta", 0.0, f"{_ETA} (ComfyUI's ddim), 1 is as random as DDPM."),),
+            ("flow", "s_noise"),
+            new_inpaint_noise=True,
+        ),
+        Solver("dpmpp_2m", sample_dpmpp_2m),
+        Solver(
+            "dpmpp_sde",
+            sample_dpmpp_sde,
+            brownian_noise,
+            (_share("eta", 1.0, f"{_ETA}, 1 is ComfyUI's default."),),
+            ("flow", "s_noise", "first_sigma"),
+        ),
+    )
+}
+
+
+def get_solver(name: str) -> Solver:
+    """The solver called ``name``; ValueError lists the names there are."""
+    try:
+        return SOLVERS[name]
+    except KeyError:
+        raise ValueError(
+            f"solver={name!r} is unknown; choose one of {', '.join(SOLVERS)}"
+        ) from None
