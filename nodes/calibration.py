@@ -34,6 +34,7 @@ from ..qsched_core.search.report import Sample, report_picture, report_text, typ
 from ..qsched_core.search.strategies import STRATEGIES
 from ..qsched_core.solvers import SOLVERS
 from . import host, host_scoring
+from .options import OWN, check_options, chosen_options, option_inputs
 from .pictures import as_tensor
 from .types import Objective, Prompts, Schedule
 
@@ -70,7 +71,7 @@ def negative_input():
 
 
 def objective_and_runner(
-    model, clip, vae, objective, solver, scheduler, steps, cfg, width, height, negative
+    model, clip, vae, objective, solver, scheduler, steps, cfg, width, height, negative, options
 ):
     """The sigmas, whether they are a flow's, and the runner of a trajectory."""
     if not isinstance(objective, jaq.Objective):
@@ -78,7 +79,7 @@ def objective_and_runner(
     sigmas, flow = host.sampling_facts(model, scheduler, steps)
     runner = host.TrajectoryRunner(
         model, clip, vae, sigmas=sigmas, solver=solver, cfg=cfg, negative=negative,
-        width=width, height=height,
+        width=width, height=height, options=options,
     )  # fmt: skip
     return sigmas, flow, runner
 
@@ -260,6 +261,7 @@ class QSchedJAQCalibrator(io.ComfyNode):
                     ),
                 ),
                 negative_input(),
+                *option_inputs(),
             ],
             outputs=[
                 Schedule.Output(display_name="schedule"),
@@ -271,7 +273,10 @@ class QSchedJAQCalibrator(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, search, budget):
+    def validate_inputs(cls, search, budget, solver=None, eta=OWN, gamma=OWN):
+        wrong = check_options(solver, eta, gamma)
+        if wrong:
+            return wrong
         if search is None or budget is None:  # wired: checked when it runs
             return True
         try:
@@ -283,11 +288,22 @@ class QSchedJAQCalibrator(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, clip, vae, prompts, objective, solver, scheduler, steps, cfg, width, height,
-        search, budget, seed, guard, negative="",
+        search, budget, seed, guard, negative="", eta=OWN, gamma=OWN,
     ) -> io.NodeOutput:  # fmt: skip
         settings = CalibrationSettings(strategy=search, budget=budget, seed=seed, guard=guard)
         sigmas, flow, runner = objective_and_runner(
-            model, clip, vae, objective, solver, scheduler, steps, cfg, width, height, negative
+            model,
+            clip,
+            vae,
+            objective,
+            solver,
+            scheduler,
+            steps,
+            cfg,
+            width,
+            height,
+            negative,
+            chosen_options(solver, eta, gamma),
         )
         scored = host_scoring.ScoredRunner(runner, objective)
         live = _Live(cls.hidden.unique_id, scored)

@@ -13,6 +13,7 @@ from ..qsched_core.prompts import PromptError, parse_prompts
 from ..qsched_core.search.guard import mean_interval, paired_interval
 from . import host_scoring
 from .calibration import negative_input, objective_and_runner, trajectory_inputs
+from .options import OWN, chosen_options, option_inputs
 from .types import Objective, Schedule
 
 
@@ -39,6 +40,7 @@ class QSchedEvaluate(io.ComfyNode):
                     optional=True,
                     tooltip="With a schedule: score the base solver too, and give the paired gain.",
                 ),
+                *option_inputs(),
             ],
             outputs=[
                 io.String.Output(display_name="scores"),
@@ -51,10 +53,21 @@ class QSchedEvaluate(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, clip, vae, prompts, objective, solver, scheduler, steps, cfg, width, height,
-        schedule=None, negative="", compare=False,
+        schedule=None, negative="", compare=False, eta=OWN, gamma=OWN,
     ) -> io.NodeOutput:  # fmt: skip
         sigmas, _, runner = objective_and_runner(
-            model, clip, vae, objective, solver, scheduler, steps, cfg, width, height, negative
+            model,
+            clip,
+            vae,
+            objective,
+            solver,
+            scheduler,
+            steps,
+            cfg,
+            width,
+            height,
+            negative,
+            chosen_options(solver, eta, gamma),
         )
         identity = ScalarCorrection((1.0,) * steps, (1.0,) * steps)
         match = None if schedule is None else schedule.at(sigmas.tolist())

@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from ..qsched_core.schedule import MODES
 from ..qsched_core.solvers import SOLVERS
 from . import host, host_sampling
+from .options import OWN, check_options, chosen_options, option_inputs
 from .types import Schedule
 
 MODE_TOOLTIP = (
@@ -21,6 +22,41 @@ def _mode_input():
     )
 
 
+def _schedule_input():
+    return Schedule.Input("schedule", tooltip="Coefficients from a calibrator, a file or a ramp.")
+
+
+def _solver_input():
+    return io.Combo.Input(
+        "solver",
+        options=list(SOLVERS),
+        tooltip="The base solver. Coefficients are learned for one solver.",
+    )
+
+
+def _seed_input(name: str):
+    return io.Int.Input(
+        name,
+        default=0,
+        min=0,
+        max=0xFFFFFFFFFFFFFFFF,
+        control_after_generate=True,
+        tooltip="The seed of the noise.",
+    )
+
+
+def _trajectory_inputs() -> list:
+    return [
+        io.Int.Input("steps", default=4, min=1, max=1000, tooltip="Sampling steps."),
+        io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, round=0.01),
+        _solver_input(),
+        io.Combo.Input("scheduler", options=list(host.SCHEDULERS), default="simple"),
+        io.Conditioning.Input("positive"),
+        io.Conditioning.Input("negative"),
+        io.Latent.Input("latent_image", tooltip="The latent to denoise."),
+    ]
+
+
 class QSchedSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -30,14 +66,39 @@ class QSchedSampler(io.ComfyNode):
             category="QSched/sampling",
             description="A few-step solver corrected by a schedule, for SamplerCustom and SamplerCustomAdvanced.",
             inputs=[
-                Schedule.Input(
-                    "schedule", tooltip="Coefficients from a calibrator, a file or a ramp."
-                ),
-                io.Combo.Input(
-                    "solver",
-                    options=list(SOLVERS),
-                    tooltip="The base solver. Coefficients are learned for one solver.",
-                ),
+                _schedule_input(),
+                _solver_input(),
+                _mode_input(),
+                *option_inputs(),
+            ],
+            outputs=[io.Sampler.Output()],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, solver=None, eta=OWN, gamma=OWN):
+        return check_options(solver, eta, gamma) or True
+
+    @classmethod
+    def execute(cls, schedule, solver, mode=MODES[0], eta=OWN, gamma=OWN) -> io.NodeOutput:
+        options = chosen_options(solver, eta, gamma)
+        return io.NodeOutput(
+            host_sampling.make_sampler(schedule, solver, mode, cls.hidden.unique_id, **options)
+        )
+
+
+class QSchedAroundSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="QSchedAroundSampler",
+            display_name="Q-Sched Around Sampler",
+            category="QSched/sampling",
+            description="Any other sampler, with the model's answers corrected by a schedule: exact for "
+            "Euler, an approximation for the rest.",
+            inputs=[
+                _schedule_input(),
+                io.Sampler.Input("sampler", tooltip="A sampler of ComfyUI's or of another pack."),
                 _mode_input(),
             ],
             outputs=[io.Sampler.Output()],
@@ -45,9 +106,9 @@ class QSchedSampler(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, schedule, solver, mode=MODES[0]) -> io.NodeOutput:
+    def execute(cls, schedule, sampler, mode=MODES[0]) -> io.NodeOutput:
         return io.NodeOutput(
-            host_sampling.make_sampler(schedule, solver, mode, cls.hidden.unique_id)
+            host_sampling.make_around_sampler(schedule, sampler, mode, cls.hidden.unique_id)
         )
 
 
@@ -62,28 +123,9 @@ class QSchedKSampler(io.ComfyNode):
             search_aliases=["ksampler", "qsched", "few-step"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that denoises the latent."),
-                Schedule.Input(
-                    "schedule", tooltip="Coefficients from a calibrator, a file or a ramp."
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="The seed of the noise.",
-                ),
-                io.Int.Input("steps", default=4, min=1, max=1000, tooltip="Sampling steps."),
-                io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, round=0.01),
-                io.Combo.Input(
-                    "solver",
-                    options=list(SOLVERS),
-                    tooltip="The base solver. Coefficients are learned for one solver.",
-                ),
-                io.Combo.Input("scheduler", options=list(host.SCHEDULERS), default="simple"),
-                io.Conditioning.Input("positive"),
-                io.Conditioning.Input("negative"),
-                io.Latent.Input("latent_image", tooltip="The latent to denoise."),
+                _schedule_input(),
+                _seed_input("seed"),
+                *_trajectory_inputs(),
                 io.Float.Input(
                     "denoise",
                     default=1.0,
@@ -93,26 +135,76 @@ class QSchedKSampler(io.ComfyNode):
                     tooltip="Below 1 the trajectory is entered in its middle, as in KSampler.",
                 ),
                 _mode_input(),
+                *option_inputs(),
             ],
             outputs=[io.Latent.Output(tooltip="The denoised latent.")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def validate_inputs(cls, denoise=1.0):
-        return True if denoise > 0 else f"denoise={denoise} must be above 0; 1 denoises fully"
+    def validate_inputs(cls, denoise=1.0, solver=None, eta=OWN, gamma=OWN):
+        if denoise is not None and denoise <= 0:
+            return f"denoise={denoise} must be above 0; 1 denoises fully"
+        return check_options(solver, eta, gamma) or True
 
     @classmethod
     def execute(
         cls, model, schedule, seed, steps, cfg, solver, scheduler, positive, negative, latent_image,
-        denoise=1.0, mode=MODES[0],
+        denoise=1.0, mode=MODES[0], eta=OWN, gamma=OWN,
     ) -> io.NodeOutput:  # fmt: skip
         latent = host_sampling.ksampler(
             model, schedule, solver, mode, cls.hidden.unique_id,
             seed=seed, steps=steps, cfg=cfg, scheduler=scheduler,
             positive=positive, negative=negative, latent=latent_image, denoise=denoise,
+            options=chosen_options(solver, eta, gamma),
         )  # fmt: skip
         return io.NodeOutput(latent)
 
 
-NODES = (QSchedSampler, QSchedKSampler)
+class QSchedKSamplerAdvanced(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="QSchedKSamplerAdvanced",
+            display_name="KSampler Advanced (Q-Sched)",
+            category="QSched/sampling",
+            description="KSampler (Advanced) with a solver corrected by a schedule: some steps of a "
+            "trajectory, with or without fresh noise.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model that denoises the latent."),
+                _schedule_input(),
+                io.Combo.Input("add_noise", options=["enable", "disable"]),
+                _seed_input("noise_seed"),
+                *_trajectory_inputs(),
+                io.Int.Input("start_at_step", default=0, min=0, max=10000),
+                io.Int.Input("end_at_step", default=10000, min=0, max=10000),
+                io.Combo.Input("return_with_leftover_noise", options=["disable", "enable"]),
+                _mode_input(),
+                *option_inputs(),
+            ],
+            outputs=[io.Latent.Output(tooltip="The latent after the last of the steps.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, solver=None, eta=OWN, gamma=OWN):
+        return check_options(solver, eta, gamma) or True
+
+    @classmethod
+    def execute(
+        cls, model, schedule, add_noise, noise_seed, steps, cfg, solver, scheduler, positive,
+        negative, latent_image, start_at_step, end_at_step, return_with_leftover_noise,
+        mode=MODES[0], eta=OWN, gamma=OWN,
+    ) -> io.NodeOutput:  # fmt: skip
+        latent = host_sampling.ksampler(
+            model, schedule, solver, mode, cls.hidden.unique_id,
+            seed=noise_seed, steps=steps, cfg=cfg, scheduler=scheduler,
+            positive=positive, negative=negative, latent=latent_image,
+            start=start_at_step, end=end_at_step, add_noise=add_noise == "enable",
+            leftover_noise=return_with_leftover_noise == "enable",
+            options=chosen_options(solver, eta, gamma),
+        )  # fmt: skip
+        return io.NodeOutput(latent)
+
+
+NODES = (QSchedSampler, QSchedAroundSampler, QSchedKSampler, QSchedKSamplerAdvanced)
