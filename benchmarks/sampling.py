@@ -1,9 +1,9 @@
 """Our solvers against ComfyUI's samplers of the same name, on the demo's generator.
 
-``step_time.<solver>`` is our wall time over ComfyUI's for a 4-step trajectory of 4 latents: 1.00 is
-as fast.  ``step_overhead_us`` and ``extra_memory`` take the model away, so that only the sampling
-itself is seen.  Everything runs on one thread: passes this short measure the thread pool otherwise,
-and a busy machine's neighbours.
+``step_time.<solver>`` is our wall time over ComfyUI's for a 4-step trajectory of 4 latents (the
+median over neighbouring runs): 1.00 is as fast.  ``step_overhead_us`` and ``extra_memory`` take the
+model away, so that only the sampling itself is seen.  Everything runs on one thread: passes this
+short measure the thread pool otherwise, and a busy machine's neighbours.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from demo.training import load_weights
 from qsched_core.precondition import ScalarCorrection
 from qsched_core.solvers import SOLVERS, ModelFacts, sample_euler
 
-from ._common import BenchRow, machine, medians, options, report
+from ._common import BenchRow, machine, options, report, timings
 
 SIGMAS = torch.tensor([1.0, 0.9, 0.75, 0.5, 0.0])
 STEPS = len(SIGMAS) - 1
@@ -76,14 +76,14 @@ def step_times(theirs, model_sampling, runs: int) -> list[BenchRow]:
         def other(core=core):
             return core(denoiser, x, SIGMAS, {"seed": 1}, disable=True)
 
-        ours_s, other_s = medians(ours, other, runs)
+        ours_s, other_s = timings(ours, other, runs)
         rows.append(
             BenchRow(
                 f"step_time.{name}",
                 f"corrected {name} against ComfyUI's {core_name}, 4 steps of 4 latents",
-                ours_s / STEPS,
-                other_s / STEPS,
-                ours_s / other_s,
+                statistics.median(ours_s) / STEPS,
+                statistics.median(other_s) / STEPS,
+                statistics.median(a / b for a, b in zip(ours_s, other_s, strict=True)),
                 "s/step",
                 runs,
                 machine(),
