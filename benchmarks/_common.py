@@ -56,16 +56,28 @@ def machine() -> str:
     return f"{name}, {os.cpu_count()} cores{gpu}, torch {torch.__version__}"
 
 
-def medians(ours: Callable[[], object], other: Callable[[], object], n: int) -> tuple[float, float]:
-    """Median seconds of both, run in turn so that drift of the machine hits both alike."""
+def timings(
+    ours: Callable[[], object], other: Callable[[], object], n: int
+) -> tuple[list[float], list[float]]:
+    """Seconds of ``n`` runs of both, in turn and each first as often as the other.
+
+    Drift of the machine hits both alike: run k of one is the neighbour of run k of the other.
+    """
     times: tuple[list[float], list[float]] = ([], [])
     for run in range(n + 1):
-        for index, call in enumerate((ours, other)):
+        pair = ((0, ours), (1, other))
+        for index, call in pair if run % 2 else reversed(pair):
             started = time.perf_counter()
             call()
             if run:  # the first of each warms up
                 times[index].append(time.perf_counter() - started)
-    return statistics.median(times[0]), statistics.median(times[1])
+    return times
+
+
+def medians(ours: Callable[[], object], other: Callable[[], object], n: int) -> tuple[float, float]:
+    """Median seconds of both over :func:`timings`."""
+    first, second = timings(ours, other, n)
+    return statistics.median(first), statistics.median(second)
 
 
 def options(

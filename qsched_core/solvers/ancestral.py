@@ -37,7 +37,8 @@ def sample_euler_ancestral(
         if down == 0:
             return step.denoised
         # drawn at eta 0 too, as ComfyUI does: the generator of a longer chain must not shift
-        return euler_step(step, down).add_(draw(step.sigma, step.sigma_next) * s_noise * up)
+        noise = draw(step.sigma, step.sigma_next) * s_noise
+        return euler_step(step, down).add_(noise.mul_(up))
 
     def update_flow(step: Step) -> torch.Tensor:
         if step.sigma_next == 0:
@@ -48,8 +49,8 @@ def sample_euler_ancestral(
         ratio = down / step.sigma
         moved = (ratio * step.x).add_((1 - ratio) * step.denoised)
         if eta > 0:
-            noise = draw(step.sigma, step.sigma_next)
-            moved.mul_(alpha_next / alpha_down).add_(noise * s_noise * renoise)
+            noise = draw(step.sigma, step.sigma_next) * s_noise
+            moved.mul_(alpha_next / alpha_down).add_(noise.mul_(renoise))
         return moved
 
     update = update_flow if flow else update_ve

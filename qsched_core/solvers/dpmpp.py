@@ -83,7 +83,8 @@ def sample_dpmpp_sde(
         moved = (alpha_end / alpha) * (-h).exp() * step.x
         moved.sub_(alpha_end * (-h).expm1() * denoised)
         if eta > 0 and s_noise > 0:
-            moved.add_(alpha_end * draw(step.sigma, sigma_end) * s_noise * up)
+            noise = alpha_end * draw(step.sigma, sigma_end)
+            moved.add_(noise.mul_(s_noise).mul_(up))
         return moved
 
     def update(step: Step) -> torch.Tensor:
