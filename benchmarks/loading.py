@@ -182,7 +182,9 @@ def step_rows(folder: Path, runs: int) -> Iterator[BenchRow]:
     torch.set_num_threads(1)
     try:
         for name, weight_format, (what, other), side, bound in comparisons:
-            yield _step(name, ours[weight_format], what, other, side, runs, bound)
+            few = max(2, runs // 3)  # a CPU without bf16 takes a minute a step there
+            times = runs if side == 16 else few
+            yield _step(name, ours[weight_format], what, other, side, times, bound)
     finally:
         torch.set_num_threads(threads)
         path.unlink()

@@ -134,16 +134,28 @@ def sigmas_of(
     return sigmas
 
 
-def model_facts(sampling) -> ModelFacts:
-    """What solvers need to know of a model, from its model_sampling object."""
+def model_facts(sampling, config=None) -> ModelFacts:
+    """What solvers need to know of a model, from its model_sampling object and its configuration."""
     flow = is_flow(sampling)
     return ModelFacts(
         flow,
         s_noise=float(getattr(sampling, "noise_scale", 1.0)) if flow else 1.0,
-        training_sigmas=None if flow else getattr(sampling, "sigmas", None),
+        training_sigmas=None if flow else _training_sigmas(sampling, config),
         # where ComfyUI moves a flow's sigma of 1, which has no log-SNR
         first_sigma=float(sampling.percent_to_sigma(1e-4)) if flow else None,
     )
+
+
+def _training_sigmas(sampling, config) -> torch.Tensor | None:
+    """Sigma of every training timestep, rising; None for a model that has no timesteps.
+
+    ComfyUI keeps every 20th alone of a distilled (LCM) model: its table is built anew.
+    """
+    sigmas = getattr(sampling, "sigmas", None)
+    if sigmas is None or len(sigmas) == getattr(sampling, "num_timesteps", len(sigmas)):
+        return sigmas
+    zsnr = getattr(sampling, "zsnr", None)
+    return comfy.model_sampling.ModelSamplingDiscrete(config, zsnr=zsnr).sigmas
 
 
 class TrajectoryRunner:
@@ -174,7 +186,7 @@ class TrajectoryRunner:
         check_sigmas(sigmas)
         self.model, self.clip, self.vae = model, clip, vae
         self.sigmas, self.solver, self.cfg, self.negative = sigmas, solver, cfg, negative
-        self.facts = model_facts(model_sampling(model))
+        self.facts = model_facts(model_sampling(model), model.model.model_config)
         self.latent = self._empty_latent(width, height)
         self.width, self.height = width, height
         self.max_batch = max_batch or self._batch_that_fits()

@@ -38,7 +38,8 @@ def make_sampler(
         function = guider.model_options.get("denoise_mask_function")
         if function is not None:
             correction = _ChangingMask(correction, guider, sigmas, function)
-        facts = model_facts(guider.inner_model.model_sampling)
+        base = guider.inner_model
+        facts = model_facts(base.model_sampling, base.model_config)
         return entry.function(
             model, x, sigmas, extra_args, callback, disable,
             correction=correction, **entry.bind(facts, **options),

@@ -71,9 +71,9 @@ def sample_tcd(
         x_next = D' + sigma_s * eps' + sqrt(sigma_next^2 - sigma_s^2) * noise
 
     Timesteps are indices into ``training_sigmas`` [timesteps], rising.  ``gamma`` in [0, 1]: 0 is
-    the deterministic step, 1 renoises from (nearly) clean.  A step to sigma 0 gives D'; the
-    published scheduler ends at timestep 0 instead, which sigmas that end at training_sigmas[0] do
-    here.
+    the deterministic step, 1 renoises from (nearly) clean.  The published scheduler ends at
+    timestep 0, not at D', and hands the VP state on: so does a step to sigma 0 here, with
+    sqrt(alphabar_0) * (D' + sigma_0 * eps'), and with D' where a mask says that pixels are given.
 
     ``flow`` models have no integer timesteps and the signal is 1 - sigma, the noise sigma: the
     continuous analogue s = (1 - gamma) * sigma_next is ours, not the paper's.  With a = 1 - sigma
@@ -86,14 +86,24 @@ def sample_tcd(
     """
     draw = noise_of(white_noise, noise_sampler, x, sigmas, extra_args)
     training = [] if flow else _training(training_sigmas)
+    mask = (extra_args or {}).get("denoise_mask")
 
     def update_vp(step: Step) -> torch.Tensor:
         sigma, sigma_next = float(step.sigma), float(step.sigma_next)
+        if sigma_next == 0:
+            end = training[0]
+            scale = (1 + end**2) ** -0.5
+            moved = (step.x * (scale * end / sigma)).add_(
+                step.denoised, alpha=scale * (1 - end / sigma)
+            )
+            return moved if mask is None else torch.lerp(step.denoised, moved, mask)
         target = target_sigma(sigma_next, gamma, training)
         return move(step, target / sigma, 1 - target / sigma, sigma_next**2 - target**2)
 
     def update_flow(step: Step) -> torch.Tensor:
         sigma, sigma_next = float(step.sigma), float(step.sigma_next)
+        if sigma_next == 0:
+            return step.denoised
         target = (1 - gamma) * sigma_next
         signal = 1 - sigma_next
         kept = target * signal / (1 - target) if target < 1 else target
@@ -102,8 +112,6 @@ def sample_tcd(
         )
 
     def move(step: Step, share_x: float, share_d: float, variance: float) -> torch.Tensor:
-        if step.sigma_next == 0:
-            return step.denoised
         moved = (step.x * share_x).add_(step.denoised, alpha=share_d)
         if variance > 0:
             noise = draw(step.sigma, step.sigma_next)

@@ -149,26 +149,43 @@ def test_tcd_in_vp_space(gamma, timesteps):
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
-def test_tcd_to_sigma_0_gives_the_schedulers_clean_prediction(gamma):
-    """ComfyUI's sigmas end at 0, where the scheduler's last step is its predicted x0."""
-    timesteps = TIMESTEPS[0]
-    inner = tcd_step(gamma, replay())
-
-    def step(i, t, t_prev, sample, eps):
-        if i < 3:
-            return inner(i, t, t_prev, sample, eps)
-        return (sample - math.sqrt(1 - float(ABAR[t])) * eps) / math.sqrt(float(ABAR[t]))
-
+@pytest.mark.parametrize("timesteps", TIMESTEPS)
+def test_tcd_to_sigma_0_is_the_schedulers_last_step(gamma, timesteps):
+    """ComfyUI's sigmas end at 0: there the published scheduler's last sample is what comes out."""
+    expected = published(timesteps, tcd_step(gamma, replay()), noise(0))
+    first = math.sqrt(float(ABAR[timesteps[0]]))
     got = sample_tcd(
         denoiser,
-        noise(0) / math.sqrt(float(ABAR[timesteps[0]])),
+        noise(0) / first,
         sigmas_at(timesteps),
         correction=CORRECTION,
         training_sigmas=TRAINING,
         gamma=gamma,
         noise_sampler=replay(),
     )
-    close(got, published(timesteps, step, noise(0)))
+    close(got, expected)
+
+
+def test_tcd_leaves_given_pixels_at_what_the_model_answers():
+    """The scheduler's last sample is not quite clean; a pixel that was given stays as it was."""
+    mask = torch.ones(1, 1, 8, 8)
+    mask[..., :4] = 0
+    given = noise(7)
+
+    def masked(x, sigma, denoise_mask):
+        return torch.lerp(given, denoiser(x, sigma), denoise_mask)
+
+    got = sample_tcd(
+        masked,
+        noise(0) * float(TRAINING[999]),
+        sigmas_at(TIMESTEPS[0]),
+        {"denoise_mask": mask},
+        correction=CORRECTION,
+        training_sigmas=TRAINING,
+        noise_sampler=replay(),
+    )
+    assert torch.equal(got[..., :4], given[..., :4])
+    assert not torch.allclose(got[..., 4:], given[..., 4:], atol=0.1)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])

@@ -234,7 +234,8 @@ def test_ones_give_comfyuis_own_latent_and_others_do_not(graph, files):
 @pytest.mark.parametrize(
     ("graph", "solver"),
     [(inpainting_flow, solver) for solver in solvers.SOLVERS]
-    + [(graph, "euler_ancestral") for graph in MASKED],
+    + [(graph, "euler_ancestral") for graph in MASKED]
+    + [(inpainting, "tcd")],
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_known_pixels_are_untouched_by_any_coefficients(graph, solver, files):
@@ -295,6 +296,19 @@ def test_around_a_sampler_of_comfyuis(graph, files):
         assert torch.equal(around(name, ONES, ONES), core), name
         assert not same_within(around(name), core, 1e-3), name
     assert same_within(around("euler"), draw(ours(draw, "euler")), 1e-4)
+
+
+def test_a_distilled_models_timesteps_are_all_known(files):
+    """ComfyUI keeps 50 of an LCM model's 1000 noise levels; TCD counts in all of them."""
+    advanced = importlib.import_module("comfy_extras.nodes_model_advanced")
+    model = plain(files, SD15)
+    (lcm,) = advanced.ModelSamplingDiscrete().patch(model, "lcm", False)
+    sampling = lcm.get_model_object("model_sampling")
+    assert len(sampling.sigmas) == 50
+    found = host.model_facts(sampling, lcm.model.model_config).training_sigmas
+    assert torch.equal(found, model.get_model_object("model_sampling").sigmas)
+    draw = drawing(lcm, conditioning(SD15), shape=SD15.latent)
+    assert torch.isfinite(draw(ours(draw, "tcd"))).all()
 
 
 def test_nan_in_the_model_names_the_step(files):

@@ -84,7 +84,9 @@ def same(a, b) -> bool:
     return len(a) == len(b) and all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("solver", ["euler", "euler_ancestral", "lcm"])
+@pytest.mark.parametrize(
+    "solver", ["euler", "euler_ancestral", "lcm", "ddim", "dpmpp_2m", "dpmpp_sde"]
+)
 def test_coefficients_of_one_give_ksamplers_own_pictures(server, solver):
     prompt = graph(solver=solver)
     prompt["5"]["inputs"]["solver"] = solver
@@ -192,3 +194,95 @@ def test_a_schedule_for_another_solver_warns_and_strict_refuses(server):
     prompt["5"]["inputs"] = ramp(0.9, 1.1)
     with pytest.raises(ServerError, match="solver 'euler', not 'lcm'"):
         server.run(prompt, timeout=300)
+
+
+def advanced(prompt: dict, **inputs) -> dict:
+    """The graph with KSampler Advanced (Q-Sched) in the place of KSampler (Q-Sched)."""
+    old = prompt["6"]["inputs"]
+    kept = {k: v for k, v in old.items() if k not in ("seed", "denoise")}
+    new = {
+        "add_noise": "enable", "noise_seed": old["seed"], "start_at_step": 0, "end_at_step": 10000,
+        "return_with_leftover_noise": "disable", **kept, **inputs,
+    }  # fmt: skip
+    return prompt | {"6": {"class_type": "QSchedKSamplerAdvanced", "inputs": new}}
+
+
+def advanced_as_core(prompt: dict) -> dict:
+    return {
+        key: as_core({"6": node})["6"] | {"class_type": "KSamplerAdvanced"}
+        if node["class_type"] == "QSchedKSamplerAdvanced"
+        else node
+        for key, node in prompt.items()
+        if node["class_type"] != "QSchedRamp"
+    }
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        {},
+        {"start_at_step": 1},
+        {"end_at_step": 3, "return_with_leftover_noise": "enable"},
+        {"end_at_step": 3},
+        {"add_noise": "disable", "start_at_step": 2},
+        {"start_at_step": 4},
+    ],
+    ids=str,
+)
+def test_the_advanced_ksampler_at_one_is_ksampler_advanceds_own(server, steps):
+    prompt = advanced(graph(), **steps)
+    assert same(pictures(server, prompt), pictures(server, advanced_as_core(prompt)))
+
+
+def test_two_advanced_ksamplers_make_the_picture_of_one(server):
+    prompt = graph(mode="strict")
+    prompt["5"]["inputs"] = ramp(0.9, 1.1)
+    expected = pictures(server, prompt)
+    first = advanced(prompt, end_at_step=2, return_with_leftover_noise="enable")
+    second = advanced(prompt, add_noise="disable", start_at_step=2)["6"]
+    second["inputs"] = second["inputs"] | {"latent_image": ["6", 0]}
+    both = first | {"16": second}
+    both["7"] = {"class_type": "VAEDecode", "inputs": {"samples": ["16", 0], "vae": ["1", 2]}}
+    assert same(pictures(server, both), expected)
+
+
+def test_options_reach_the_solver_and_bad_ones_are_refused(server):
+    prompt = graph(solver="tcd", gamma=0.0)
+    prompt["5"]["inputs"] = ramp(0.95, 1.05, solver="tcd")
+    calm = pictures(server, prompt)
+    prompt["6"]["inputs"]["gamma"] = 1.0
+    assert not same(calm, pictures(server, prompt))
+    prompt["6"]["inputs"]["solver"] = "euler"
+    with pytest.raises(ServerError, match=r"gamma=1.0 is no option of solver euler"):
+        server.run(prompt)
+    prompt["6"]["inputs"] |= {"solver": "tcd", "gamma": 1.5}
+    with pytest.raises(ServerError, match="gamma"):
+        server.run(prompt)
+
+
+def test_around_a_sampler_node(server):
+    """ComfyUI's own euler, corrected from outside, makes the picture of the corrected euler."""
+    prompt = graph()
+    prompt["5"]["inputs"] = ramp(0.95, 1.05)
+    expected = pictures(server, prompt)
+    core = {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "euler"}}
+    around = {
+        "class_type": "QSchedAroundSampler",
+        "inputs": {"schedule": ["5", 0], "sampler": ["19", 0]},
+    }
+    levels = {"model": ["1", 0], "scheduler": "simple", "steps": 4, "denoise": 1.0}
+    prompt |= {
+        "19": core,
+        "20": around,
+        "21": {"class_type": "BasicScheduler", "inputs": levels},
+        "6": {
+            "class_type": "SamplerCustom",
+            "inputs": {
+                "model": ["1", 0], "add_noise": True, "noise_seed": 5, "cfg": 1.0,
+                "positive": ["2", 0], "negative": ["3", 0], "sampler": ["20", 0],
+                "sigmas": ["21", 0], "latent_image": ["4", 0],
+            },
+        },
+    }  # fmt: skip
+    for found, wanted in zip(pictures(server, prompt), expected, strict=True):
+        assert np.abs(found.astype(int) - wanted.astype(int)).max() <= 1
