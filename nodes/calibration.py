@@ -32,56 +32,15 @@ from ..qsched_core.search.calibrate import (
 )
 from ..qsched_core.search.report import Sample, report_picture, report_text, typical
 from ..qsched_core.search.strategies import STRATEGIES
-from ..qsched_core.solvers import SOLVERS
 from . import host, host_scoring
 from .options import OWN, check_options, chosen_options, option_inputs
 from .pictures import as_tensor
+from .trajectory import negative_input, objective_and_runner, trajectory_inputs
 from .types import Objective, Prompts, Schedule
 
 SOURCES = ("bundled", "text")
 MAX_SEED = 2**53 - 1  # what a browser's number keeps exactly
 PREVIEWS = 12
-
-
-def trajectory_inputs() -> list:
-    """The inputs that say which trajectory is run: the same for every node that makes images."""
-    return [
-        io.Model.Input("model", tooltip="The model, quantized or not."),
-        io.Clip.Input("clip"),
-        io.Vae.Input("vae"),
-        Prompts.Input("prompts"),
-        Objective.Input("objective"),
-        io.Combo.Input("solver", options=list(SOLVERS), tooltip="The base solver."),
-        io.Combo.Input("scheduler", options=list(host.SCHEDULERS), default="simple"),
-        io.Int.Input("steps", default=4, min=1, max=1000, tooltip="Sampling steps."),
-        io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, round=0.01),
-        io.Int.Input("width", default=512, min=16, max=16384, step=8),
-        io.Int.Input("height", default=512, min=16, max=16384, step=8),
-    ]
-
-
-def negative_input():
-    return io.String.Input(
-        "negative",
-        default="",
-        multiline=True,
-        optional=True,
-        tooltip="Negative prompt; it has no effect at cfg 1.",
-    )
-
-
-def objective_and_runner(
-    model, clip, vae, objective, solver, scheduler, steps, cfg, width, height, negative, options
-):
-    """The sigmas, whether they are a flow's, and the runner of a trajectory."""
-    if not isinstance(objective, jaq.Objective):
-        raise ScorerError(f"objective={objective!r} must come from a JAQ Objective node")
-    sigmas, flow = host.sampling_facts(model, scheduler, steps)
-    runner = host.TrajectoryRunner(
-        model, clip, vae, sigmas=sigmas, solver=solver, cfg=cfg, negative=negative,
-        width=width, height=height, options=options,
-    )  # fmt: skip
-    return sigmas, flow, runner
 
 
 class QSchedCalibrationPrompts(io.ComfyNode):

@@ -12,8 +12,8 @@ from ..qsched_core.precondition import ScalarCorrection
 from ..qsched_core.prompts import PromptError, parse_prompts
 from ..qsched_core.search.guard import mean_interval, paired_interval
 from . import host_scoring
-from .calibration import negative_input, objective_and_runner, trajectory_inputs
 from .options import OWN, chosen_options, option_inputs
+from .trajectory import negative_input, objective_and_runner, trajectory_inputs
 from .types import Objective, Schedule
 
 
