@@ -234,12 +234,16 @@ class WeightFormat(ABC):
         plain = x.device.type != "cpu" or step >= rows or not self.by_rows
         if plain or torch.compiler.is_compiling() or x.requires_grad:
             return F.linear(x, self.dequantize(packed, x.dtype), bias)
-        out = x.new_empty(*x.shape[:-1], rows)
+        tokens = x.reshape(-1, columns)
+        out = x.new_empty(len(tokens), rows)
         for start in range(0, rows, step):
             part = slice(start, start + step)
-            weight = self.dequantize(packed.rows(part), x.dtype)
-            out[..., part] = F.linear(x, weight, None if bias is None else bias[part])
-        return out
+            weight = self.dequantize(packed.rows(part), x.dtype).t()
+            if bias is None:
+                torch.mm(tokens, weight, out=out[:, part])
+            else:
+                torch.addmm(bias[part], tokens, weight, out=out[:, part])
+        return out.view(*x.shape[:-1], rows)
 
 
 class Error:

@@ -223,3 +223,16 @@ def test_a_policy_chooses_the_layers_of_a_plain_model():
     )
     kinds = {n: m.format for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     assert kinds == {"blocks.1": "int8", "adaLN_modulation.1": "int8", "final_layer": "nf4"}
+
+
+@pytest.mark.parametrize("elements", [1, 200, 1000])
+@pytest.mark.parametrize("name", ["nf4", "fp4", "w4a8", "int3", "int2"])
+def test_a_product_in_blocks_is_the_product(name, elements, monkeypatch):
+    form, x = formats.get(name), gaussian(2, 5, 96, seed=1)
+    packed, bias = form.quantize(gaussian(70, 96)), gaussian(70, seed=2)
+    for added in (None, bias):
+        whole = torch.nn.functional.linear(x, form.dequantize(packed), added)
+        monkeypatch.setattr(base, "PRODUCT_ELEMENTS", elements)
+        found = form.linear(x, packed, added, weight_only=True)
+        torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-5)
+        assert form.linear(x[0, 0], packed, added, weight_only=True).shape == (70,)
