@@ -293,12 +293,17 @@ def clone_with(patcher, module, disable_dynamic: bool = False):
     return out
 
 
-def _quantize_again(init, patches, request: Request, disable_dynamic: bool = False):
+def load_again(init, patches, disable_dynamic: bool = False):
+    """What was quantized, once more from its source, with its patches."""
     source = init[0](*init[1], disable_dynamic=disable_dynamic)
     if len(init) > 2:
         source = source[init[2]]
     source.patches = patches
-    return quantize_model(source, request, disable_dynamic)
+    return source
+
+
+def _quantize_again(init, patches, request: Request, disable_dynamic: bool = False):
+    return quantize_model(load_again(init, patches, disable_dynamic), request, disable_dynamic)
 
 
 def merge_patches(model):

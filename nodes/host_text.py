@@ -10,7 +10,7 @@ import torch
 
 from .host_files import check_matched
 from .host_info import INFO, quantization
-from .host_loading import Request, check_plain, clone_with, merger, watch
+from .host_loading import Request, check_plain, clone_with, load_again, merger, watch
 from .quant_ops import LoadRecord, quantized_ops
 
 
@@ -85,8 +85,4 @@ def _quantized(ops, linear: torch.nn.Linear, name: str):
 
 
 def _quantize_again(init, patches, request: Request, disable_dynamic: bool = False):
-    source = init[0](*init[1], disable_dynamic=disable_dynamic)
-    if len(init) > 2:
-        source = source[init[2]]
-    source.patches = patches
-    return _quantize_patcher(source, request, disable_dynamic)
+    return _quantize_patcher(load_again(init, patches, disable_dynamic), request, disable_dynamic)

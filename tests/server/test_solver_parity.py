@@ -158,12 +158,19 @@ def test_the_seed_fixes_the_image(comfy, name, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tcd_between_its_neighbours(comfy, family):
-    """ComfyUI has no tcd: gamma 0 is its euler, gamma 1 (on timestep 0's level) nearly its lcm."""
+    """ComfyUI has no tcd: gamma 0 is its euler, gamma 1 (on timestep 0's level) nearly its lcm.
+
+    The published scheduler's last step goes to timestep 0, not to sigma 0, and keeps VP's scale.
+    """
     denoiser = _Denoiser(sampling_of(comfy, family))
     x, sigmas = start(comfy, denoiser.sampling, 2)
+    levels, scale = sigmas, 1.0
+    if family != "flow":
+        last = denoiser.sampling.sigmas[0]
+        levels, scale = torch.cat([sigmas[:-1], last[None]]), (1 + last**2) ** -0.5
     plain = ours("tcd", denoiser, x, sigmas, None, gamma=0.0)
-    torch.testing.assert_close(plain, theirs(comfy, "euler", denoiser, x, sigmas))
+    torch.testing.assert_close(plain, scale * theirs(comfy, "euler", denoiser, x, levels))
     full = ours("tcd", denoiser, x, sigmas, None, gamma=1.0)
     near = theirs(comfy, "lcm", denoiser, x, sigmas)
-    scale = 1e-5 if family == "flow" else 0.1
-    torch.testing.assert_close(full, near, rtol=scale, atol=scale)
+    close = 1e-5 if family == "flow" else 0.1
+    torch.testing.assert_close(full, near, rtol=close, atol=close)
