@@ -9,7 +9,16 @@ from comfy_api.latest import ComfyExtension, io
 
 logger = logging.getLogger(__name__)
 
-FAMILIES = ("loading", "sampling", "schedules", "sharing", "calibration", "evaluation")
+FAMILIES = (
+    "loading",
+    "sampling",
+    "schedules",
+    "sharing",
+    "prompts",
+    "objective",
+    "calibration",
+    "evaluation",
+)
 
 
 class QSchedExtension(ComfyExtension):

@@ -1,4 +1,4 @@
-"""Calibration nodes: prompts, objective, and the search for a model's coefficients."""
+"""The calibration node: the search for a model's coefficients."""
 
 from __future__ import annotations
 
@@ -14,16 +14,11 @@ import torch
 from comfy_api.latest import io, ui
 from PIL import Image
 
-from ..qsched_core import objective as jaq
 from ..qsched_core.files import write_atomic
 from ..qsched_core.prompts import (
     CalibrationPrompts,
-    PromptError,
     PromptSet,
-    bundled_prompts,
-    parse_prompts,
 )
-from ..qsched_core.scorers import ScorerError, check_scorer
 from ..qsched_core.search.calibrate import (
     CalibrationResult,
     CalibrationSettings,
@@ -36,154 +31,9 @@ from . import host, host_scoring
 from .options import OWN, check_options, chosen_options, option_inputs
 from .pictures import as_tensor
 from .trajectory import negative_input, objective_and_runner, trajectory_inputs
-from .types import Objective, Prompts, Schedule
+from .types import MAX_SEED, Schedule
 
-SOURCES = ("bundled", "text")
-MAX_SEED = 2**53 - 1  # what a browser's number keeps exactly
 PREVIEWS = 12
-
-
-class QSchedCalibrationPrompts(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        text_tooltip = "One prompt a line; lines with # are comments. Used when source is text."
-        return io.Schema(
-            node_id="QSchedCalibrationPrompts",
-            display_name="Calibration Prompts",
-            category="QSched/calibration",
-            description=(
-                "Prompts to search on, and others, never searched on, to judge the result by. Every "
-                "prompt gets a seed of its own, derived from the one given."
-            ),
-            inputs=[
-                io.Combo.Input(
-                    "source",
-                    options=list(SOURCES),
-                    tooltip="bundled: 20 + 64 general prompts. text: your own, below.",
-                ),
-                io.String.Input(
-                    "calibration",
-                    default="",
-                    multiline=True,
-                    tooltip=f"{text_tooltip} About 20 are usual.",
-                ),
-                io.String.Input(
-                    "heldout",
-                    default="",
-                    multiline=True,
-                    tooltip=f"{text_tooltip} 32 or more tell small gains from chance.",
-                ),
-                io.Int.Input("seed", default=0, min=0, max=MAX_SEED),
-            ],
-            outputs=[Prompts.Output(display_name="prompts")],
-        )
-
-    @classmethod
-    def validate_inputs(cls, source, calibration, heldout):
-        if None in (source, calibration, heldout):  # wired: checked when it runs
-            return True
-        try:
-            _prompts(source, calibration, heldout, 0)
-        except PromptError as error:
-            return str(error)
-        return True
-
-    @classmethod
-    def execute(cls, source, calibration, heldout, seed) -> io.NodeOutput:
-        return io.NodeOutput(_prompts(source, calibration, heldout, seed))
-
-
-def _prompts(source: str, calibration: str, heldout: str, seed: int) -> CalibrationPrompts:
-    if source not in SOURCES:
-        raise PromptError(f"source={source!r} is unknown; choose one of {', '.join(SOURCES)}")
-    if source == "bundled":
-        return bundled_prompts(seed)
-    return CalibrationPrompts.of(
-        parse_prompts(calibration, "calibration"), parse_prompts(heldout, "heldout"), seed
-    )
-
-
-class QSchedJAQObjective(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="QSchedJAQObjective",
-            display_name="JAQ Objective",
-            category="QSched/calibration",
-            description=(
-                "What calibration maximises, without reference images: log(CLIPScore) + k * quality."
-            ),
-            inputs=[
-                io.Combo.Input(
-                    "clip_name",
-                    options=host_scoring.scorer_files(),
-                    tooltip=(
-                        "An open_clip model in models/clip_score. It measures how well images show "
-                        "their prompts, and their quality by antonym prompts."
-                    ),
-                ),
-                io.String.Input(
-                    "quality",
-                    default="clip_iqa",
-                    tooltip=(
-                        "clip_iqa, or pyiqa:METRIC for a no-reference metric of pyiqa (install it "
-                        "yourself; licence PolyForm-Noncommercial), for example pyiqa:musiq."
-                    ),
-                ),
-                io.Float.Input(
-                    "quality_weight",
-                    default=jaq.QUALITY_WEIGHT,
-                    min=0.0,
-                    max=1000.0,
-                    step=0.1,
-                    tooltip="k: the weight of quality against alignment. The paper uses 2.",
-                ),
-                io.String.Input(
-                    "architecture",
-                    default="",
-                    optional=True,
-                    advanced=True,
-                    tooltip=(
-                        "open_clip's name of the model, for a file that does not say it, for example "
-                        "ViT-B-32; or architecture/weights, for example ViT-B-32/laion2b_s34b_b79k, "
-                        "when clip_name is by name."
-                    ),
-                ),
-                io.Boolean.Input(
-                    "allow_download",
-                    default=False,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Let open_clip download the model that architecture names.",
-                ),
-            ],
-            outputs=[Objective.Output(display_name="objective")],
-        )
-
-    @classmethod
-    def validate_inputs(cls, quality):
-        if quality is None:  # wired: checked when it runs
-            return True
-        try:
-            check_scorer(quality, "quality")
-        except ScorerError as error:
-            return str(error)
-        return True
-
-    @classmethod
-    def fingerprint_inputs(cls, clip_name, **inputs):
-        if clip_name == host_scoring.BY_NAME:
-            return clip_name
-        facts = host_scoring.scorer_path(clip_name).stat()
-        return f"{facts.st_size} {facts.st_mtime_ns}"
-
-    @classmethod
-    def execute(
-        cls, clip_name, quality, quality_weight, architecture="", allow_download=False
-    ) -> io.NodeOutput:
-        place = host_scoring.ManagedPlacement()
-        encoder = host_scoring.load_encoder(clip_name, architecture, allow_download, place)
-        return io.NodeOutput(jaq.Objective(encoder, quality.strip(), quality_weight, place))
 
 
 class QSchedJAQCalibrator(io.ComfyNode):
@@ -380,4 +230,4 @@ def _keep(picture: Image.Image, path: Path) -> None:
     write_atomic(path, buffer.getvalue())
 
 
-NODES = (QSchedCalibrationPrompts, QSchedJAQObjective, QSchedJAQCalibrator)
+NODES = (QSchedJAQCalibrator,)

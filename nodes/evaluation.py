@@ -1,4 +1,4 @@
-"""Evaluation nodes: what a schedule does on held-out prompts, and the score of any images."""
+"""The evaluation node: what a schedule does on held-out prompts."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import comfy.utils
 from comfy_api.latest import io, ui
 
 from ..qsched_core.precondition import ScalarCorrection
-from ..qsched_core.prompts import PromptError, parse_prompts
 from ..qsched_core.search.guard import mean_interval, paired_interval
 from . import host_scoring
 from .options import OWN, chosen_options, option_inputs
 from .trajectory import negative_input, objective_and_runner, trajectory_inputs
-from .types import Objective, Schedule
+from .types import Schedule
 
 
 class QSchedEvaluate(io.ComfyNode):
@@ -104,54 +103,4 @@ class QSchedEvaluate(io.ComfyNode):
         return io.NodeOutput(text, scored.images[chosen], ui=ui.PreviewText(text))
 
 
-class QSchedJAQScore(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return io.Schema(
-            node_id="QSchedJAQScore",
-            display_name="JAQ Score",
-            category="QSched/calibration",
-            description="Score images against their prompts.",
-            inputs=[
-                io.Image.Input("images"),
-                Objective.Input("objective"),
-                io.String.Input(
-                    "prompts",
-                    multiline=True,
-                    tooltip="One for all images, or as many lines as there are images, in their order.",
-                ),
-            ],
-            outputs=[
-                io.String.Output(display_name="scores"),
-                io.Float.Output(display_name="mean"),
-            ],
-            is_output_node=True,
-        )
-
-    @classmethod
-    def execute(cls, images, objective, prompts) -> io.NodeOutput:
-        lines = _lines(prompts, len(images))
-        scores = objective.score(images[..., :3].cpu(), lines)
-        content = {
-            "preset": objective.preset,
-            "prompts": list(lines),
-            "scores": scores.to_dict(),
-            "means": scores.means(),
-        }
-        text = json.dumps(content)
-        return io.NodeOutput(text, scores.mean(), ui=ui.PreviewText(text))
-
-
-def _lines(text: str, images: int) -> tuple[str, ...]:
-    lines = parse_prompts(text, "prompts", distinct=False)
-    if len(lines) == 1:
-        return lines * images
-    if len(lines) != images:
-        raise PromptError(
-            f"prompts has {len(lines)} lines for {images} images; give one line for all of them, or "
-            "one an image"
-        )
-    return lines
-
-
-NODES = (QSchedEvaluate, QSchedJAQScore)
+NODES = (QSchedEvaluate,)
