@@ -19,14 +19,14 @@ from ..qsched_core.prompts import (
     CalibrationPrompts,
     PromptSet,
 )
-from ..qsched_core.search.calibrate import (
+from ..qsched_core.search import (
+    STRATEGIES,
     CalibrationResult,
     CalibrationSettings,
     Progress,
     calibrate,
 )
 from ..qsched_core.search.report import Sample, report_picture, report_text, typical
-from ..qsched_core.search.strategies import STRATEGIES
 from . import host, host_scoring
 from .options import OWN, check_options, chosen_options, option_inputs
 from .pictures import as_tensor

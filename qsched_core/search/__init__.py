@@ -1,16 +1,22 @@
-"""Learning the coefficients: spaces, strategies, the journal, the guard and the calibration."""
+"""Learning the coefficients: spaces, strategies, stores, the guard and the calibration."""
 
-from .calibrate import CalibrationResult, CalibrationSettings, Progress, Trial, calibrate
+from .calibrate import CalibrationResult, calibrate
+from .engine import Evaluate, Progress, Trial, best_of
 from .errors import CalibrationError
+from .fidelity import FIDELITIES
+from .settings import CalibrationSettings
 from .strategies import STRATEGIES, get_strategy
 
 __all__ = [
+    "FIDELITIES",
     "STRATEGIES",
     "CalibrationError",
     "CalibrationResult",
     "CalibrationSettings",
+    "Evaluate",
     "Progress",
     "Trial",
+    "best_of",
     "calibrate",
     "get_strategy",
 ]

@@ -13,28 +13,17 @@ import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..files import write_atomic
-from ..objective import Scores
 from ..optional import require
 from .errors import CalibrationError
 from .space import Point, Space
+from .store import Record
 
 MIN_FREE_BYTES = 16 * 2**20  # a journal of 200 trials with 100 prompts is about 2 MiB
 LINE_BYTES = 2**16
-
-
-@dataclass(frozen=True)
-class Record:
-    """A finished trial as it lies on the disk."""
-
-    point: Point
-    scores: Scores
-    seconds: float
-    model_evaluations: int
 
 
 def _optuna():
@@ -75,6 +64,7 @@ class Journal:
     def __init__(self, folder: str | Path, name: str):
         self.name = name
         self.path = Path(folder) / f"{name[:24]}.journal"
+        self.shared, self.where = False, str(self.path)
         self._lock = None
         self._studies: dict[str, Any] = {}
 
@@ -135,27 +125,19 @@ class Journal:
             )
         return self._studies[stage]
 
-    def records(self, stage: str) -> list[Record]:
-        """The finished trials of ``stage``, in the order they were appended."""
-        return [
-            Record(
-                dict(trial.params),
-                Scores.from_dict(trial.user_attrs["scores"]),
-                trial.user_attrs["seconds"],
-                trial.user_attrs["model_evaluations"],
-            )
-            for trial in self._study(stage).get_trials(deepcopy=False)
-        ]
+    def records(self, stage: str) -> dict[int, Record]:
+        """The finished trials of ``stage`` by slot, in the order of slots."""
+        trials = self._study(stage).get_trials(deepcopy=False)
+        records = [Record.of(trial.params, trial.user_attrs) for trial in trials]
+        return {r.slot: r for r in sorted(records, key=lambda r: r.slot)}
 
-    def append(self, stage: str, space: Space, record: Record) -> None:
-        """Write a finished trial; on return it is on the disk."""
-        facts = {
-            "scores": record.scores.to_dict(),
-            "seconds": record.seconds,
-            "model_evaluations": record.model_evaluations,
-        }
-        trial = finished_trial(space, record.point, record.scores.mean(), facts)
-        self._study(stage).add_trial(trial)
+    def working(self, stage: str) -> dict[int, Point]:
+        """Nothing: no other process may open this journal."""
+        return {}
+
+    def claim(self, stage: str, space: Space, points: Mapping[int, Point]) -> _Claim:
+        """All of ``points``."""
+        return _Claim(self._study(stage), space, points)
 
     def get(self, key: str) -> Any:
         """What was put under ``key``, or None."""
@@ -164,6 +146,24 @@ class Journal:
     def put(self, key: str, value: Any) -> None:
         """Keep plain JSON beside the trials."""
         self._study("notes").set_user_attr(key, value)
+
+
+class _Claim:
+    """Slots of a study that has one worker: nothing is written before they are finished."""
+
+    def __init__(self, study, space: Space, points: Mapping[int, Point]):
+        self.study, self.space, self.points = study, space, points
+
+    def __enter__(self) -> _Claim:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        pass
+
+    def finish(self, record: Record) -> None:
+        self.study.add_trial(
+            finished_trial(self.space, record.point, record.scores.mean(), record.facts())
+        )
 
 
 class _HeldLock:

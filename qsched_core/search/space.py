@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -18,13 +19,13 @@ Range = tuple[float, float]
 
 
 class Space(Protocol):
-    """A box; ``identity`` is the point of the base solver."""
+    """A box; ``start`` is a point that is known to be good."""
 
     @property
     def bounds(self) -> dict[str, Range]: ...
 
     @property
-    def identity(self) -> dict[str, float]: ...
+    def start(self) -> dict[str, float]: ...
 
     def correction(self, point: Point) -> ScalarCorrection:
         """The coefficients at ``point``."""
@@ -50,35 +51,49 @@ def check_radius(radius: float) -> None:
 
 @dataclass(frozen=True)
 class RampSpace:
-    """The paper's two numbers: start of c_x and of c_eps, each running linearly to 1."""
+    """The paper's two numbers: start of c_x and of c_eps, each running linearly to 1.
+
+    With ``ends`` the values they run to are free as well.
+    """
 
     steps: int
     low: float = 0.8
     high: float = 1.2
+    ends: bool = False
 
     def __post_init__(self):
         check_range(self.low, self.high)
 
     @property
     def bounds(self):
-        return dict.fromkeys(("c_x start", "c_eps start"), (self.low, self.high))
+        names = ["c_x start", "c_eps start"]
+        if self.ends and self.steps > 1:
+            names += ["c_x end", "c_eps end"]
+        return dict.fromkeys(names, (self.low, self.high))
 
     @property
-    def identity(self):
+    def start(self):
         return dict.fromkeys(self.bounds, 1.0)
 
     def correction(self, point):
         return ScalarCorrection(
-            *(linear_ramp(point[name], 1.0, self.steps) for name in self.bounds)
+            *(
+                linear_ramp(point[f"{name} start"], point.get(f"{name} end", 1.0), self.steps)
+                for name in ("c_x", "c_eps")
+            )
         )
 
 
 @dataclass(frozen=True)
 class StepSpace:
-    """Two free numbers a step, within ``radius`` of what lies between ``centre`` and 1."""
+    """Two free numbers a step, within ``radius`` of what lies between ``centre`` and 1.
+
+    ``free`` names the steps that are searched (all by default); the others stay at the centre.
+    """
 
     centre: ScalarCorrection
     radius: float = 0.1
+    free: tuple[int, ...] | None = None
 
     def __post_init__(self):
         check_radius(self.radius)
@@ -94,22 +109,36 @@ class StepSpace:
         return {name: around(value) for name, value in self.point(self.centre).items()}
 
     @property
-    def identity(self):
-        return dict.fromkeys(self.point(self.centre), 1.0)
+    def start(self):
+        return self.point(self.centre)
 
     def point(self, correction: ScalarCorrection) -> dict[str, float]:
         """The point whose correction this is."""
+        steps = range(len(self.centre.c_x)) if self.free is None else self.free
         return {
-            f"{name}[{i}]": value
-            for name in ("c_x", "c_eps")
-            for i, value in enumerate(getattr(correction, name))
+            f"{name}[{i}]": getattr(correction, name)[i] for name in ("c_x", "c_eps") for i in steps
         }
 
     def correction(self, point):
-        steps = len(self.centre.c_x)
         return ScalarCorrection(
-            *(tuple(point[f"{name}[{i}]"] for i in range(steps)) for name in ("c_x", "c_eps"))
+            *(
+                tuple(point.get(f"{name}[{i}]", kept) for i, kept in enumerate(values))
+                for name, values in (("c_x", self.centre.c_x), ("c_eps", self.centre.c_eps))
+            )
         )
+
+
+class _Nothing:
+    """The box without a coordinate: for what is evaluated but not searched."""
+
+    bounds: Mapping[str, Range] = MappingProxyType({})
+    start: Point = MappingProxyType({})
+
+    def correction(self, point):
+        raise CalibrationError("nothing is searched here")
+
+
+NOTHING = _Nothing()
 
 
 def on_edge(space: Space, point: Point, share: float = 0.01) -> list[str]:

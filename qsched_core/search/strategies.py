@@ -1,23 +1,21 @@
 """How the coefficients are searched: a strategy is a row of stages.
 
-A stage has points that are fixed in advance and, after them, points that an Optuna sampler proposes
-from the finished trials.  A proposal depends on the seed, its number and those trials alone.
+A stage has points that are fixed in advance and, after them, points that a sampler proposes from
+the finished trials.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..optional import missing, require
+from ..optional import missing
 from ..precondition import ScalarCorrection
 from .errors import CalibrationError
+from .samplers import SAMPLERS
 from .space import Point, RampSpace, Space, StepSpace, grid_points, sobol_points
 
-RAMP_DESIGN = 8  # points spread over the ramp's box before the Gaussian process takes over
+RAMP_DESIGN = 8  # points spread over the ramp's box before the sampler takes over
 RAMP_SHARE = 24 / 64  # of the budget, where steps are refined after the ramp
 
 
@@ -31,7 +29,7 @@ class Past:
 
 @dataclass(frozen=True)
 class Stage:
-    """``trials`` points of ``space``: ``fixed`` first, the rest by the sampler.
+    """``trials`` points of ``space``: ``fixed`` first, the rest by ``sampler``.
 
     ``history`` are results of earlier stages that the sampler learns from.
     """
@@ -39,6 +37,7 @@ class Stage:
     name: str
     space: Space
     trials: int
+    sampler: str = ""
     fixed: tuple[Point, ...] = ()
     history: tuple[tuple[Point, float], ...] = ()
 
@@ -53,6 +52,10 @@ class Plan:
     low: float
     high: float
     radius: float
+    ends: bool = False
+
+    def ramp(self) -> RampSpace:
+        return RampSpace(self.steps, self.low, self.high, self.ends)
 
 
 StageBuilder = Callable[[Plan, Sequence[Past]], Stage]
@@ -60,19 +63,25 @@ StageBuilder = Callable[[Plan, Sequence[Past]], Stage]
 
 @dataclass(frozen=True)
 class Strategy:
-    """A registry entry; budgets count trials beside the first one, which is at c = 1."""
+    """A registry entry; budgets count trials beside the first one, which is at c = 1.
+
+    ``box`` is where ramps are searched by default, ``ramp`` whether they are at all.
+    """
 
     name: str
     summary: str
     default_budget: int
     min_budget: int
-    stages: tuple[StageBuilder, ...]
-    packages: tuple[str, ...] = ("optuna",)
+    stages: Callable[[Plan], Sequence[StageBuilder]]
+    sampler: str = ""
+    box: tuple[float, float] = (0.8, 1.2)
+    ramp: bool = True
 
     def available(self) -> str | None:
         """Why this strategy can't run here, with the fix, or None."""
-        reasons = (missing(name, f"search {self.name!r}", name) for name in self.packages)
-        return next(filter(None, reasons), None)
+        if self.sampler:
+            return SAMPLERS[self.sampler].available()
+        return missing("optuna", f"search {self.name!r}", "optuna")
 
     def budget(self, asked: int) -> int:
         """Trials beside c = 1 for ``asked`` (0: the default); CalibrationError if too few."""
@@ -86,74 +95,99 @@ class Strategy:
         return asked
 
 
-def gp_sampler(seed: int, stage: str, number: int):
-    """A fresh sampler for trial ``number``: one that lives on has state that a killed run loses.
-
-    The Gaussian process was chosen on noisy quadratics in 8 dimensions (medians of 6): after 40
-    trials it has a fifth to a half of the regret that CMA-ES and TPE have, for about 0.3 s a
-    proposal on one CPU core.
-    """
-    optuna = require("optuna", "the search", "optuna")
-    digest = hashlib.sha256(f"{seed}/{stage}/{number}".encode()).digest()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return optuna.samplers.GPSampler(
-            seed=int.from_bytes(digest[:4], "little"), n_startup_trials=1
-        )
-
-
 def _grid_stage(plan: Plan, past: Sequence[Past]) -> Stage:
-    space = RampSpace(plan.steps, plan.low, plan.high)
-    points = grid_points(space, math.isqrt(plan.budget))
+    space = plan.ramp()
+    points = grid_points(space, _side(plan.budget, len(space.bounds)))
     points = [p for p in points if any(abs(value - 1) > 1e-9 for value in p.values())]
-    return Stage("grid", space, 1 + len(points), (space.identity, *points))
+    fixed = (space.start, *points)
+    return Stage("grid", space, len(fixed), fixed=fixed)
 
 
-def _ramp_stage(share: float) -> StageBuilder:
+def _side(points: int, dimensions: int) -> int:
+    """The largest side of a grid of at most ``points``."""
+    side = round(points ** (1 / dimensions))
+    return side if side**dimensions <= points else side - 1
+
+
+def _ramp_stage(sampler: str, share: float) -> StageBuilder:
     def build(plan: Plan, past: Sequence[Past]) -> Stage:
-        space = RampSpace(plan.steps, plan.low, plan.high)
+        space = plan.ramp()
         trials = max(1, round(plan.budget * share))
         design = sobol_points(space, min(RAMP_DESIGN, trials), plan.seed)
-        return Stage("ramp", space, 1 + trials, (space.identity, *design))
+        return Stage("ramp", space, 1 + trials, sampler, fixed=(space.start, *design))
 
     return build
 
 
-def _step_stage(plan: Plan, past: Sequence[Past]) -> Stage:
-    best = max(past, key=lambda p: p.value)
-    space = StepSpace(best.correction, plan.radius)
-    # Of the ramps' results these two do; with all of them, crowded in a plane of the box, the
-    # Gaussian process is slower to look elsewhere (tried on quadratics).
-    history = tuple((space.point(p.correction), p.value) for p in dict.fromkeys((past[0], best)))
-    return Stage("steps", space, plan.budget - (len(past) - 1), (), history)
+def _step_stage(sampler: str) -> StageBuilder:
+    def build(plan: Plan, past: Sequence[Past]) -> Stage:
+        if not past:
+            one = ScalarCorrection((1.0,) * plan.steps, (1.0,) * plan.steps)
+            space = StepSpace(one, plan.radius)
+            return Stage("steps", space, 1 + plan.budget, sampler, fixed=(space.start,))
+        best = max(past, key=lambda p: p.value)
+        space = StepSpace(best.correction, plan.radius)
+        # Of the ramps' results these two do; with all of them, crowded in a plane of the box, the
+        # Gaussian process is slower to look elsewhere (tried on quadratics).
+        kept = dict.fromkeys((past[0], best))
+        history = tuple((space.point(p.correction), p.value) for p in kept)
+        trials = plan.budget - (len(past) - 1)
+        return Stage("steps", space, trials, sampler, history=history)
+
+    return build
+
+
+def _grid() -> Strategy:
+    return Strategy(
+        "grid",
+        "the paper's grid of the ramp's start values (the budget's root a side)",
+        100,
+        4,
+        lambda plan: (_grid_stage,),
+    )
+
+
+def _ramp(sampler: str) -> Strategy:
+    return Strategy(
+        sampler,
+        f"{SAMPLERS[sampler].summary}, over the ramp",
+        24,
+        1,
+        lambda plan: (_ramp_stage(sampler, 1.0),),
+        sampler,
+    )
+
+
+def _ramp_and_steps(sampler: str) -> Strategy:
+    return Strategy(
+        f"{sampler}+steps",
+        f"{SAMPLERS[sampler].summary}, over the ramp and then every step's coefficients",
+        64,
+        4,
+        lambda plan: (_ramp_stage(sampler, RAMP_SHARE), _step_stage(sampler)),
+        sampler,
+    )
+
+
+def _steps(sampler: str) -> Strategy:
+    return Strategy(
+        f"steps-{sampler}",
+        f"{SAMPLERS[sampler].summary}, over every step's coefficients from 1 on",
+        40,
+        1,
+        lambda plan: (_step_stage(sampler),),
+        sampler,
+        ramp=False,
+    )
 
 
 STRATEGIES: dict[str, Strategy] = {
     strategy.name: strategy
     for strategy in (
-        Strategy(
-            "gp+steps",
-            "Gaussian-process search of the ramp, then of every step's coefficients",
-            64,
-            4,
-            (_ramp_stage(RAMP_SHARE), _step_stage),
-            ("optuna", "scipy"),
-        ),
-        Strategy(
-            "gp",
-            "Gaussian-process search of the ramp's start values",
-            24,
-            1,
-            (_ramp_stage(1.0),),
-            ("optuna", "scipy"),
-        ),
-        Strategy(
-            "grid",
-            "the paper's grid of the ramp's start values (the budget's square root a side)",
-            100,
-            4,
-            (_grid_stage,),
-        ),
+        *(_ramp_and_steps(name) for name in SAMPLERS),
+        *(_ramp(name) for name in SAMPLERS),
+        *(_steps(name) for name in SAMPLERS),
+        _grid(),
     )
 }
 

@@ -37,7 +37,7 @@ BEST = ScalarCorrection((1.06, 1.0, 1.03, 0.99), (0.92, 0.97, 1.0, 1.04))
 PROMPTS = CalibrationPrompts.of(
     [f"a thing {i}" for i in range(10)], [f"another {i}" for i in range(12)], 3
 )
-SMALL = {"grid": 16, "gp": 11, "gp+steps": 16}
+SMALL = {name: 16 if name == "grid" else 30 if "+" in name else 20 for name in STRATEGIES}
 
 
 class World:
@@ -107,9 +107,26 @@ def test_the_per_step_box_holds_its_centre_and_the_base_solver(c_x, radius, eps)
     centre = ScalarCorrection(tuple(c_x), (eps,) * len(c_x))
     space = StepSpace(centre, radius)
     assert space.correction(space.point(centre)) == centre
-    for point in (space.point(centre), space.identity):
+    one = ScalarCorrection((1.0,) * len(c_x), (1.0,) * len(c_x))
+    for point in (space.start, space.point(one)):
         assert all(low <= point[name] <= high for name, (low, high) in space.bounds.items())
-    assert set(space.correction(space.identity).c_x) == {1.0}
+    assert space.correction(space.point(one)) == one
+
+
+def test_steps_that_are_not_free_stay_at_the_centre():
+    centre = ScalarCorrection((1.1, 1.0, 0.9), (0.8, 1.2, 1.0))
+    space = StepSpace(centre, free=(2,))
+    assert set(space.bounds) == {"c_x[2]", "c_eps[2]"}
+    moved = space.correction({"c_x[2]": 0.95, "c_eps[2]": 1.05})
+    assert moved == ScalarCorrection((1.1, 1.0, 0.95), (0.8, 1.2, 1.05))
+
+
+def test_a_ramp_may_end_elsewhere_than_at_1():
+    space = RampSpace(3, ends=True)
+    point = {"c_x start": 1.2, "c_eps start": 0.8, "c_x end": 1.0, "c_eps end": 1.2}
+    assert set(space.bounds) == set(point)
+    assert space.correction(point).c_eps == pytest.approx((0.8, 1.0, 1.2))
+    assert set(RampSpace(1, ends=True).bounds) == {"c_x start", "c_eps start"}
 
 
 @given(st.integers(1, 16), st.floats(0.8, 1.2), st.floats(0.8, 1.2))

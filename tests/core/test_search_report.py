@@ -11,7 +11,7 @@ from PIL import Image
 from qsched_core.objective import Scores
 from qsched_core.precondition import ScalarCorrection
 from qsched_core.schedule import QSchedule
-from qsched_core.search.calibrate import CalibrationResult, Trial, best_of
+from qsched_core.search import CalibrationResult, Trial, best_of
 from qsched_core.search.guard import judge, paired_interval
 from qsched_core.search.report import Sample, report_picture, report_text, typical
 
@@ -27,7 +27,7 @@ def result(steps=4, values=(5.0, 4.0, 5.2), guard=True, heldout_gain=0.1):
     for number, value in enumerate(values):
         c = np.ones((2, steps)) if number == 0 else rng.uniform(0.85, 1.15, (2, steps))
         correction = ScalarCorrection(*(tuple(map(float, row)) for row in c))
-        trials.append(Trial(number, "ramp", correction, scores(value), 1.5, 60))
+        trials.append(Trial(number, "ramp", correction, scores(value), value, 1.5, 60))
     winner = best_of(trials)
     before, after = scores(5.0), scores(5.0 + heldout_gain)
     gains = [None, None]

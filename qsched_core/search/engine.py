@@ -1,0 +1,267 @@
+"""The search itself: proposes, evaluates, records; alone, or beside other workers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any, Protocol
+
+from ..objective import Scores
+from ..precondition import ScalarCorrection
+from ..prompts import PromptSet
+from .errors import CalibrationError
+from .fidelity import Judge, get_fidelity, rungs
+from .samplers import propose
+from .settings import CalibrationSettings
+from .space import NOTHING, Point, on_edge
+from .store import Record, Store
+from .strategies import Past, Stage, get_strategy
+
+POLL_SECONDS = 1.0
+RECENT = 8
+
+
+class Evaluate(Protocol):
+    """Makes the images of every prompt under every correction and scores them."""
+
+    def __call__(
+        self, corrections: Sequence[ScalarCorrection], prompts: PromptSet
+    ) -> Sequence[Scores]: ...
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A finished candidate: its number in the whole search (0 is c = 1), scores, and cost.
+
+    ``value`` is the mean JAQ of the calibration prompts; of a ``pruned`` trial, which saw the first
+    of them only, that of c = 1 plus the mean gain over it on those.  ``seconds`` and
+    ``model_evaluations`` are its share of what it was evaluated together with.
+    """
+
+    number: int
+    stage: str
+    correction: ScalarCorrection
+    scores: Scores
+    value: float
+    seconds: float
+    model_evaluations: int
+    edges: tuple[str, ...] = ()  # coordinates at the end of their searched range
+    pruned: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "number": self.number,
+            "stage": self.stage,
+            "c_x": list(self.correction.c_x),
+            "c_eps": list(self.correction.c_eps),
+            "jaq": self.value,
+            "means": self.scores.means(),
+            "seconds": self.seconds,
+            "model_evaluations": self.model_evaluations,
+            "pruned": self.pruned,
+        }
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Handed to ``on_trial`` after each trial; ``resumed`` ones were not evaluated here.
+
+    ``total`` counts all trials of the search, ``seconds_left`` estimates those to come.
+    """
+
+    trial: Trial
+    total: int
+    best: Trial
+    improved: bool
+    seconds_left: float
+    resumed: bool
+
+
+def best_of(trials: Sequence[Trial]) -> Trial:
+    """The highest JAQ; the earlier one of equals, so that c = 1 wins a tie."""
+    return max((t for t in trials if not t.pruned), key=lambda t: (t.value, -t.number))
+
+
+class Search:
+    """One worker's run of one study.
+
+    ``idle`` is called while other workers have the remaining trials; it may raise to stop.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        evaluate: Evaluate,
+        settings: CalibrationSettings,
+        prompts: PromptSet,
+        on_trial: Callable[[Progress], None] | None = None,
+        count_evaluations: Callable[[], int] = lambda: 0,
+        idle: Callable[[], None] = lambda: None,
+    ):
+        self.store, self.evaluate, self.settings, self.prompts = store, evaluate, settings, prompts
+        self.on_trial, self.count, self.idle = on_trial, count_evaluations, idle
+        self.fidelity = get_fidelity(settings.fidelity)
+        self.trials: list[Trial] = []
+        self.new_trials = 0
+        self.total = 1 + settings.budget
+
+    def stages(self, steps: int) -> None:
+        """Run every stage of the strategy."""
+        plan = self.settings.plan(steps)
+        strategy = get_strategy(self.settings.strategy)
+        for build in strategy.stages(plan):
+            finished = [t for t in self.trials if not t.pruned]
+            stage = build(plan, [Past(t.correction, t.value) for t in finished])
+            if stage.trials > self.total - len(self.trials):
+                self.total = len(self.trials) + stage.trials
+            self._run(stage)
+
+    def _run(self, stage: Stage) -> None:
+        started, seen, own = len(self.trials), set(), set()
+        while True:
+            done = self.store.records(stage.name)
+            for slot in [slot for slot in done if slot not in seen]:
+                seen.add(slot)
+                self._note(stage, done[slot], resumed=slot not in own)
+            if len(done) >= stage.trials:
+                break
+            working = self.store.working(stage.name)
+            free = [s for s in range(stage.trials) if s not in done and s not in working]
+            if not free:
+                self._wait()
+                continue
+            points = self._next(stage, done, working, free)
+            with self.store.claim(stage.name, stage.space, points) as claim:
+                if not claim.points:
+                    self._wait()
+                    continue
+                for record in self._evaluated(stage, claim.points, done):
+                    claim.finish(record)
+                    own.add(record.slot)
+                    self.new_trials += 1
+        # other workers' trials arrive out of order
+        ordered = [self._trial(stage, done[slot], started + slot) for slot in sorted(done)]
+        self.trials[started:] = ordered
+
+    def _wait(self) -> None:
+        self.idle()
+        time.sleep(POLL_SECONDS)
+
+    def _next(
+        self,
+        stage: Stage,
+        done: Mapping[int, Record],
+        working: Mapping[int, Point],
+        free: Sequence[int],
+    ) -> dict[int, Point]:
+        """Points of the free slots to be evaluated together."""
+        fixed = stage.fixed[: stage.trials]
+        if free[0] < len(fixed):
+            return {s: fixed[s] for s in free[: self.settings.together] if s < len(fixed)}
+        past = [*stage.history, *((r.point, self._value(r)) for r in done.values())]
+        # What is not known yet is taken for the worst, so that others look elsewhere.
+        worst = min((value for _, value in past), default=0.0)
+        past += [(point, worst) for point in working.values()]
+        points: dict[int, Point] = {}
+        for slot in free[: self.settings.proposals]:
+            points[slot] = propose(
+                stage.sampler, stage.space, past, self.settings.seed, stage.name, slot
+            )
+            past.append((points[slot], worst))
+        return points
+
+    def _evaluated(self, stage: Stage, points: Mapping[int, Point], done: Mapping[int, Record]):
+        if self.fidelity.name == "full" or not self.trials:
+            corrections = [stage.space.correction(point) for point in points.values()]
+            measured = self._measure(corrections, self.prompts)
+            for (slot, point), cost in zip(points.items(), measured, strict=True):
+                yield Record(slot, point, *cost)
+            return
+        finished = [t.scores.jaq for t in self.trials]
+        for slot, point in points.items():
+            record = self._in_rungs(stage, slot, point, finished)
+            finished.append(record.scores.jaq)
+            yield record
+
+    def _in_rungs(self, stage: Stage, slot: int, point: Point, finished) -> Record:
+        judge = Judge(self.fidelity, len(self.prompts), finished)
+        parts, start, pruned = [], 0, False
+        for stop in rungs(len(self.prompts)):
+            part = self.prompts.part(start, stop)
+            parts += self._measure([stage.space.correction(point)], part)
+            start = stop
+            if judge.give_up(Scores.join([scores for scores, _, _ in parts]).jaq):
+                pruned = True
+                break
+        scores, seconds, evaluations = zip(*parts, strict=True)
+        return Record(slot, point, Scores.join(scores), sum(seconds), sum(evaluations), pruned)
+
+    def _value(self, record: Record) -> float:
+        if not record.pruned or not self.trials:
+            return record.scores.mean()
+        base = self.trials[0].scores.jaq
+        seen = base[: len(record.scores)]
+        return record.scores.mean() + fmean(base) - fmean(seen)
+
+    def _trial(self, stage: Stage, record: Record, number: int) -> Trial:
+        return Trial(
+            number,
+            stage.name,
+            stage.space.correction(record.point),
+            record.scores,
+            self._value(record),
+            record.seconds,
+            record.model_evaluations,
+            tuple(on_edge(stage.space, record.point)),
+            record.pruned,
+        )
+
+    def _note(self, stage: Stage, record: Record, resumed: bool) -> None:
+        trial = self._trial(stage, record, len(self.trials))
+        self.trials.append(trial)
+        if self.on_trial is not None:
+            best = best_of(self.trials)
+            recent = self.trials[-RECENT:]
+            left = fmean(t.seconds for t in recent) * (self.total - len(self.trials))
+            self.on_trial(Progress(trial, self.total, best, best is trial, left, resumed))
+
+    def judged(
+        self, name: str, corrections: Sequence[ScalarCorrection], prompts: PromptSet, evaluate=None
+    ) -> list[Record]:
+        """Evaluate on other prompts than the search's, or with another ``evaluate``; kept as well.
+
+        ``name`` and the prompts name what is kept: the same again is not evaluated again.
+        """
+        stage = f"{name} {prompts.hash[:24]}"
+        while True:
+            done = self.store.records(stage)
+            missing = [slot for slot in range(len(corrections)) if slot not in done]
+            if not missing:
+                return list(done.values())
+            if any(slot in self.store.working(stage) for slot in missing):
+                self._wait()
+                continue
+            with self.store.claim(stage, NOTHING, {slot: {} for slot in missing}) as claim:
+                if not claim.points:
+                    self._wait()
+                    continue
+                mine = [corrections[slot] for slot in claim.points]
+                measured = self._measure(mine, prompts, evaluate)
+                for slot, cost in zip(claim.points, measured, strict=True):
+                    claim.finish(Record(slot, {}, *cost))
+
+    def _measure(
+        self, corrections: Sequence[ScalarCorrection], prompts: PromptSet, evaluate=None
+    ) -> list[tuple[Scores, float, int]]:
+        started, counted = time.perf_counter(), self.count()
+        scores = list((evaluate or self.evaluate)(corrections, prompts))
+        seconds = (time.perf_counter() - started) / len(corrections)
+        share, rest = divmod(self.count() - counted, len(corrections))
+        if len(scores) != len(corrections) or any(len(s) != len(prompts) for s in scores):
+            raise CalibrationError(
+                f"evaluate gave scores for {[len(s) for s in scores]} images; "
+                f"{len(corrections)} candidates of {len(prompts)} prompts each were asked for"
+            )
+        return [(s, seconds, share + (i < rest)) for i, s in enumerate(scores)]

@@ -1,0 +1,122 @@
+"""Giving up early: candidates that are plainly worse don't see every prompt.
+
+Prompts are the resource: a candidate is scored on a few, then on more, and Optuna's pruners decide
+in between.  Seeds are the same for every candidate, so a comparison is paired by prompt.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from ..optional import missing, require
+from .errors import CalibrationError
+
+FIRST_SHARE = 1 / 4  # of the prompts, before the first decision
+Values = Sequence[float]
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """A registry entry; ``build(optuna, prompts)`` makes Optuna's pruner, ``report`` what it reads.
+
+    ``report`` turns the scores of the first prompts into the value at the last of them.
+    """
+
+    name: str
+    summary: str
+    build: Callable[[Any, int], Any]
+    report: Callable[[Values], float]
+    packages: tuple[str, ...] = ("optuna", "scipy")
+
+    def available(self) -> str | None:
+        """Why this can't run here, with the fix, or None."""
+        reasons = (missing(name, f"fidelity {self.name!r}", name) for name in self.packages)
+        return next(filter(None, reasons), None)
+
+
+def _wilcoxon(optuna, prompts):
+    return optuna.pruners.WilcoxonPruner(p_threshold=0.1)
+
+
+def _hyperband(optuna, prompts):
+    first = max(1, math.ceil(prompts * FIRST_SHARE))
+    return optuna.pruners.HyperbandPruner(
+        min_resource=first, max_resource=prompts, reduction_factor=2
+    )
+
+
+FIDELITIES: dict[str, Fidelity] = {
+    entry.name: entry
+    for entry in (
+        Fidelity("full", "every candidate sees every prompt", lambda *_: None, fmean),
+        Fidelity(
+            "wilcoxon",
+            "stop where a signed-rank test says a candidate is below the best, prompt by prompt",
+            _wilcoxon,
+            lambda values: values[-1],
+        ),
+        Fidelity(
+            "hyperband",
+            "stop the lower half on a quarter, then half of the prompts",
+            _hyperband,
+            fmean,
+        ),
+    )
+}
+
+
+def get_fidelity(name: str) -> Fidelity:
+    """CalibrationError, naming the known ones, for an unknown fidelity."""
+    if name not in FIDELITIES:
+        raise CalibrationError(
+            f"fidelity={name!r} is unknown; choose one of {', '.join(FIDELITIES)}"
+        )
+    return FIDELITIES[name]
+
+
+def rungs(prompts: int) -> list[int]:
+    """After how many prompts to decide: a quarter, half, all."""
+    counts = {math.ceil(prompts * share) for share in (FIRST_SHARE, 2 * FIRST_SHARE, 1)}
+    return sorted(counts)
+
+
+class Judge:
+    """Decides on one candidate after another, each compared with the finished ones.
+
+    ``finished`` are per-prompt values in the order of trials; pruned ones are shorter.
+    """
+
+    def __init__(self, fidelity: Fidelity, prompts: int, finished: Sequence[Values]):
+        optuna = require("optuna", "the search", "optuna")
+        self.fidelity, self.prompts = fidelity, prompts
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            # Hyperband deals brackets by the study's name
+            self.study = optuna.create_study(
+                direction="maximize", study_name="fidelity", pruner=fidelity.build(optuna, prompts)
+            )
+        for values in finished:
+            whole = len(values) == prompts
+            state = optuna.trial.TrialState.COMPLETE if whole else optuna.trial.TrialState.PRUNED
+            self.study.add_trial(
+                optuna.trial.create_trial(
+                    value=fmean(values), state=state, intermediate_values=self._reports(values)
+                )
+            )
+        self.trial = self.study.ask()
+        self.told = 0
+
+    def _reports(self, values: Values) -> dict[int, float]:
+        return {n: self.fidelity.report(values[:n]) for n in range(1, len(values) + 1)}
+
+    def give_up(self, values: Values) -> bool:
+        """Whether a candidate with these scores of the first prompts is not worth the rest."""
+        for step, value in list(self._reports(values).items())[self.told :]:
+            self.trial.report(value, step)
+        self.told = len(values)
+        return len(values) < self.prompts and self.trial.should_prune()

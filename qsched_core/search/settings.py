@@ -1,0 +1,67 @@
+"""How to search: one validated description."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..optional import MissingDependencyError
+from .errors import CalibrationError
+from .fidelity import get_fidelity
+from .space import check_radius, check_range
+from .strategies import Plan, get_strategy
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """How to search.
+
+    ``budget`` counts candidates beside c = 1; 0 is the strategy's default.  ``low`` and ``high``
+    bound the ramp's values (None: the strategy's own), ``ends`` searches where the ramps end as
+    well as where they start, ``radius`` bounds the per-step refinement.  ``fidelity`` is how early
+    bad candidates are given up.  A sampler makes ``proposals`` at a time, which are evaluated
+    together; of candidates that don't depend on results ``together`` are, which changes none.
+    Raises CalibrationError on any invalid field, MissingDependencyError if something needs a package.
+    """
+
+    strategy: str = "gp+steps"
+    budget: int = 0
+    seed: int = 0
+    guard: bool = True
+    low: float | None = None
+    high: float | None = None
+    radius: float = 0.1
+    ends: bool = False
+    fidelity: str = "full"
+    proposals: int = 1
+    together: int = 4
+
+    def __post_init__(self):
+        strategy, fidelity = get_strategy(self.strategy), get_fidelity(self.fidelity)
+        object.__setattr__(self, "budget", strategy.budget(self.budget))
+        for name, default in zip(("low", "high"), strategy.box, strict=True):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+        if self.seed < 0:
+            raise CalibrationError(f"seed={self.seed} may not be negative")
+        for name in ("proposals", "together"):
+            if getattr(self, name) < 1:
+                raise CalibrationError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.ends and not strategy.ramp:
+            raise CalibrationError(
+                f"ends=True has no meaning for search {self.strategy!r}, which has no ramp"
+            )
+        check_range(self.low, self.high)
+        check_radius(self.radius)
+        reason = strategy.available() or fidelity.available()
+        if reason:
+            raise MissingDependencyError(reason)
+
+    def plan(self, steps: int) -> Plan:
+        return Plan(steps, self.budget, self.seed, self.low, self.high, self.radius, self.ends)
+
+    def search(self) -> dict[str, Any]:
+        """What the proposals depend on: plain JSON."""
+        return {
+            name: value for name, value in asdict(self).items() if name not in ("guard", "together")
+        }
