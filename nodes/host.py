@@ -18,7 +18,8 @@ import torch
 from ..qsched_core.files import safe_name
 from ..qsched_core.precondition import ScalarCorrection
 from ..qsched_core.prompts import PromptSet
-from ..qsched_core.rollout import rollout
+from ..qsched_core.rollout import EvaluationMemo, rollout
+from ..qsched_core.runner import Batches
 from ..qsched_core.schedule import QSchedule, ScheduleError
 from ..qsched_core.solvers import ModelFacts, check_sigmas, get_solver
 
@@ -162,7 +163,7 @@ class TrajectoryRunner:
     """Images of many prompts under many corrections, through a ComfyUI MODEL, CLIP and VAE.
 
     Prompts and candidates share batches of at most ``max_batch`` latents (0 chooses; halved when
-    memory runs out).  Each prompt's picture is what KSampler gives for it alone with its seed, up
+    memory runs out), and candidates what they have in common.  Each prompt's picture is what KSampler gives for it alone with its seed, up
     to the rounding of a batched matrix product.  ``model_evaluations`` counts latents that went
     through the model.
     """
@@ -189,11 +190,20 @@ class TrajectoryRunner:
         self.facts = model_facts(model_sampling(model), model.model.model_config)
         self.latent = self._empty_latent(width, height)
         self.width, self.height = width, height
-        self.max_batch = max_batch or self._batch_that_fits()
+        self.batches = Batches(
+            max_batch or self._batch_that_fits(),
+            comfy.model_management.OOM_EXCEPTION,
+            lambda: comfy.model_management.soft_empty_cache(True),
+        )
         self.model_evaluations = 0
         self._encoded: dict[str, list] = {}
         self._negative: list | None = None
-        self._first: dict[tuple[str, int, int], torch.Tensor] = {}
+        self._memo = EvaluationMemo()
+
+    @property
+    def max_batch(self) -> int:
+        """The most latents in a batch."""
+        return self.batches.max_batch
 
     def _empty_latent(self, width: int, height: int) -> torch.Tensor:
         latent_format = self.model.get_model_object("latent_format")
@@ -238,49 +248,28 @@ class TrajectoryRunner:
 
         ``on_step()`` is called after every sampling step.  An interrupt is raised between steps.
         """
-        out: list[list[torch.Tensor]] = [[] for _ in corrections]
-        start = 0
-        while start < len(prompts.prompts):
-            size = min(self.max_batch, len(prompts.prompts) - start)
-            group = max(1, self.max_batch // size)
-            try:
-                chunk = [
-                    self._images_of(prompts, start, size, corrections[k : k + group], on_step)
-                    for k in range(0, len(corrections), group)
-                ]
-            except comfy.model_management.OOM_EXCEPTION:
-                if self.max_batch == 1:
-                    raise
-                self.max_batch = max(1, self.max_batch // 2)
-                logger.warning(
-                    "out of memory; continuing with batches of %d latents", self.max_batch
-                )
-                comfy.model_management.soft_empty_cache(True)
-                continue
-            for candidate, pictures in enumerate(torch.cat(chunk)):
-                out[candidate].append(pictures)
-            start += size
-        return torch.stack([torch.cat(parts) for parts in out])
+        return self.batches.images(
+            lambda part, few: self._images_of(part, few, on_step), prompts, corrections
+        )
 
     def _encode(self, text: str):
         tokens = self.clip.tokenize(text)
         return self.clip.encode_from_tokens_scheduled(tokens)
 
-    def _conditioning(self, prompts: PromptSet, start: int, size: int) -> list:
+    def _conditioning(self, prompts: PromptSet) -> list:
         """One conditioning whose tensors hold a row a prompt."""
-        if prompts.hash not in self._encoded:
-            self._encoded[prompts.hash] = [self._encode(text) for text in prompts.prompts]
-        rows = self._encoded[prompts.hash][start : start + size]
-        return [_stack_conditioning(rows)]
+        for text in prompts.prompts:
+            if text not in self._encoded:
+                self._encoded[text] = self._encode(text)
+        return [_stack_conditioning([self._encoded[text] for text in prompts.prompts])]
 
-    def _images_of(self, prompts, start, size, corrections, on_step) -> torch.Tensor:
-        seeds = prompts.seeds[start : start + size]
-        key = (prompts.hash, start, size)
+    def _images_of(self, prompts: PromptSet, corrections, on_step) -> torch.Tensor:
+        seeds, size = prompts.seeds, len(prompts)
         candidates = len(corrections)
         guider = comfy.samplers.CFGGuider(self.model)
         if self._negative is None:
             self._negative = self._encode(self.negative) if self.cfg != 1.0 else []
-        guider.set_conds(self._conditioning(prompts, start, size), self._negative)
+        guider.set_conds(self._conditioning(prompts), self._negative)
         guider.set_cfg(self.cfg)
         noise = torch.cat([comfy.sample.prepare_noise(self.latent, seed) for seed in seeds])
 
@@ -299,11 +288,11 @@ class TrajectoryRunner:
                 facts=self.facts,
                 seeds=seeds,
                 options=self.options,
-                first=self._first.get(key),
+                samples=tuple(zip(prompts.prompts, seeds, strict=True)),
+                memo=self._memo,
                 extra_args=extra_args,
                 callback=step_done,
             )
-            self._first[key] = result.first.cpu()
             self.model_evaluations += result.evaluations
             return result.latents.flatten(0, 1)
 

@@ -1,18 +1,22 @@
 """Many candidates, one batch: few-step trajectories that share what they can.
 
-The first model evaluation of a trajectory sees the initial noise alone, so it does not depend on
-the coefficients: all candidates share it, and a caller may keep it for the next candidates.
+A model evaluation at step i depends on the coefficients before i alone: the first is the same for
+all candidates, and candidates with a common beginning share more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from .precondition import BatchCorrection, ScalarCorrection
 from .solvers import ModelFacts, NoiseSampler, Solver, get_solver
+
+MEMO_BYTES = 2**30
 
 
 def tile(x: torch.Tensor, times: int) -> torch.Tensor:
@@ -33,36 +37,83 @@ def per_sample_noise(
     )
 
 
-class SharedFirstStep:
-    """Wraps a model for one rollout: the first evaluation is made once for all candidates.
+class EvaluationMemo:
+    """Model outputs by what went into the model: equal inputs are evaluated once.
 
-    ``first`` [samples, ...] is that evaluation from an earlier rollout, or None to make it here.
-    ``evaluations`` counts latents that really went through the model.
+    Candidates that agree on their first steps' coefficients share those steps' latents, and so the
+    model's outputs there: all candidates share the first one, those that differ in the last step
+    alone share every one.  Outputs are kept on the CPU, the least recently used given up beyond
+    ``max_bytes``.
     """
 
-    def __init__(self, model, candidates: int, first: torch.Tensor | None = None):
-        self.model, self.candidates, self.first = model, candidates, first
+    def __init__(self, max_bytes: int = MEMO_BYTES):
+        self.max_bytes, self._bytes = max_bytes, 0
+        self._kept: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+
+    @staticmethod
+    def key(sample: Hashable, sigma: float, x: torch.Tensor) -> bytes:
+        """What identifies an evaluation of ``sample`` (its prompt and seed) at latent x."""
+        digest = hashlib.blake2b(repr((sample, sigma)).encode(), digest_size=16)
+        digest.update(x.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return digest.digest()
+
+    def get(self, key: bytes) -> torch.Tensor | None:
+        if key in self._kept:
+            self._kept.move_to_end(key)
+        return self._kept.get(key)
+
+    def put(self, key: bytes, output: torch.Tensor) -> None:
+        if key in self._kept:
+            return
+        self._kept[key] = output.detach().cpu().clone()
+        self._bytes += output.nbytes
+        while self._bytes > self.max_bytes and len(self._kept) > 1:
+            self._bytes -= self._kept.popitem(last=False)[1].nbytes
+
+
+class SharedEvaluations:
+    """Wraps a model for one rollout of ``candidates`` x ``samples`` latents, samples fastest.
+
+    A candidate all of whose latents were evaluated before, or are another candidate's, is not
+    evaluated.  ``evaluations`` counts latents that really went through the model.
+    """
+
+    def __init__(self, model, samples: Sequence[Hashable], memo: EvaluationMemo):
+        self.model, self.samples, self.memo = model, samples, memo
         self.evaluations = 0
-        self._started = False
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **extra_args) -> torch.Tensor:
-        if self._started:
-            self.evaluations += x.shape[0]
-            return self.model(x, sigma, **extra_args)
-        self._started = True
-        if self.first is None:
-            samples = x.shape[0] // self.candidates
-            self.first = self.model(x[:samples], sigma[:samples], **extra_args)
-            self.evaluations += samples
-        return tile(self.first.to(x), self.candidates)
+        known = self.memo
+        parts, level = x.split(len(self.samples)), float(sigma[0])
+        keys = [
+            tuple(
+                known.key(sample, level, row)
+                for sample, row in zip(self.samples, part, strict=True)
+            )
+            for part in parts
+        ]
+        outputs: dict[tuple[bytes, ...], torch.Tensor] = {}
+        for candidate in dict.fromkeys(keys):
+            rows = [known.get(key) for key in candidate]
+            if all(row is not None for row in rows):
+                outputs[candidate] = torch.stack(rows).to(x)
+        new = [k for k, key in enumerate(keys) if key not in outputs and key not in keys[:k]]
+        if new:
+            batch = torch.cat([parts[k] for k in new])
+            made = self.model(batch, sigma[: len(batch)], **extra_args)
+            self.evaluations += len(batch)
+            for k, part in zip(new, made.split(len(self.samples)), strict=True):
+                outputs[keys[k]] = part
+                for key, row in zip(keys[k], part, strict=True):
+                    known.put(key, row)
+        return torch.cat([outputs[key] for key in keys])
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Final latents [candidates, samples, ...], the shared first evaluation, and the cost."""
+    """Final latents [candidates, samples, ...] and what they cost."""
 
     latents: torch.Tensor
-    first: torch.Tensor
     evaluations: int
 
 
@@ -76,7 +127,8 @@ def rollout(
     facts: ModelFacts,
     seeds: Sequence[int],
     options: Mapping[str, float] | None = None,
-    first: torch.Tensor | None = None,
+    samples: Sequence[Hashable] | None = None,
+    memo: EvaluationMemo | None = None,
     extra_args: dict | None = None,
     callback=None,
 ) -> Rollout:
@@ -84,12 +136,15 @@ def rollout(
 
     ``model(x, sigma, **extra_args)`` predicts the guided clean latent for any batch that is a
     multiple of the samples, samples varying fastest.  ``seeds`` has one seed a sample, for the
-    stochastic solvers; ``options`` are the solver's own.  Each candidate's latents are what it would
-    get alone, up to the rounding of a batched model evaluation.
+    stochastic solvers; ``options`` are the solver's own.  ``samples`` says what each sample's
+    outputs depend on beside latent and sigma (prompt and seed; its position by default), so that
+    ``memo`` may serve several rollouts of one model.  Each candidate's latents are what it would get
+    alone, up to the rounding of a batched model evaluation.
     """
     entry = get_solver(solver)
     candidates = len(corrections)
-    shared = SharedFirstStep(model, candidates, first)
+    named = range(len(x)) if samples is None else samples
+    shared = SharedEvaluations(model, named, memo or EvaluationMemo())
     arguments = entry.bind(facts, **(options or {}))
     if entry.stochastic:
         arguments["noise_sampler"] = per_sample_noise(entry, x, sigmas, seeds, candidates)
@@ -102,4 +157,4 @@ def rollout(
         correction=BatchCorrection.of(corrections),
         **arguments,
     )
-    return Rollout(out.unflatten(0, (candidates, x.shape[0])), shared.first, shared.evaluations)
+    return Rollout(out.unflatten(0, (candidates, x.shape[0])), shared.evaluations)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qsched_core.precondition import BatchCorrection, ScalarCorrection, precondition
-from qsched_core.rollout import rollout
+from qsched_core.rollout import EvaluationMemo, rollout
 from qsched_core.solvers import SOLVERS, ModelFacts, get_solver, sample_euler
 from qsched_core.solvers.tcd import target_sigma, timestep_of
 
@@ -85,7 +85,9 @@ def test_a_batched_rollout_equals_each_trajectory_alone(name, sigmas, flow):
 
     solver.function(counted, x, sigmas, {"seed": 1}, **solver.bind(facts(flow)))
     later = 2 * 3 * (evaluations - 1)  # every candidate, after the first evaluation
-    many = rollout(model, x, sigmas, candidates, solver=name, facts=facts(flow), seeds=seeds)
+    memo = EvaluationMemo()
+    arguments = {"solver": name, "facts": facts(flow), "seeds": seeds, "memo": memo}
+    many = rollout(model, x, sigmas, candidates, **arguments)
     assert many.latents.shape == (2, 3, 4, 6, 6)
     assert many.evaluations == 3 + later
     for k, candidate in enumerate(candidates):
@@ -99,11 +101,52 @@ def test_a_batched_rollout_equals_each_trajectory_alone(name, sigmas, flow):
                 **solver.bind(facts(flow)),
             )
             torch.testing.assert_close(many.latents[k, p : p + 1], alone, rtol=1e-6, atol=1e-6)
-    again = rollout(
-        model, x, sigmas, candidates, solver=name, facts=facts(flow), seeds=seeds, first=many.first
-    )
-    assert again.evaluations == later
+    again = rollout(model, x, sigmas, candidates, **arguments)
+    assert again.evaluations == 0
     assert torch.equal(again.latents, many.latents)
+    others = rollout(model, x, sigmas, candidates, **arguments | {"samples": ["a", "b", "c"]})
+    assert others.evaluations == many.evaluations  # other prompts share nothing
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("changed", range(4))
+def test_candidates_that_differ_from_a_step_on_share_what_is_before_it(name, changed):
+    """A step's coefficients are applied after its model evaluation."""
+    solver, seeds = get_solver(name), (4, 9)
+    x, each = noise(6, (2, 4, 6, 6)), []
+
+    def counted(x, sigma, **_):
+        each.append(len(x))
+        return model(x, sigma)
+
+    def some(*c_x):
+        return ScalarCorrection(c_x, (1.0,) * 4)
+
+    memo, changes = EvaluationMemo(), [1.01, 1.02, 0.99, 1.0]
+    arguments = {"solver": name, "facts": facts(True), "seeds": seeds, "memo": memo}
+    whole = rollout(counted, x, FLOW, [some(*changes)], **arguments)
+    evaluations = len(each)
+    changes[changed] += 0.05
+    part = rollout(counted, x, FLOW, [some(*changes)], **arguments)
+    assert part.evaluations == sum(each[evaluations:])
+    assert not torch.equal(part.latents, whole.latents)
+    kept = rollout(model, x, FLOW, [some(*changes)], **arguments | {"memo": EvaluationMemo()})
+    assert torch.equal(part.latents, kept.latents)
+    if name == "dpmpp_sde":  # two a step; the second sees its own step's c_x
+        assert part.evaluations <= 2 * (2 * (4 - changed) - 1)
+    else:
+        assert part.evaluations == 2 * (3 - changed)
+
+
+def test_the_memo_gives_up_what_was_not_used_for_longest():
+    memo = EvaluationMemo(max_bytes=3 * 4 * 4)
+    rows = {bytes([k]): torch.full((4,), float(k)) for k in range(4)}
+    for key, row in list(rows.items())[:3]:
+        memo.put(key, row)
+    assert memo.get(b"\x00") is not None
+    memo.put(b"\x03", rows[b"\x03"])
+    assert memo.get(b"\x01") is None
+    assert all(torch.equal(memo.get(key), rows[key]) for key in (b"\x00", b"\x02", b"\x03"))
 
 
 def test_a_batch_correction_gives_each_candidate_its_own_scalars():
