@@ -109,32 +109,51 @@ def _side(points: int, dimensions: int) -> int:
     return side if side**dimensions <= points else side - 1
 
 
-def _ramp_stage(sampler: str, share: float) -> StageBuilder:
+def _ramp_trials(plan: Plan) -> int:
+    return max(1, round(plan.budget * RAMP_SHARE))
+
+
+def _ramp_stage(sampler: str, trials: Callable[[Plan], int]) -> StageBuilder:
     def build(plan: Plan, past: Sequence[Past]) -> Stage:
-        space = plan.ramp()
-        trials = max(1, round(plan.budget * share))
-        design = sobol_points(space, min(RAMP_DESIGN, trials), plan.seed)
-        return Stage("ramp", space, 1 + trials, sampler, fixed=(space.start, *design))
+        space, count = plan.ramp(), trials(plan)
+        design = sobol_points(space, min(RAMP_DESIGN, count), plan.seed)
+        return Stage("ramp", space, 1 + count, sampler, fixed=(space.start, *design))
 
     return build
 
 
-def _step_stage(sampler: str) -> StageBuilder:
+def _joint_stage(sampler: str) -> StageBuilder:
+    """Every step's coefficients at once, around 1."""
+
     def build(plan: Plan, past: Sequence[Past]) -> Stage:
-        if not past:
-            one = ScalarCorrection((1.0,) * plan.steps, (1.0,) * plan.steps)
-            space = StepSpace(one, plan.radius)
-            return Stage("steps", space, 1 + plan.budget, sampler, fixed=(space.start,))
-        best = max(past, key=lambda p: p.value)
-        space = StepSpace(best.correction, plan.radius)
-        # Of the ramps' results these two do; with all of them, crowded in a plane of the box, the
-        # Gaussian process is slower to look elsewhere (tried on quadratics).
-        kept = dict.fromkeys((past[0], best))
-        history = tuple((space.point(p.correction), p.value) for p in kept)
-        trials = plan.budget - (len(past) - 1)
-        return Stage("steps", space, trials, sampler, history=history)
+        one = ScalarCorrection((1.0,) * plan.steps, (1.0,) * plan.steps)
+        space = StepSpace(one, plan.radius)
+        return Stage("steps", space, 1 + plan.budget, sampler, fixed=(space.start,))
 
     return build
+
+
+def _block_stages(sampler: str, plan: Plan) -> list[StageBuilder]:
+    """One step after another, from the first on, each around the best candidate so far.
+
+    What step i changes costs the evaluations after it alone, the last step's none at all: cheap
+    steps get more of the trials.
+    """
+    left = plan.budget - _ramp_trials(plan)
+    weights = [1 / (plan.steps - i) for i in range(plan.steps)]
+    ends = [round(left * sum(weights[: i + 1]) / sum(weights)) for i in range(plan.steps)]
+
+    def stage(i: int) -> StageBuilder:
+        def build(plan: Plan, past: Sequence[Past]) -> Stage:
+            best = max(past, key=lambda p: p.value)
+            space = StepSpace(best.correction, plan.radius, (i,))
+            trials = ends[i] - (ends[i - 1] if i else 0)
+            history = ((space.start, best.value),)
+            return Stage(f"step {i + 1}", space, trials, sampler, history=history)
+
+        return build
+
+    return [stage(i) for i in range(plan.steps)]
 
 
 def _grid() -> Strategy:
@@ -153,7 +172,7 @@ def _ramp(sampler: str) -> Strategy:
         f"{SAMPLERS[sampler].summary}, over the ramp",
         24,
         1,
-        lambda plan: (_ramp_stage(sampler, 1.0),),
+        lambda plan: (_ramp_stage(sampler, lambda plan: plan.budget),),
         sampler,
     )
 
@@ -161,10 +180,10 @@ def _ramp(sampler: str) -> Strategy:
 def _ramp_and_steps(sampler: str) -> Strategy:
     return Strategy(
         f"{sampler}+steps",
-        f"{SAMPLERS[sampler].summary}, over the ramp and then every step's coefficients",
+        f"{SAMPLERS[sampler].summary}, over the ramp and then one step after another",
         64,
         4,
-        lambda plan: (_ramp_stage(sampler, RAMP_SHARE), _step_stage(sampler)),
+        lambda plan: (_ramp_stage(sampler, _ramp_trials), *_block_stages(sampler, plan)),
         sampler,
     )
 
@@ -175,7 +194,7 @@ def _steps(sampler: str) -> Strategy:
         f"{SAMPLERS[sampler].summary}, over every step's coefficients from 1 on",
         40,
         1,
-        lambda plan: (_step_stage(sampler),),
+        lambda plan: (_joint_stage(sampler),),
         sampler,
         ramp=False,
     )

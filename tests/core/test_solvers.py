@@ -112,8 +112,7 @@ def test_a_batched_rollout_equals_each_trajectory_alone(name, sigmas, flow):
 @pytest.mark.parametrize("changed", range(4))
 def test_candidates_that_differ_from_a_step_on_share_what_is_before_it(name, changed):
     """A step's coefficients are applied after its model evaluation."""
-    solver, seeds = get_solver(name), (4, 9)
-    x, each = noise(6, (2, 4, 6, 6)), []
+    seeds, x, each = (4, 9), noise(6, (2, 4, 6, 6)), []
 
     def counted(x, sigma, **_):
         each.append(len(x))
