@@ -15,16 +15,20 @@ from comfy_api.latest import io, ui
 from PIL import Image
 
 from ..qsched_core.files import write_atomic
+from ..qsched_core.optional import MissingDependencyError
 from ..qsched_core.prompts import (
     CalibrationPrompts,
     PromptSet,
 )
+from ..qsched_core.schedule import MAX_COEFFICIENT
 from ..qsched_core.search import (
+    FIDELITIES,
     STRATEGIES,
     CalibrationResult,
     CalibrationSettings,
     Progress,
     calibrate,
+    check_storage,
 )
 from ..qsched_core.search.report import Sample, report_picture, report_text, typical
 from . import host, host_scoring
@@ -71,6 +75,7 @@ class QSchedJAQCalibrator(io.ComfyNode):
                 ),
                 negative_input(),
                 *option_inputs(),
+                *search_inputs(),
             ],
             outputs=[
                 Schedule.Output(display_name="schedule"),
@@ -82,24 +87,32 @@ class QSchedJAQCalibrator(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, search, budget, solver=None, eta=OWN, gamma=OWN):
+    def validate_inputs(
+        cls, search, budget, solver=None, eta=OWN, gamma=OWN, low=0.0, high=0.0, radius=0.1,
+        ramp_ends=False, fidelity="full", proposals=1, storage="", study="",
+    ):  # fmt: skip
         wrong = check_options(solver, eta, gamma)
         if wrong:
             return wrong
-        if search is None or budget is None:  # wired: checked when it runs
-            return True
+        values = (search, budget, low, high, radius, ramp_ends, fidelity, proposals)
         try:
-            CalibrationSettings(strategy=search, budget=budget)
-        except ValueError as error:
+            if None not in values:  # wired: checked when it runs
+                _settings(*values)
+            if storage:
+                check_storage(storage, study)
+        except (ValueError, MissingDependencyError) as error:
             return str(error)
         return True
 
     @classmethod
     def execute(
         cls, model, clip, vae, prompts, objective, solver, scheduler, steps, cfg, width, height,
-        search, budget, seed, guard, negative="", eta=OWN, gamma=OWN,
+        search, budget, seed, guard, negative="", eta=OWN, gamma=OWN, low=0.0, high=0.0,
+        radius=0.1, ramp_ends=False, fidelity="full", proposals=1, storage="", study="",
     ) -> io.NodeOutput:  # fmt: skip
-        settings = CalibrationSettings(strategy=search, budget=budget, seed=seed, guard=guard)
+        settings = _settings(
+            search, budget, low, high, radius, ramp_ends, fidelity, proposals, seed, guard
+        )
         sigmas, flow, runner = objective_and_runner(
             model,
             clip,
@@ -127,6 +140,9 @@ class QSchedJAQCalibrator(io.ComfyNode):
             host_scoring.studies_folder(),
             on_trial=live.trial_done,
             count_evaluations=scored.count,
+            storage=storage,
+            study=study,
+            idle=live.waiting,
         )
         picture, text = _report(result, scored, prompts), report_text(result)
         host.progress_text(cls.hidden.unique_id, result.verdict.text)
@@ -139,6 +155,57 @@ class QSchedJAQCalibrator(io.ComfyNode):
         shown = ui.PreviewImage(as_tensor(picture), cls=cls).as_dict()
         shown |= {"text": (json.dumps(content),)}
         return io.NodeOutput(result.schedule, as_tensor(picture), text, ui=shown)
+
+
+def search_inputs() -> list:
+    """How to search, beside the strategy: for those who want another box, or several servers."""
+    return [
+        io.Float.Input(
+            "low", default=0.0, min=0.0, max=1.0, step=0.05, optional=True, advanced=True,
+            tooltip="Least value of the ramps; 0 is the search's own.",
+        ),
+        io.Float.Input(
+            "high", default=0.0, min=0.0, max=MAX_COEFFICIENT, step=0.05, optional=True,
+            advanced=True, tooltip="Largest value of the ramps; 0 is the search's own.",
+        ),
+        io.Float.Input(
+            "radius", default=0.1, min=0.01, max=1.0, step=0.01, optional=True, advanced=True,
+            tooltip="How far a step's own coefficients may go from the best found before.",
+        ),
+        io.Boolean.Input(
+            "ramp_ends", default=False, optional=True, advanced=True,
+            tooltip="Search where the ramps end as well; otherwise they end at 1.",
+        ),
+        io.Combo.Input(
+            "fidelity", options=list(FIDELITIES), default="full", optional=True, advanced=True,
+            tooltip="; ".join(f"{f.name}: {f.summary}" for f in FIDELITIES.values()) + ".",
+        ),
+        io.Int.Input(
+            "proposals", default=1, min=1, max=64, optional=True, advanced=True,
+            tooltip="Candidates proposed at a time and made in one batch: more uses a large GPU "
+            "better, and learns less from each.",
+        ),
+        io.String.Input(
+            "storage", default="", optional=True, advanced=True,
+            tooltip="Database URL that several servers share, for example "
+            "postgresql://user@host/qsched, or env:VARIABLE for a variable of the servers that has "
+            "it: a URL in the workflow is saved with it, and so into pictures. Empty: this "
+            "machine's own file.",
+        ),
+        io.String.Input(
+            "study", default="", optional=True, advanced=True,
+            tooltip="With storage: the name under which the servers find each other.",
+        ),
+    ]  # fmt: skip
+
+
+def _settings(
+    search, budget, low, high, radius, ramp_ends, fidelity, proposals, seed=0, guard=True
+) -> CalibrationSettings:
+    return CalibrationSettings(
+        strategy=search, budget=budget, seed=seed, guard=guard, low=low or None, high=high or None,
+        radius=radius, ends=ramp_ends, fidelity=fidelity, proposals=proposals,
+    )  # fmt: skip
 
 
 class _Live:
@@ -164,6 +231,11 @@ class _Live:
             f"about {_duration(progress.seconds_left)} left",
         )
         comfy.model_management.throw_exception_if_processing_interrupted()
+
+    def waiting(self) -> None:
+        """Other servers have the remaining trials."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        host.progress_text(self.node_id, "waiting for the trials of other servers")
 
 
 def _duration(seconds: float) -> str:

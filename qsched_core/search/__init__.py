@@ -5,6 +5,7 @@ from .engine import Evaluate, Progress, Trial, best_of
 from .errors import CalibrationError
 from .fidelity import FIDELITIES
 from .settings import CalibrationSettings
+from .shared import check_storage
 from .strategies import STRATEGIES, get_strategy
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "Trial",
     "best_of",
     "calibrate",
+    "check_storage",
     "get_strategy",
 ]

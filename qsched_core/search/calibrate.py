@@ -15,8 +15,9 @@ from ..schedule import QSchedule
 from .engine import Evaluate, Progress, Search, Trial, best_of
 from .errors import CalibrationError
 from .guard import Interval, Verdict, judge, paired_interval
-from .journal import Journal, fingerprint
+from .journal import Journal, fingerprint, journal_path
 from .settings import CalibrationSettings
+from .shared import SharedStore
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,8 @@ class CalibrationResult:
     """``schedule`` is what the guard lets through, ``best`` the search's own winner.
 
     The intervals are of the winner's gain over c = 1, and None where nothing beat c = 1.
-    ``new_trials`` were evaluated in this call, the others came from the journal.
+    ``new_trials`` were evaluated in this call, the others came from ``where`` the study is kept.
+    ``journal`` is its file, or what its file would be were it not kept in a database.
     """
 
     schedule: QSchedule
@@ -44,6 +46,7 @@ class CalibrationResult:
     model_evaluations: int
     seconds: float
     journal: Path
+    where: str
     new_trials: int
 
     @property
@@ -81,7 +84,7 @@ class CalibrationResult:
             "seconds": self.seconds,
             "new_trials": self.new_trials,
             "trials": [trial.to_dict() for trial in self.trials],
-            "journal": str(self.journal),
+            "journal": self.where,
         }
 
 
@@ -100,6 +103,9 @@ def calibrate(
     folder: str | Path,
     on_trial: Callable[[Progress], None] | None = None,
     count_evaluations: Callable[[], int] = lambda: 0,
+    storage: str = "",
+    study: str = "",
+    idle: Callable[[], None] = lambda: None,
 ) -> CalibrationResult:
     """Learn coefficients for the trajectory ``sigmas`` [steps + 1] of ``solver``.
 
@@ -109,7 +115,7 @@ def calibrate(
     killed, to the same result, and a finished one evaluates nothing.  ``count_evaluations`` says
     how many latents went through the model so far.
 
-    Raises CalibrationError before the search if ``folder`` can't be used or the held-out prompts
+    Raises CalibrationError before the search if ``folder`` or ``storage`` can't be used or the held-out prompts
     are too few for an interval, and during it if ``evaluate`` gives too few scores; ScheduleError
     for a trajectory that no schedule can have.  What ``evaluate`` raises passes through, and the
     journal keeps what is finished.
@@ -128,8 +134,12 @@ def calibrate(
         "calibration": prompts.calibration.hash,
         "provenance": dict(provenance),
     }
-    with Journal(folder, fingerprint(content)) as journal:
-        run = Search(journal, evaluate, settings, prompts.calibration, on_trial, count_evaluations)
+    name = fingerprint(content)
+    place = SharedStore(storage, study, content) if storage.strip() else Journal(folder, name)
+    with place as store:
+        run = Search(
+            store, evaluate, settings, prompts.calibration, on_trial, count_evaluations, idle
+        )
         run.stages(identity.steps)
         winner = best_of(run.trials)
         candidates = list(dict.fromkeys((identity.correction(), winner.correction)))
@@ -185,7 +195,8 @@ def calibrate(
         warnings=warnings,
         model_evaluations=evaluations,
         seconds=seconds,
-        journal=journal.path,
+        journal=journal_path(folder, name),
+        where=place.where,
         new_trials=run.new_trials,
     )
 

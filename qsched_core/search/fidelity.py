@@ -7,7 +7,6 @@ in between.  Seeds are the same for every candidate, so a comparison is paired b
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -15,6 +14,7 @@ from typing import Any
 
 from ..optional import missing, require
 from .errors import CalibrationError
+from .samplers import quiet
 
 FIRST_SHARE = 1 / 4  # of the prompts, before the first decision
 Values = Sequence[float]
@@ -94,8 +94,7 @@ class Judge:
     def __init__(self, fidelity: Fidelity, prompts: int, finished: Sequence[Values]):
         optuna = require("optuna", "the search", "optuna")
         self.fidelity, self.prompts = fidelity, prompts
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        with quiet(optuna):
             # Hyperband deals brackets by the study's name
             self.study = optuna.create_study(
                 direction="maximize", study_name="fidelity", pruner=fidelity.build(optuna, prompts)

@@ -54,6 +54,11 @@ def finished_trial(
     )
 
 
+def journal_path(folder: str | Path, name: str) -> Path:
+    """The file of the study ``name`` (a fingerprint) in ``folder``."""
+    return Path(folder) / f"{name[:24]}.journal"
+
+
 class Journal:
     """The file of the study ``name`` (a fingerprint) in ``folder``; a context manager.
 
@@ -63,7 +68,7 @@ class Journal:
 
     def __init__(self, folder: str | Path, name: str):
         self.name = name
-        self.path = Path(folder) / f"{name[:24]}.journal"
+        self.path = journal_path(folder, name)
         self.shared, self.where = False, str(self.path)
         self._lock = None
         self._studies: dict[str, Any] = {}

@@ -67,9 +67,9 @@ def report_text(result: CalibrationResult) -> str:
     lines += ["", *(f"warning: {warning}" for warning in result.warnings)]
     resumed = len(result.trials) - result.new_trials
     lines += [
-        f"{len(result.trials)} trials ({resumed} from the journal), "
+        f"{len(result.trials)} trials ({resumed} not made in this run), "
         f"{result.model_evaluations} model evaluations, {result.seconds:.0f} s",
-        f"journal: {result.journal}",
+        f"study: {result.where}",
     ]
     return "\n".join(lines)
 

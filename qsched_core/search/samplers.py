@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +68,19 @@ SAMPLERS: dict[str, Sampler] = {
 }
 
 
+@contextmanager
+def quiet(optuna) -> Iterator[None]:
+    """Without Optuna's lines about studies in memory, which are made for every proposal."""
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            yield
+    finally:
+        optuna.logging.set_verbosity(level)
+
+
 def propose(
     sampler: str, space: Space, past: Past, seed: int, stage: str, slot: int
 ) -> dict[str, float]:
@@ -76,8 +90,7 @@ def propose(
     # CMA-ES goes on from its own draws, so its seed stays; the others draw anew each time.
     number = stage if entry.replay else f"{stage}/{slot}"
     digest = hashlib.sha256(f"{seed}/{number}".encode()).digest()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    with quiet(optuna):
         built = entry.build(optuna, int.from_bytes(digest[:4], "little"))
         study = optuna.create_study(direction="maximize", sampler=built)
         ask = _replayed if entry.replay else _told

@@ -50,6 +50,7 @@ def result(steps=4, values=(5.0, 4.0, 5.2), guard=True, heldout_gain=0.1):
         model_evaluations=180,
         seconds=4.5,
         journal=Path("study.journal"),
+        where="study.journal",
         new_trials=2,
     )
 
@@ -65,7 +66,7 @@ def test_the_text_has_verdict_scores_coefficients_warnings_and_cost():
     assert text.startswith(made.verdict.text)
     for part in ("calibration jaq", "held-out quality", "warning: look out", "step 4: c_x"):
         assert part in text
-    assert "3 trials (1 from the journal), 180 model evaluations" in text
+    assert "3 trials (1 not made in this run), 180 model evaluations" in text
     assert f"{made.best.c_x[2]:.4f}" in text
 
 

@@ -1,0 +1,408 @@
+"""A study in a database, searched by several workers: Optuna's RDB storage (PostgreSQL, MySQL, SQLite).
+
+A slot is taken by creating a running trial that names it.  Trial numbers are given out by the
+database one at a time, so of two trials for one slot the lower number has it.  While a worker is at
+a trial it counts up the trial's ``beat``; when that stands still, others take the worker for dead
+and the slot is free again.  Nothing compares clocks of different machines.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+from ..optional import missing, require
+from .errors import CalibrationError
+from .journal import distributions, fingerprint
+from .space import Point, Space
+from .store import Record
+
+logger = logging.getLogger(__name__)
+
+BEAT_SECONDS = 3.0
+GRACE_VARIABLE, GRACE_SECONDS = "QSCHED_GRACE_SECONDS", 30.0
+CONNECT_SECONDS = 10
+PATIENCE = (0.5, 1, 2, 4, 8, 16)  # seconds between tries of a database that does not answer
+ENVIRONMENT = "env:"
+DRIVERS = {"postgresql": "psycopg2-binary", "mysql": "pymysql"}
+
+
+def resolve(storage: str) -> str:
+    """The database URL that ``storage`` means: itself, or the variable of ``env:VARIABLE``.
+
+    CalibrationError for a variable that is not set and for what is no database URL.
+    """
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    url = storage.strip()
+    if url.startswith(ENVIRONMENT):
+        name = url.removeprefix(ENVIRONMENT)
+        url = os.environ.get(name, "").strip()
+        if not url:
+            raise CalibrationError(
+                f"storage={storage!r}: the environment variable {name} is not set where this runs"
+            )
+    try:
+        dialect = make_url(url).get_backend_name()
+    except ArgumentError:
+        dialect = ""
+    if dialect not in (*DRIVERS, "sqlite"):
+        raise CalibrationError(
+            f"storage={hidden(url)!r} is no database URL; write for example "
+            "postgresql://user:password@host/database, or env:VARIABLE for a variable that has it"
+        )
+    return url
+
+
+def check_storage(storage: str, study: str) -> None:
+    """CalibrationError where a shared study can't be there: URL, driver or name; asks no database."""
+    url = resolve(storage)
+    if not study.strip():
+        raise CalibrationError(
+            f"study is empty; with storage={hidden(storage)!r} give the name under which the "
+            "servers find each other"
+        )
+    dialect = url.partition(":")[0].partition("+")[0]
+    if "+" not in url.partition(":")[0] and dialect in DRIVERS:
+        package = DRIVERS[dialect]
+        reason = missing(package.split("-")[0], f"storage={hidden(url)!r}", package)
+        if reason:
+            raise CalibrationError(reason)
+
+
+def hidden(url: str) -> str:
+    """The URL with its password hidden; what can't be read as one without all after its scheme."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except ArgumentError:
+        scheme, colon, _ = url.partition("://")
+        return f"{scheme}{colon}..." if colon else url[:40]
+
+
+class SharedStore:
+    """The study ``name`` in the database ``storage``; a context manager.
+
+    ``content`` is what the study is about, plain JSON: another's is refused.  ``grace`` is how many
+    seconds a worker may be silent.  CalibrationError for a URL or driver that can't be used, a
+    database that does not answer, and a study of that name that is about something else.
+    """
+
+    shared = True
+
+    def __init__(
+        self,
+        storage: str,
+        name: str,
+        content: Mapping[str, Any],
+        grace: float | None = None,
+    ):
+        check_storage(storage, name)
+        self.name, self.content = name.strip(), dict(content)
+        self.url = resolve(storage)
+        self.grace = _grace() if grace is None else grace
+        self.where = f"study {self.name!r} in {hidden(self.url)}"
+        self._studies: dict[str, int] = {}
+        self._beats: dict[
+            int, tuple[int, float]
+        ] = {}  # trial: its beat, and when it was first seen
+
+    def __enter__(self) -> SharedStore:
+        self._storage = self._connect()
+        self._check_content()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._studies.clear()
+        self._storage.remove_session()
+        self._storage.engine.dispose()
+
+    def _connect(self):
+        optuna = require("optuna", "the search", "optuna")
+        from sqlalchemy.engine import make_url
+        from sqlalchemy.exc import SQLAlchemyError
+
+        backend = make_url(self.url).get_backend_name()
+        options: dict[str, Any] = {"pool_pre_ping": True}
+        if backend in DRIVERS:
+            options["connect_args"] = {"connect_timeout": CONNECT_SECONDS}
+        try:
+            # Workers that make the tables of a new database at once get in each other's way.
+            return _patiently(
+                lambda: optuna.storages.RDBStorage(self.url, engine_kwargs=options),
+                (SQLAlchemyError, optuna.exceptions.StorageInternalError),
+                PATIENCE[:3],
+            )
+        except ImportError as error:
+            raise CalibrationError(
+                f"storage={hidden(self.url)!r} has no driver here: {error}"
+            ) from None
+        except (SQLAlchemyError, optuna.exceptions.StorageInternalError, RuntimeError) as error:
+            raise CalibrationError(
+                f"storage={hidden(self.url)!r} can't be used: {_line(error, self.url)}"
+            ) from None
+
+    def _check_content(self) -> None:
+        duplicated = require("optuna", "the search", "optuna").exceptions.DuplicatedStudyError
+        key = "content"
+        try:
+            self._studies["notes"] = self._call(
+                lambda: self._storage.create_new_study(_maximize(), f"{self.name}/notes")
+            )
+            self.put(key, self.content)
+            return
+        except duplicated:
+            found = self._call(lambda: self.get(key))
+        for seconds in PATIENCE:  # its maker may be about to write it
+            if found is not None:
+                break
+            time.sleep(seconds)
+            found = self.get(key)
+        if found is None:
+            raise CalibrationError(
+                f"{self.where} was begun but says nothing of itself; choose another name"
+            )
+        if fingerprint(found) != fingerprint(self.content):
+            differences = "; ".join(differing(found, self.content)[:4])
+            raise CalibrationError(
+                f"{self.where} was begun with something else: {differences}; choose another study "
+                "name, or the same model, prompts and settings"
+            )
+
+    def _call(self, call: Callable[[], Any]) -> Any:
+        """Ask the database, again if it does not answer."""
+        optuna = require("optuna", "the search", "optuna")
+        try:
+            return _patiently(call, (optuna.exceptions.StorageInternalError,), PATIENCE)
+        except optuna.exceptions.StorageInternalError as error:
+            raise CalibrationError(
+                f"{self.where}: the database does not answer ({_line(error, self.url)}); what was "
+                "finished is kept in it: run this again when it does"
+            ) from None
+
+    def _study(self, stage: str) -> int:
+        if stage not in self._studies:
+            optuna = require("optuna", "the search", "optuna")
+            name = f"{self.name}/{stage}"
+
+            def found() -> int:
+                try:
+                    return self._storage.create_new_study(_maximize(), name)
+                except optuna.exceptions.DuplicatedStudyError:
+                    return self._storage.get_study_id_from_name(name)
+
+            self._studies[stage] = self._call(found)
+        return self._studies[stage]
+
+    def _trials(self, stage: str) -> list:
+        return self._call(lambda: self._storage.get_all_trials(self._study(stage), deepcopy=False))
+
+    def records(self, stage: str) -> dict[int, Record]:
+        """The finished trials by slot, in the order of slots."""
+        found: dict[int, Record] = {}
+        for trial in self._trials(stage):
+            if trial.state.name == "COMPLETE":
+                record = Record.of(trial.params, trial.user_attrs["record"])
+                found.setdefault(record.slot, record)
+        return dict(sorted(found.items()))
+
+    def working(self, stage: str) -> dict[int, Point]:
+        """What workers are evaluating now, by slot; what fell silent is given up for them."""
+        return {
+            trial.user_attrs["slot"]: dict(trial.params)
+            for trial in self._trials(stage)
+            if self._alive(trial)
+        }
+
+    def _alive(self, trial) -> bool:
+        if trial.state.name != "RUNNING":
+            return False
+        beat, now = trial.user_attrs.get("beat", 0), time.monotonic()
+        last, since = self._beats.get(trial._trial_id, (None, now))
+        if beat != last:
+            self._beats[trial._trial_id] = (beat, now)
+            return True
+        if now - since < self.grace:
+            return True
+        logger.warning(
+            "%s: a worker (%s) fell silent; its trial is free again",
+            self.where,
+            trial.user_attrs.get("worker", "unknown"),
+        )
+        self.fail(trial._trial_id)
+        return False
+
+    def fail(self, trial: int) -> None:
+        """Give a trial up, unless it was finished meanwhile."""
+        optuna = require("optuna", "the search", "optuna")
+        state = optuna.trial.TrialState.FAIL
+        with suppress(optuna.exceptions.UpdateFinishedTrialError):
+            self._call(lambda: self._storage.set_trial_state_values(trial, state))
+
+    def claim(self, stage: str, space: Space, points: Mapping[int, Point]) -> _Claim:
+        """Those of ``points`` that no other worker has taken."""
+        return _Claim(self, stage, space, points)
+
+    def start(self, stage: str, space: Space, slot: int, point: Point) -> int | None:
+        """A running trial for the slot, or None where another has it."""
+        optuna = require("optuna", "the search", "optuna")
+        template = optuna.trial.create_trial(
+            state=optuna.trial.TrialState.RUNNING,
+            params=dict(point),
+            distributions=distributions(space),
+            user_attrs={"slot": slot, "beat": 0, "worker": f"{os.getpid()}@{platform.node()}"},
+        )
+        study = self._study(stage)
+        mine = self._call(lambda: self._storage.create_new_trial(study, template))
+        trials = self._trials(stage)
+        number = next(trial.number for trial in trials if trial._trial_id == mine)
+        for trial in trials:
+            other = trial.number < number and trial.user_attrs.get("slot") == slot
+            if other and trial.state.name in ("RUNNING", "COMPLETE"):
+                self.fail(mine)
+                return None
+        return mine
+
+    def beat(self, trial: int, count: int) -> None:
+        """Say that this worker is at the trial."""
+        self._storage.set_trial_user_attr(trial, "beat", count)
+
+    def finish(self, trial: int, record: Record) -> None:
+        """Scores first, then the state: what is complete has its scores."""
+        optuna = require("optuna", "the search", "optuna")
+        state = optuna.trial.TrialState.COMPLETE
+
+        def write() -> None:
+            self._storage.set_trial_user_attr(trial, "record", record.facts())
+            self._storage.set_trial_state_values(trial, state, [record.scores.mean()])
+
+        try:
+            self._call(write)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            logger.warning(
+                "%s: this worker was taken for dead, and its trial is another's now", self.where
+            )
+
+    def get(self, key: str) -> Any:
+        """What was put under ``key``, or None."""
+        study = self._study("notes")
+        return self._call(lambda: self._storage.get_study_user_attrs(study)).get(key)
+
+    def put(self, key: str, value: Any) -> None:
+        """Keep plain JSON beside the trials."""
+        study = self._study("notes")
+        self._call(lambda: self._storage.set_study_user_attr(study, key, value))
+
+
+class _Claim:
+    """Running trials of ours, kept alive by a thread until they are finished or given back."""
+
+    def __init__(self, store: SharedStore, stage: str, space: Space, points: Mapping[int, Point]):
+        self.store, self.stage, self.space, self.wanted = store, stage, space, points
+        self.points: dict[int, Point] = {}
+        self._running: dict[int, int] = {}
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="qsched-study", daemon=True)
+
+    def __enter__(self) -> _Claim:
+        try:
+            for slot, point in self.wanted.items():
+                trial = self.store.start(self.stage, self.space, slot, point)
+                if trial is not None:
+                    self._running[slot], self.points[slot] = trial, point
+        except BaseException:
+            self._give_back()
+            raise
+        if self._running:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._done.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._give_back()
+
+    def finish(self, record: Record) -> None:
+        self.store.finish(self._running.pop(record.slot), record)
+
+    def _give_back(self) -> None:
+        for trial in self._running.values():
+            try:
+                self.store.fail(trial)
+            except CalibrationError as error:  # the database is gone: others will notice
+                logger.warning("%s", error)
+        self._running.clear()
+
+    def _beat(self) -> None:
+        count = 0
+        while not self._done.wait(min(BEAT_SECONDS, self.store.grace / 5)):
+            count += 1
+            for trial in list(self._running.values()):
+                try:
+                    self.store.beat(trial, count)
+                except Exception as error:
+                    # finished in this moment, or a database that is away: the next beat tells
+                    logger.debug("no beat: %s", error)
+
+
+def differing(one: Any, other: Any, path: str = "") -> list[str]:
+    """Where two pieces of plain JSON differ, "path: one, here other" each."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return [
+            line
+            for key in sorted({*one, *other})
+            for line in differing(one.get(key), other.get(key), f"{path}.{key}".lstrip("."))
+        ]
+    return [] if one == other else [f"{path}: {_short(one)}, here {_short(other)}"]
+
+
+def _short(value: Any, most: int = 60) -> str:
+    text = str(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def _maximize() -> list:
+    return [require("optuna", "the search", "optuna").study.StudyDirection.MAXIMIZE]
+
+
+def _grace() -> float:
+    text = os.environ.get(GRACE_VARIABLE, str(GRACE_SECONDS))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 1 <= seconds < 86400:
+        raise CalibrationError(f"{GRACE_VARIABLE}={text!r} must be seconds, at least 1")
+    return seconds
+
+
+def _patiently(call: Callable[[], Any], errors: tuple, waits) -> Any:
+    for seconds in waits:
+        try:
+            return call()
+        except errors as error:
+            logger.info("the study's database: %s; trying again", type(error).__name__)
+            time.sleep(seconds)
+    return call()
+
+
+def _line(error: BaseException, url: str) -> str:
+    """The error's own first line, without the password."""
+    from sqlalchemy.engine import make_url
+
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(getattr(error, "orig", None) or error).strip().splitlines()
+    text = lines[0] if lines else type(error).__name__
+    password = make_url(url).password
+    return text.replace(str(password), "***") if password else text

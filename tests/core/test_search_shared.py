@@ -1,0 +1,251 @@
+"""Several workers at one study: no slot twice, nothing lost but a dead worker's own trial."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+
+import pytest
+from postgres import PASSWORD, postgres, why_not
+from test_search import PROMPTS, SIGMAS, World, outcome
+
+from qsched_core.search import CalibrationError, CalibrationSettings, calibrate, check_storage
+from qsched_core.search import engine as engine_module
+from qsched_core.search.shared import SharedStore, differing, hidden, resolve
+from qsched_core.search.space import RampSpace
+
+pytest.importorskip("sqlalchemy", reason="shared studies need sqlalchemy")
+SETTINGS = CalibrationSettings("gp", 12)
+POINT = {"c_x start": 0.9, "c_eps start": 1.1}
+
+
+@pytest.fixture(scope="module")
+def postgresql():
+    if why_not():
+        pytest.skip(why_not())
+    pytest.importorskip("psycopg2", reason="needs psycopg2-binary")
+    with postgres() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def storage(request, tmp_path):
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/study.db"
+    return request.getfixturevalue("postgresql")
+
+
+@pytest.fixture
+def study(request):
+    return f"study of {request.node.name}"
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(engine_module, "POLL_SECONDS", 0.05)
+
+
+def work(world, folder, storage, study, settings=SETTINGS, provenance=None, **more):
+    return calibrate(
+        world, SIGMAS, True, "euler", settings, PROMPTS, provenance or {"m": 1}, folder,
+        storage=storage, study=study, **more,
+    )  # fmt: skip
+
+
+class SlowWorld(World):
+    """Takes its time, and says which candidates it saw."""
+
+    def __init__(self, seconds=0.15):
+        super().__init__()
+        self.seconds, self.seen = seconds, []
+
+    def __call__(self, corrections, prompts):
+        time.sleep(self.seconds)
+        self.seen += [(prompts.hash, c) for c in corrections]
+        return super().__call__(corrections, prompts)
+
+
+def test_one_worker_finds_what_the_local_journal_finds(storage, study, tmp_path):
+    shared = work(World(), tmp_path, storage, study)
+    local = calibrate(World(), SIGMAS, True, "euler", SETTINGS, PROMPTS, {"m": 1}, tmp_path)
+    assert outcome(shared) == outcome(local)
+    world = World()
+    again = work(world, tmp_path, storage, study)
+    assert world.calls == [] and again.new_trials == 0 and outcome(again) == outcome(shared)
+
+
+def test_workers_share_one_search_and_agree(storage, study, tmp_path):
+    worlds, results = [SlowWorld() for _ in range(3)], {}
+
+    def run(k):
+        results[k] = work(worlds[k], tmp_path / str(k), storage, study)
+
+    threads = [threading.Thread(target=run, args=(k,)) for k in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 3
+    first = outcome(results[0])
+    assert all(outcome(result) == first for result in results.values())
+    assert len(results[0].trials) == 13
+    assert sum(result.new_trials for result in results.values()) == 13
+    assert sum(result.new_trials > 0 for result in results.values()) >= 2
+    seen = Counter(seen for world in worlds for seen in world.seen)
+    assert max(seen.values()) == 1  # no candidate was evaluated twice, the held-out ones included
+
+
+def test_a_killed_worker_loses_its_own_trial_alone(storage, study, tmp_path, repo_root):
+    if not hasattr(signal, "SIGKILL"):
+        pytest.skip("this system has no SIGKILL")
+    script = f"""
+import os, signal, sys
+sys.path[:0] = {[str(repo_root), str(repo_root / "tests"), os.path.dirname(__file__)]!r}
+import test_search_shared as t
+class Killed(t.World):
+    def __call__(self, corrections, prompts):
+        if len(self.calls) >= 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(corrections, prompts)
+settings = t.CalibrationSettings("gp", 12, together=1)
+t.work(Killed(), sys.argv[1], sys.argv[2], sys.argv[3], settings)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path), storage, study],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    os.environ["QSCHED_GRACE_SECONDS"] = "1.5"
+    try:
+        result = work(World(), tmp_path, storage, study)
+    finally:
+        del os.environ["QSCHED_GRACE_SECONDS"]
+    assert len(result.trials) == 13 and result.new_trials == 10
+    local = calibrate(World(), SIGMAS, True, "euler", SETTINGS, PROMPTS, {"m": 1}, tmp_path)
+    assert result.baseline.scores == local.baseline.scores
+
+
+def test_what_a_failing_worker_had_is_free_at_once(storage, study, tmp_path):
+    class Failing(World):
+        def __call__(self, corrections, prompts):
+            if len(self.calls) == 2:
+                raise RuntimeError("no memory")
+            return super().__call__(corrections, prompts)
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        work(Failing(), tmp_path, storage, study)
+    started = time.monotonic()
+    assert len(work(World(), tmp_path, storage, study).trials) == 13
+    assert time.monotonic() - started < 20  # less than a silent worker's grace
+
+
+def test_a_slot_is_taken_once(storage, study):
+    space = RampSpace(4)
+    with (
+        SharedStore(storage, study, {"a": 1}) as one,
+        SharedStore(storage, study, {"a": 1}) as other,
+    ):
+        with one.claim("ramp", space, {0: POINT, 1: POINT}) as mine:
+            assert set(mine.points) == {0, 1}
+            assert other.working("ramp") == {0: POINT, 1: POINT}
+            with other.claim("ramp", space, {1: POINT, 2: POINT}) as theirs:
+                assert set(theirs.points) == {2}
+        assert other.working("ramp") == {} and other.records("ramp") == {}
+        with other.claim("ramp", space, {1: POINT}) as theirs:
+            assert set(theirs.points) == {1}
+
+
+def test_a_slow_worker_that_beats_keeps_its_slot(storage, study):
+    with (
+        SharedStore(storage, study, {}, grace=1.0) as one,
+        SharedStore(storage, study, {}, grace=1.0) as other,
+        one.claim("ramp", RampSpace(4), {0: POINT}),
+    ):
+        for _ in range(10):
+            time.sleep(0.25)
+            assert other.working("ramp") == {0: POINT}
+
+
+def test_another_study_under_the_same_name_is_refused_before_any_work(storage, study, tmp_path):
+    work(World(), tmp_path, storage, study)
+    world = World()
+    with pytest.raises(
+        CalibrationError, match=r"begun with something else: provenance\.m: 1, here 2"
+    ):
+        work(world, tmp_path, storage, study, provenance={"m": 2})
+    with pytest.raises(CalibrationError, match=r"search\.budget: 12, here 9"):
+        work(world, tmp_path, storage, study, CalibrationSettings("gp", 9))
+    assert world.calls == []
+
+
+def test_who_waits_can_be_stopped(storage, study, tmp_path):
+    class StoppedError(Exception):
+        pass
+
+    def idle():
+        raise StoppedError
+
+    space = RampSpace(4)
+    with pytest.raises(StoppedError), SharedStore(storage, study, {}) as store:
+        search = engine_module.Search(
+            store, World(), CalibrationSettings("grid", 4), PROMPTS.calibration, idle=idle
+        )
+        with store.claim("grid", space, dict.fromkeys(range(5), POINT)):
+            search.stages(4)
+
+
+def test_the_password_is_nowhere(postgresql, study, tmp_path, caplog):
+    assert PASSWORD in postgresql
+    caplog.set_level("DEBUG")
+    result = work(World(), tmp_path, postgresql, study)
+    assert PASSWORD not in result.where and "***" in result.where
+    assert PASSWORD not in json.dumps(result.to_dict())
+    wrong = postgresql.replace(PASSWORD, "not-the-word")
+    with pytest.raises(CalibrationError, match="password authentication failed") as refused:
+        work(World(), tmp_path, wrong, study)
+    assert "not-the-word" not in str(refused.value)
+    assert PASSWORD not in caplog.text and "not-the-word" not in caplog.text
+
+
+def test_a_database_that_is_not_there_is_said_at_once(tmp_path):
+    started, world = time.monotonic(), World()
+    with pytest.raises(CalibrationError, match=r"can't be used.*refused"):
+        work(world, tmp_path, "postgresql://nobody:pw@127.0.0.1:9/none", "x")
+    assert time.monotonic() - started < 20 and world.calls == []
+
+
+@pytest.mark.parametrize(
+    ("storage", "study", "says"),
+    [
+        ("nonsense", "x", "'nonsense' is no database URL"),
+        ("redis://host", "x", "no database URL"),
+        ("env:QSCHED_NOT_SET", "x", "QSCHED_NOT_SET is not set"),
+        ("sqlite:///x.db", "  ", "study is empty"),
+        ("mysql://user:pw@host/db", "x", "pip install pymysql"),
+    ],
+)
+def test_what_can_not_be_a_shared_study_is_refused(storage, study, says):
+    with pytest.raises(CalibrationError, match=says) as refused:
+        check_storage(storage, study)
+    assert "pw" not in str(refused.value).replace("pip", "")
+
+
+def test_a_url_may_come_from_the_environment(monkeypatch):
+    monkeypatch.setenv("QSCHED_TEST_URL", "postgresql://a:b@c/d")
+    assert resolve("env:QSCHED_TEST_URL") == "postgresql://a:b@c/d"
+    assert hidden("postgresql://a:b@c/d") == "postgresql://a:***@c/d"
+
+
+def test_differences_are_named_by_their_path():
+    one = {"a": {"b": 1, "c": [1]}, "d": 2}
+    assert differing(one, {"a": {"b": 1, "c": [2]}, "e": 3}) == [
+        "a.c: [1], here [2]",
+        "d: 2, here None",
+        "e: None, here 3",
+    ]
