@@ -30,13 +30,18 @@ GRACE_VARIABLE, GRACE_SECONDS = "QSCHED_GRACE_SECONDS", 30.0
 CONNECT_SECONDS = 10
 PATIENCE = (0.5, 1, 2, 4, 8, 16)  # seconds between tries of a database that does not answer
 ENVIRONMENT = "env:"
-DRIVERS = {"postgresql": "psycopg2-binary", "mysql": "pymysql"}
+# by database: Python packages that speak to it, SQLAlchemy's name of each, and the one to install
+DRIVERS = {
+    "postgresql": ({"psycopg": "psycopg", "psycopg2": "psycopg2"}, "psycopg[binary]"),
+    "mysql": ({"pymysql": "pymysql", "MySQLdb": "mysqldb"}, "pymysql"),
+}
 
 
 def resolve(storage: str) -> str:
     """The database URL that ``storage`` means: itself, or the variable of ``env:VARIABLE``.
 
-    CalibrationError for a variable that is not set and for what is no database URL.
+    CalibrationError for a variable that is not set, for what is no database URL, and where no
+    driver of that database is installed.
     """
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
@@ -50,31 +55,34 @@ def resolve(storage: str) -> str:
                 f"storage={storage!r}: the environment variable {name} is not set where this runs"
             )
     try:
-        dialect = make_url(url).get_backend_name()
+        parsed = make_url(url)
+        database = parsed.get_backend_name()
     except ArgumentError:
-        dialect = ""
-    if dialect not in (*DRIVERS, "sqlite"):
+        database = ""
+    if database not in (*DRIVERS, "sqlite"):
         raise CalibrationError(
             f"storage={hidden(url)!r} is no database URL; write for example "
             "postgresql://user:password@host/database, or env:VARIABLE for a variable that has it"
         )
-    return url
+    if database == "sqlite" or "+" in parsed.drivername:
+        return url
+    # Which driver a bare scheme means depends on SQLAlchemy's version: take one that is there.
+    packages, install = DRIVERS[database]
+    there = [name for package, name in packages.items() if missing(package, "", "") is None]
+    if not there:
+        raise CalibrationError(missing(next(iter(packages)), f"storage={hidden(url)!r}", install))
+    chosen = parsed.set(drivername=f"{database}+{there[0]}")
+    return chosen.render_as_string(hide_password=False)
 
 
 def check_storage(storage: str, study: str) -> None:
-    """CalibrationError where a shared study can't be there: URL, driver or name; asks no database."""
-    url = resolve(storage)
+    """CalibrationError where a shared study can't be there: URL, driver or name; connects to nothing."""
+    resolve(storage)
     if not study.strip():
         raise CalibrationError(
             f"study is empty; with storage={hidden(storage)!r} give the name under which the "
             "servers find each other"
         )
-    dialect = url.partition(":")[0].partition("+")[0]
-    if "+" not in url.partition(":")[0] and dialect in DRIVERS:
-        package = DRIVERS[dialect]
-        reason = missing(package.split("-")[0], f"storage={hidden(url)!r}", package)
-        if reason:
-            raise CalibrationError(reason)
 
 
 def hidden(url: str) -> str:

@@ -29,7 +29,7 @@ POINT = {"c_x start": 0.9, "c_eps start": 1.1}
 def postgresql():
     if why_not():
         pytest.skip(why_not())
-    pytest.importorskip("psycopg2", reason="needs psycopg2-binary")
+    pytest.importorskip("psycopg", reason="needs psycopg[binary]")
     with postgres() as url:
         yield url
 
@@ -238,7 +238,7 @@ def test_what_can_not_be_a_shared_study_is_refused(storage, study, says):
 
 def test_a_url_may_come_from_the_environment(monkeypatch):
     monkeypatch.setenv("QSCHED_TEST_URL", "postgresql://a:b@c/d")
-    assert resolve("env:QSCHED_TEST_URL") == "postgresql://a:b@c/d"
+    assert resolve("env:QSCHED_TEST_URL") == "postgresql+psycopg://a:b@c/d"
     assert hidden("postgresql://a:b@c/d") == "postgresql://a:***@c/d"
 
 
