@@ -1,0 +1,17 @@
+"""Evaluation: arms over the same prompts, scores with intervals, Frechet distances; resumable."""
+
+from .frechet import frechet_distance
+from .run import Arm, Evaluation, Progress, evaluate
+from .spaces import FeatureSpace, encoder_space
+from .study import EvaluationError
+
+__all__ = [
+    "Arm",
+    "Evaluation",
+    "EvaluationError",
+    "FeatureSpace",
+    "Progress",
+    "encoder_space",
+    "evaluate",
+    "frechet_distance",
+]

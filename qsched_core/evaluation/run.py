@@ -1,0 +1,428 @@
+"""The evaluation: several arms, the same prompts and seeds in each, a part of them at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ..objective import Scores
+from ..precondition import ScalarCorrection
+from ..prompts import PromptSet
+from ..scorers import check_images
+from ..search.guard import Interval, mean_interval, paired_interval
+from ..search.journal import fingerprint
+from .frechet import few_images, frechet_distance
+from .spaces import FeatureSpace
+from .study import ArmStudy, EvaluationError, Part, as_bytes, check_folder, keep_features
+from .study import kept_features as read_features
+
+VERSION = 1  # part of every arm's name: raise it when what is kept changes
+PART = 16  # prompts made and kept at a time; part of the name, as batches round differently
+REFERENCES = "reference images"
+
+
+class Source(Protocol):
+    """Makes pictures: the runner of a model."""
+
+    width: int
+    height: int
+    model_evaluations: int
+
+    def images(
+        self,
+        prompts: PromptSet,
+        corrections: Sequence[ScalarCorrection],
+        on_step: Callable[[], None] | None = None,
+    ) -> torch.Tensor:
+        """Pictures [candidates, prompts, height, width, 3] in [0, 1] on the CPU."""
+        ...
+
+
+class Measure(Protocol):
+    """What scores pictures: an Objective."""
+
+    def score(self, images: torch.Tensor, prompts: Sequence[str]) -> Scores: ...
+
+    def describe(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of making the pictures: a model and its coefficients.
+
+    ``facts`` is plain JSON that fixes the pictures beside coefficients, prompts and seeds; ``label``
+    is what a reader sees.
+    """
+
+    name: str
+    source: Source
+    correction: ScalarCorrection
+    facts: Mapping[str, Any]
+    label: str = ""
+
+    def __post_init__(self):
+        object.__setattr__(self, "label", self.label or self.name)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """After each part: prompts done of ``total`` over all arms, and whether it was read from disk."""
+
+    done: int
+    total: int
+    arm: Arm
+    resumed: bool
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """What an arm gave; ``new_images`` were made in this call, the others were on disk."""
+
+    name: str
+    label: str
+    scores: Scores
+    features: Mapping[str, torch.Tensor]
+    seconds: float
+    model_evaluations: int
+    new_images: int
+    study: ArmStudy = field(repr=False)
+    parts: tuple[Part, ...] = field(repr=False)
+
+    @cached_property
+    def columns(self) -> dict[str, tuple[float, ...]]:
+        """Every score by name, a value a prompt."""
+        return score_columns(self.scores)
+
+    def images(self) -> torch.Tensor:
+        """All pictures [n, height, width, 3] in [0, 1], in 256 levels as they were scored."""
+        parts = [self.study.pictures(p, range(p.start, p.start + len(p))) for p in self.parts]
+        return torch.cat(parts).float() / 255
+
+    def picture(self, index: int) -> torch.Tensor:
+        """The uint8 picture [height, width, 3] of prompt ``index``."""
+        part = next(p for p in self.parts if p.start <= index < p.start + len(p))
+        return self.study.pictures(part, range(index, index + 1))[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "label": self.label,
+            "scores": self.scores.to_dict(),
+            "means": self.scores.means(),
+            "intervals": {n: mean_interval(v).to_dict() for n, v in self.columns.items()},
+            "seconds": self.seconds,
+            "model_evaluations": self.model_evaluations,
+            "new_images": self.new_images,
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The paired gain of ``after`` over ``before`` in every score; empty for a single prompt."""
+
+    before: str
+    after: str
+    gains: Mapping[str, Interval]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "before": self.before,
+            "after": self.after,
+            "gains": {name: gain.to_dict() for name, gain in self.gains.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Frechet distance of ``arm``'s pictures from ``against`` (an arm, or the reference images)."""
+
+    space: str
+    dimensions: int
+    arm: str
+    against: str
+    images: int
+    against_images: int
+    value: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """``arms`` and ``comparisons`` in the order the arms were given; ``notes`` are for the reader."""
+
+    prompts: PromptSet
+    arms: tuple[ArmResult, ...]
+    comparisons: tuple[Comparison, ...]
+    distances: tuple[Distance, ...]
+    notes: tuple[str, ...]
+
+    def __getitem__(self, name: str) -> ArmResult:
+        return next(arm for arm in self.arms if arm.name == name)
+
+    def comparison(self, before: str, after: str) -> Comparison:
+        return next(c for c in self.comparisons if (c.before, c.after) == (before, after))
+
+    @property
+    def new_images(self) -> int:
+        return sum(arm.new_images for arm in self.arms)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but features and pictures, as plain JSON."""
+        return {
+            "prompts": list(self.prompts.prompts),
+            "seeds": list(self.prompts.seeds),
+            "arms": {arm.name: arm.to_dict() for arm in self.arms},
+            "comparisons": [comparison.to_dict() for comparison in self.comparisons],
+            "frechet": [distance.to_dict() for distance in self.distances],
+            "notes": list(self.notes),
+            "new_images": self.new_images,
+        }
+
+
+def score_columns(scores: Scores) -> dict[str, tuple[float, ...]]:
+    """Every score and term by name, the objective's own first."""
+    content = scores.to_dict()
+    terms = content.pop("terms", {})
+    first = {"jaq": content.pop("jaq")}
+    return {name: tuple(values) for name, values in (first | content | terms).items()}
+
+
+def evaluate(
+    arms: Sequence[Arm],
+    prompts: PromptSet,
+    objective: Measure,
+    spaces: Sequence[FeatureSpace],
+    folder: str | Path,
+    *,
+    baseline: str | None = None,
+    references: torch.Tensor | None = None,
+    part: int = PART,
+    on_progress: Callable[[Progress], None] | None = None,
+    on_step: Callable[[Arm, int], None] | None = None,
+) -> Evaluation:
+    """Make and score the pictures of every arm; compare the arms, prompt by prompt.
+
+    Pictures are rounded to 256 levels, as files hold them, before they are scored.  ``folder`` keeps
+    every finished part of every arm: the same call continues a run that was killed, to the same
+    result; what is finished is not made again, nor is an arm that another evaluation had.
+    Neighbouring arms of one source share batches.  Frechet distances are from the arm ``baseline``
+    and from ``references`` [m, height, width, 3] where they are given.  ``on_step(arm, images)`` is
+    called after each sampling step of a part that makes so many images.
+
+    EvaluationError before any picture is made for arms that can't be told apart and where
+    ``folder`` can't hold the result, and later when the disk refuses.  What sources and objective
+    raise passes through; finished parts stay.
+    """
+    _check(arms, baseline, references, part)
+    root, named = Path(folder), {space.name: space for space in spaces}
+    studies = [
+        ArmStudy(root / arm_name(arm, prompts, objective, spaces, part)[:24]) for arm in arms
+    ]
+    starts = range(0, len(prompts), part)
+    done: list[dict[int, Part]] = []
+    for study in studies:
+        study.clean()
+        read = {s: study.load(s, min(part, len(prompts) - s), named) for s in starts}
+        done.append({start: kept for start, kept in read.items() if kept is not None})
+    missing = sum(arm.source.width * arm.source.height * 3 * (len(prompts) - _count(parts))
+                  for arm, parts in zip(arms, done, strict=True))  # fmt: skip
+    check_folder(root, missing)
+    report = _Report(len(arms) * len(prompts), on_progress)
+    new = [0] * len(arms)
+    for group in _groups(arms):
+        for start in starts:
+            few = prompts.part(start, start + part)
+            todo = [k for k in group if start not in done[k]]
+            for k in group:
+                if k not in todo:
+                    report(arms[k], len(few), resumed=True)
+            if not todo:
+                continue
+            for k, (kept, images) in zip(
+                todo,
+                _made([arms[k] for k in todo], start, few, objective, spaces, on_step),
+                strict=True,
+            ):
+                studies[k].keep(kept, images)
+                done[k][start] = kept
+                new[k] += len(few)
+                report(arms[k], len(few), resumed=False)
+    results = tuple(
+        _result(arm, study, tuple(parts[s] for s in starts), count)
+        for arm, study, parts, count in zip(arms, studies, done, new, strict=True)
+    )
+    distances = _distances(results, spaces, baseline, references, root)
+    return Evaluation(
+        prompts,
+        results,
+        tuple(_compared(*pair) for pair in combinations(results, 2)),
+        distances,
+        tuple(_notes(results, spaces, distances)),
+    )
+
+
+def arm_name(
+    arm: Arm, prompts: PromptSet, objective: Measure, spaces: Sequence[FeatureSpace], part: int
+) -> str:
+    """SHA-256 (hex) of everything that an arm's scores, features and pictures depend on."""
+    return fingerprint(
+        {
+            "version": VERSION,
+            "facts": dict(arm.facts),
+            "c_x": list(arm.correction.c_x),
+            "c_eps": list(arm.correction.c_eps),
+            "prompts": prompts.hash,
+            "objective": objective.describe(),
+            "spaces": [dict(space.description) for space in spaces],
+            "part": part,
+        }
+    )
+
+
+def _check(arms, baseline, references, part) -> None:
+    names = [arm.name for arm in arms]
+    if not names or len(set(names)) < len(names):
+        raise EvaluationError(f"arms={names} must be at least one, each with a name of its own")
+    if baseline is not None and baseline not in names:
+        raise EvaluationError(f"baseline={baseline!r} is not one of the arms {names}")
+    if part < 1:
+        raise EvaluationError(f"part={part} must be at least 1")
+    if references is not None and (references.ndim != 4 or references.shape[-1] != 3):
+        raise EvaluationError(
+            f"reference images have shape {list(references.shape)}; [n, height, width, 3] is needed"
+        )
+    if references is not None and len(references) < 2:
+        raise EvaluationError("one reference image gives no Frechet distance; give at least 2")
+
+
+class _Report:
+    def __init__(self, total: int, on_progress):
+        self.done, self.total, self.on_progress = 0, total, on_progress
+
+    def __call__(self, arm: Arm, count: int, resumed: bool) -> None:
+        self.done += count
+        if self.on_progress is not None:
+            self.on_progress(Progress(self.done, self.total, arm, resumed))
+
+
+def _count(parts: Mapping[int, Part]) -> int:
+    return sum(len(part) for part in parts.values())
+
+
+def _groups(arms: Sequence[Arm]) -> list[list[int]]:
+    """Positions of the arms, neighbours with one source together."""
+    groups: list[list[int]] = []
+    for k, arm in enumerate(arms):
+        if groups and arms[groups[-1][-1]].source is arm.source:
+            groups[-1].append(k)
+        else:
+            groups.append([k])
+    return groups
+
+
+def _made(arms: Sequence[Arm], start: int, prompts: PromptSet, objective, spaces, on_step):
+    """The part that begins at ``start`` with its pictures, for arms that share a source."""
+    source = arms[0].source
+    count = len(prompts) * len(arms)
+    step = None if on_step is None else lambda: on_step(arms[0], count)
+    began, counted = time.perf_counter(), source.model_evaluations
+    pictures = source.images(prompts, [arm.correction for arm in arms], step)
+    sampling = (time.perf_counter() - began) / len(arms)
+    share, rest = divmod(source.model_evaluations - counted, len(arms))
+    for k, images in enumerate(pictures):
+        began = time.perf_counter()
+        check_images(images, prompts.prompts)  # rounding would turn NaN into black
+        images = as_bytes(images).float() / 255
+        scores = objective.score(images, prompts.prompts)
+        features = {space.name: space.encode(images).float().cpu() for space in spaces}
+        seconds = sampling + time.perf_counter() - began
+        yield Part(start, scores, features, seconds, share + (k < rest)), images
+
+
+def _result(arm: Arm, study: ArmStudy, parts: tuple[Part, ...], new_images: int) -> ArmResult:
+    return ArmResult(
+        arm.name,
+        arm.label,
+        Scores.join([part.scores for part in parts]),
+        {name: torch.cat([p.features[name] for p in parts]) for name in parts[0].features},
+        sum(part.seconds for part in parts),
+        sum(part.model_evaluations for part in parts),
+        new_images,
+        study,
+        parts,
+    )
+
+
+def _compared(before: ArmResult, after: ArmResult) -> Comparison:
+    gains = {}
+    if len(before.scores) > 1:
+        gains = {n: paired_interval(v, after.columns[n]) for n, v in before.columns.items()}
+    return Comparison(before.name, after.name, gains)
+
+
+def _distances(
+    results: Sequence[ArmResult],
+    spaces: Sequence[FeatureSpace],
+    baseline: str | None,
+    references: torch.Tensor | None,
+    root: Path,
+) -> tuple[Distance, ...]:
+    if len(results[0].scores) < 2:
+        return ()
+    found = []
+    for space in spaces:
+        against: list[tuple[str, torch.Tensor]] = [
+            (arm.name, arm.features[space.name]) for arm in results if arm.name == baseline
+        ]
+        if references is not None:
+            against.append((REFERENCES, reference_features(references, space, root)))
+        for name, other in against:
+            for arm in results:
+                if arm.name == name:
+                    continue
+                own = arm.features[space.name]
+                value = frechet_distance(own, other)
+                found.append(
+                    Distance(space.name, own.shape[1], arm.name, name, len(own), len(other), value)
+                )
+    return tuple(found)
+
+
+def reference_features(images: torch.Tensor, space: FeatureSpace, root: Path) -> torch.Tensor:
+    """Features of images [n, height, width, 3], kept below ``root`` so that they are made once."""
+    digest = hashlib.sha256(str(list(images.shape)).encode())
+    for image in images:
+        digest.update(as_bytes(image).contiguous().numpy())
+    name = fingerprint({"images": digest.hexdigest(), "space": dict(space.description)})
+    path = root / f"references-{name[:24]}.safetensors"
+    features = read_features(path)
+    if features is None:
+        features = torch.cat(
+            [space.encode(as_bytes(p).float() / 255).float().cpu() for p in images.split(PART)]
+        )
+        keep_features(path, features)
+    return features
+
+
+def _notes(results, spaces, distances):
+    count = len(results[0].scores)
+    if count < 2:
+        yield "one prompt gives no interval and no Frechet distance; evaluate more"
+    for space in spaces:
+        given = [distance for distance in distances if distance.space == space.name]
+        if given:
+            fewest = min(min(d.images, d.against_images) for d in given)
+            few = few_images(fewest, given[0].dimensions)
+            if few:
+                yield f"{space.name}: {few}"
+            if space.note:
+                yield space.note
