@@ -1,8 +1,9 @@
 """Evaluation: arms over the same prompts, scores with intervals, Frechet distances; resumable."""
 
+from .base import FeatureSpace
 from .frechet import frechet_distance
 from .run import Arm, Evaluation, Progress, evaluate
-from .spaces import FeatureSpace, encoder_space
+from .spaces import encoder_space, usable_spaces
 from .study import EvaluationError
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "encoder_space",
     "evaluate",
     "frechet_distance",
+    "usable_spaces",
 ]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from ..optional import missing, require
 from ..scorers import Placement, ScorerError, stay
-from .spaces import FeatureSpace
+from .base import FeatureSpace
 
 FEATURE, INSTALL = "FID in Inception features", "torchvision"
 SIZE, BATCH = 299, 16

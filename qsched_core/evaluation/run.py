@@ -19,8 +19,8 @@ from ..prompts import PromptSet
 from ..scorers import check_images
 from ..search.guard import Interval, mean_interval, paired_interval
 from ..search.journal import fingerprint
+from .base import FeatureSpace
 from .frechet import few_images, frechet_distance
-from .spaces import FeatureSpace
 from .study import ArmStudy, EvaluationError, Part, as_bytes, check_folder, keep_features
 from .study import kept_features as read_features
 
@@ -206,6 +206,7 @@ def evaluate(
     baseline: str | None = None,
     references: torch.Tensor | None = None,
     part: int = PART,
+    notes: Sequence[str] = (),
     on_progress: Callable[[Progress], None] | None = None,
     on_step: Callable[[Arm, int], None] | None = None,
 ) -> Evaluation:
@@ -215,7 +216,8 @@ def evaluate(
     every finished part of every arm: the same call continues a run that was killed, to the same
     result; what is finished is not made again, nor is an arm that another evaluation had.
     Neighbouring arms of one source share batches.  Frechet distances are from the arm ``baseline``
-    and from ``references`` [m, height, width, 3] where they are given.  ``on_step(arm, images)`` is
+    and from ``references`` [m, height, width, 3] where they are given; ``notes`` are what the caller has
+    to say of them.  ``on_step(arm, images)`` is
     called after each sampling step of a part that makes so many images.
 
     EvaluationError before any picture is made for arms that can't be told apart and where
@@ -266,7 +268,7 @@ def evaluate(
         results,
         tuple(_compared(*pair) for pair in combinations(results, 2)),
         distances,
-        tuple(_notes(results, spaces, distances)),
+        (*_notes(results, spaces, distances), *(notes if distances else ())),
     )
 
 

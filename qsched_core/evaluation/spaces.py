@@ -1,28 +1,10 @@
-"""Feature spaces in which sets of images are compared."""
+"""The feature spaces that can be used here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
-
-import torch
-
-from ..scorers import DualEncoder
-
-
-@dataclass(frozen=True)
-class FeatureSpace:
-    """``encode`` gives images [n, height, width, 3] in [0, 1] features [n, dim] (float32, CPU).
-
-    ``description`` is plain JSON that fixes the features; ``note`` is what a reader of distances in
-    them has to know.
-    """
-
-    name: str
-    encode: Callable[[torch.Tensor], torch.Tensor]
-    description: Mapping[str, Any]
-    note: str = ""
+from ..scorers import DualEncoder, Placement, ScorerError, stay
+from .base import FeatureSpace
+from .inception import inception_space
 
 
 def encoder_space(encoder: DualEncoder) -> FeatureSpace:
@@ -32,3 +14,21 @@ def encoder_space(encoder: DualEncoder) -> FeatureSpace:
         encoder.encode_images,
         {"features": "open_clip", "encoder": encoder.describe()},
     )
+
+
+def usable_spaces(
+    encoder: DualEncoder | None, place: Placement = stay
+) -> tuple[list[FeatureSpace], list[str]]:
+    """The encoder's features, and Inception's where their weights are; and why others are left out."""
+    spaces, notes = [], []
+    if encoder is None:
+        notes.append(
+            "the objective has no open_clip encoder, so there is no distance in its features"
+        )
+    else:
+        spaces.append(encoder_space(encoder))
+    try:
+        spaces.append(inception_space(place=place))
+    except ScorerError as error:
+        notes.append(f"no FID: {error}")
+    return spaces, notes

@@ -35,7 +35,7 @@ def distance_lines(evaluation: Evaluation) -> list[str]:
     labels = _labels(evaluation)
     return [
         f"Frechet distance ({d.space}, {d.dimensions} dimensions) of {labels[d.arm]} from "
-        f"{labels[d.against]}: {d.value:.5g} ({d.images} and {d.against_images} images)"
+        f"{labels[d.against]}: {round(d.value, 9):.5g} ({d.images} and {d.against_images} images)"
         for d in evaluation.distances
     ]
 

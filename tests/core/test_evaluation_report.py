@@ -37,7 +37,8 @@ def test_the_text_has_verdicts_means_gains_distances_and_cost(made):
             assert f"{value:.4f} [" in text
     for distance in made.distances:
         assert (
-            f"{distance.value:.5g} ({distance.images} and {distance.against_images} images)" in text
+            f"{round(distance.value, 9):.5g} ({distance.images} and {distance.against_images} images)"
+            in text
         )
     assert "note: pixels: 6 images are few" in text
     assert "30 images (0 from earlier runs), 80 model evaluations" in text
