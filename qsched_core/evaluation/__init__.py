@@ -2,7 +2,8 @@
 
 from .base import FeatureSpace
 from .frechet import frechet_distance
-from .run import Arm, Evaluation, Progress, evaluate
+from .results import Evaluation
+from .run import Arm, Progress, evaluate
 from .spaces import encoder_space, usable_spaces
 from .study import EvaluationError
 

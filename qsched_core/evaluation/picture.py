@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..search.guard import Interval, mean_interval
 from ..search.report import typical
-from .run import Evaluation
+from .results import Evaluation
 from .table import cost_line, distance_lines, verdict
 
 WIDTH, MARGIN, NAME = 1200, 32, 150

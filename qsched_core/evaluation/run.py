@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,16 +16,16 @@ from ..objective import Scores
 from ..precondition import ScalarCorrection
 from ..prompts import PromptSet
 from ..scorers import check_images
-from ..search.guard import Interval, mean_interval, paired_interval
+from ..search.guard import paired_interval
 from ..search.journal import fingerprint
 from .base import FeatureSpace
 from .frechet import few_images, frechet_distance
+from .results import REFERENCES, ArmResult, Comparison, Distance, Evaluation
 from .study import ArmStudy, EvaluationError, Part, as_bytes, check_folder, keep_features
 from .study import kept_features as read_features
 
 VERSION = 1  # part of every arm's name: raise it when what is kept changes
 PART = 16  # prompts made and kept at a time; part of the name, as batches round differently
-REFERENCES = "reference images"
 
 
 class Source(Protocol):
@@ -80,120 +79,6 @@ class Progress:
     total: int
     arm: Arm
     resumed: bool
-
-
-@dataclass(frozen=True)
-class ArmResult:
-    """What an arm gave; ``new_images`` were made in this call, the others were on disk."""
-
-    name: str
-    label: str
-    scores: Scores
-    features: Mapping[str, torch.Tensor]
-    seconds: float
-    model_evaluations: int
-    new_images: int
-    study: ArmStudy = field(repr=False)
-    parts: tuple[Part, ...] = field(repr=False)
-
-    @cached_property
-    def columns(self) -> dict[str, tuple[float, ...]]:
-        """Every score by name, a value a prompt."""
-        return score_columns(self.scores)
-
-    def images(self) -> torch.Tensor:
-        """All pictures [n, height, width, 3] in [0, 1], in 256 levels as they were scored."""
-        parts = [self.study.pictures(p, range(p.start, p.start + len(p))) for p in self.parts]
-        return torch.cat(parts).float() / 255
-
-    def picture(self, index: int) -> torch.Tensor:
-        """The uint8 picture [height, width, 3] of prompt ``index``."""
-        part = next(p for p in self.parts if p.start <= index < p.start + len(p))
-        return self.study.pictures(part, range(index, index + 1))[0]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "label": self.label,
-            "scores": self.scores.to_dict(),
-            "means": self.scores.means(),
-            "intervals": {n: mean_interval(v).to_dict() for n, v in self.columns.items()},
-            "seconds": self.seconds,
-            "model_evaluations": self.model_evaluations,
-            "new_images": self.new_images,
-        }
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The paired gain of ``after`` over ``before`` in every score; empty for a single prompt."""
-
-    before: str
-    after: str
-    gains: Mapping[str, Interval]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "before": self.before,
-            "after": self.after,
-            "gains": {name: gain.to_dict() for name, gain in self.gains.items()},
-        }
-
-
-@dataclass(frozen=True)
-class Distance:
-    """Frechet distance of ``arm``'s pictures from ``against`` (an arm, or the reference images)."""
-
-    space: str
-    dimensions: int
-    arm: str
-    against: str
-    images: int
-    against_images: int
-    value: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """``arms`` and ``comparisons`` in the order the arms were given; ``notes`` are for the reader."""
-
-    prompts: PromptSet
-    arms: tuple[ArmResult, ...]
-    comparisons: tuple[Comparison, ...]
-    distances: tuple[Distance, ...]
-    notes: tuple[str, ...]
-
-    def __getitem__(self, name: str) -> ArmResult:
-        return next(arm for arm in self.arms if arm.name == name)
-
-    def comparison(self, before: str, after: str) -> Comparison:
-        return next(c for c in self.comparisons if (c.before, c.after) == (before, after))
-
-    @property
-    def new_images(self) -> int:
-        return sum(arm.new_images for arm in self.arms)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but features and pictures, as plain JSON."""
-        return {
-            "prompts": list(self.prompts.prompts),
-            "seeds": list(self.prompts.seeds),
-            "arms": {arm.name: arm.to_dict() for arm in self.arms},
-            "comparisons": [comparison.to_dict() for comparison in self.comparisons],
-            "frechet": [distance.to_dict() for distance in self.distances],
-            "notes": list(self.notes),
-            "new_images": self.new_images,
-        }
-
-
-def score_columns(scores: Scores) -> dict[str, tuple[float, ...]]:
-    """Every score and term by name, the objective's own first."""
-    content = scores.to_dict()
-    terms = content.pop("terms", {})
-    first = {"jaq": content.pop("jaq")}
-    return {name: tuple(values) for name, values in (first | content | terms).items()}
 
 
 def evaluate(

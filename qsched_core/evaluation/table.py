@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from io import StringIO
 
 from ..search.guard import Interval, mean_interval
-from .run import REFERENCES, Comparison, Evaluation
+from .results import REFERENCES, Comparison, Evaluation
 
 
 def verdict(evaluation: Evaluation, comparison: Comparison) -> str:

@@ -18,7 +18,7 @@ from devtools.server import ComfyServer, ServerError, device_args
 from qsched_core.search.guard import paired_interval
 
 SCORER = "qsched_demo_scorer.safetensors"
-HELDOUT = captions(24, True)  # two parts
+HELDOUT = captions(18, True)  # two parts
 NAMES = ["baseline", "quantized", "schedule"]
 
 
@@ -77,7 +77,7 @@ def test_three_arms_are_scored_and_compared(evaluated):
     _, report = evaluated
     assert list(report["arms"]) == NAMES
     jaq = {name: report["arms"][name]["scores"]["jaq"] for name in NAMES}
-    assert {len(values) for values in jaq.values()} == {24}
+    assert {len(values) for values in jaq.values()} == {18}
     assert report["arms"]["quantized"]["label"] == "quantized (int2)"
     gains = {(c["before"], c["after"]): c["gains"]["jaq"] for c in report["comparisons"]}
     for (before, after), gain in gains.items():
@@ -90,8 +90,8 @@ def test_three_arms_are_scored_and_compared(evaluated):
     assert report["base"]["scores"] == report["arms"]["quantized"]["scores"]
     assert report["gain"] == gains["quantized", "schedule"]
     assert report["c_eps"] == pytest.approx([1.06, 1.0]) and report["prompts"] == HELDOUT
-    # the baseline makes 2 steps of 24; the first is shared between the other two
-    assert report["model_evaluations"] == 48 + 24 + 2 * 24
+    # the baseline makes 2 steps of 18; the first is shared between the other two
+    assert report["model_evaluations"] == 36 + 18 + 2 * 18
 
 
 def test_the_pictures_that_come_out_are_those_that_were_scored(evaluated):
@@ -108,7 +108,7 @@ def test_report_and_files_have_the_numbers(server, evaluated):
     assert picture.width == 1200 and len(np.unique(np.asarray(picture))) > 100
     folder = server.output / "qsched"
     rows = list(csv.DictReader((folder / "table.csv").open(encoding="utf-8")))
-    assert len(rows) == 3 * 24
+    assert len(rows) == 3 * 18
     assert float(rows[-1]["jaq"]) == report["scores"]["jaq"][-1]
     summary = (folder / "table-summary.csv").read_text(encoding="utf-8")
     assert repr(report["gain"]["low"]) in summary
@@ -121,7 +121,7 @@ def test_what_is_finished_is_not_made_again(server, evaluated):
     assert numbers(again) == numbers(evaluated[1])
     other = graph()
     other["6"]["inputs"]["eps_start"] = 1.03
-    assert report_of(server.run(other))["new_images"] == 24
+    assert report_of(server.run(other))["new_images"] == 18
 
 
 def test_prompts_and_reference_images_can_be_chosen(server, evaluated):
@@ -129,7 +129,7 @@ def test_prompts_and_reference_images_can_be_chosen(server, evaluated):
     prompt["10"] = node("EmptyImage", width=96, height=96, batch_size=3, color=255)
     del prompt["4"]["inputs"]["reference_model"], prompt["4"]["inputs"]["schedule"]
     report = report_of(server.run(prompt))
-    assert list(report["arms"]) == ["quantized"] and len(report["prompts"]) == 28
+    assert list(report["arms"]) == ["quantized"] and len(report["prompts"]) == 22
     assert [d["against"] for d in report["frechet"]] == ["reference images"]
     assert any("3 images are few" in note for note in report["notes"])
 
@@ -153,7 +153,7 @@ def test_an_evaluation_killed_half_way_continues_to_the_same_result(
     done = parts(base)
     with ComfyServer(comfyui_path, base, extra_args=device_args()) as second:
         report = report_of(second.run(graph()))
-    assert 2 <= done < 6 and 0 < report["new_images"] < 3 * 24
+    assert 2 <= done < 6 and 0 < report["new_images"] < 3 * 18
     ours, whole = numbers(report), numbers(evaluated[1])
     for name in NAMES:
         assert ours["scores"][name]["jaq"] == pytest.approx(whole["scores"][name]["jaq"], abs=1e-5)
