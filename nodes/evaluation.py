@@ -147,6 +147,7 @@ class QSchedEvaluate(io.ComfyNode):
             baseline=None if reference_model is None else BASELINE,
             references=None if reference_images is None else reference_images[..., :3],
             notes=notes,
+            unrounded=[arms[-1].name],
             on_progress=live.part,
             on_step=live.step,
         )

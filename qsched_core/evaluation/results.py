@@ -30,6 +30,7 @@ class ArmResult:
     new_images: int
     study: ArmStudy = field(repr=False)
     parts: tuple[Part, ...] = field(repr=False)
+    fresh: Mapping[int, torch.Tensor] = field(repr=False)  # unrounded pictures by part
 
     @cached_property
     def columns(self) -> dict[str, tuple[float, ...]]:
@@ -37,9 +38,15 @@ class ArmResult:
         return score_columns(self.scores)
 
     def images(self) -> torch.Tensor:
-        """All pictures [n, height, width, 3] in [0, 1], in 256 levels as they were scored."""
-        parts = [self.study.pictures(p, range(p.start, p.start + len(p))) for p in self.parts]
-        return torch.cat(parts).float() / 255
+        """All pictures [n, height, width, 3] in [0, 1]; those that were not kept unrounded have 256
+        levels, as any picture file has."""
+        parts = [
+            self.fresh[p.start]
+            if p.start in self.fresh
+            else self.study.pictures(p, range(p.start, p.start + len(p))).float() / 255
+            for p in self.parts
+        ]
+        return torch.cat(parts)
 
     def picture(self, index: int) -> torch.Tensor:
         """The uint8 picture [height, width, 3] of prompt ``index``."""

@@ -15,13 +15,12 @@ import torch
 from ..objective import Scores
 from ..precondition import ScalarCorrection
 from ..prompts import PromptSet
-from ..scorers import check_images
 from ..search.guard import paired_interval
 from ..search.journal import fingerprint
 from .base import FeatureSpace
 from .frechet import few_images, frechet_distance
 from .results import REFERENCES, ArmResult, Comparison, Distance, Evaluation
-from .study import ArmStudy, EvaluationError, Part, as_bytes, check_folder, keep_features
+from .study import ArmStudy, EvaluationError, Part, check_folder, keep_features
 from .study import kept_features as read_features
 
 VERSION = 1  # part of every arm's name: raise it when what is kept changes
@@ -92,14 +91,16 @@ def evaluate(
     references: torch.Tensor | None = None,
     part: int = PART,
     notes: Sequence[str] = (),
+    unrounded: Sequence[str] = (),
     on_progress: Callable[[Progress], None] | None = None,
     on_step: Callable[[Arm, int], None] | None = None,
 ) -> Evaluation:
     """Make and score the pictures of every arm; compare the arms, prompt by prompt.
 
-    Pictures are rounded to 256 levels, as files hold them, before they are scored.  ``folder`` keeps
-    every finished part of every arm: the same call continues a run that was killed, to the same
-    result; what is finished is not made again, nor is an arm that another evaluation had.
+    ``folder`` keeps every finished part of every arm: the same call continues a run that was killed,
+    to the same numbers; what is finished is not made again, nor is an arm that another evaluation
+    had.  Pictures are kept in 256 levels, as files hold them; those of the arms ``unrounded`` that
+    are made in this call come back as they were scored.
     Neighbouring arms of one source share batches.  Frechet distances are from the arm ``baseline``
     and from ``references`` [m, height, width, 3] where they are given; ``notes`` are what the caller has
     to say of them.  ``on_step(arm, images)`` is
@@ -124,6 +125,7 @@ def evaluate(
                   for arm, parts in zip(arms, done, strict=True))  # fmt: skip
     check_folder(root, missing)
     report = _Report(len(arms) * len(prompts), on_progress)
+    fresh: list[dict[int, torch.Tensor]] = [{} for _ in arms]
     new = [0] * len(arms)
     for group in _groups(arms):
         for start in starts:
@@ -142,10 +144,12 @@ def evaluate(
                 studies[k].keep(kept, images)
                 done[k][start] = kept
                 new[k] += len(few)
+                if arms[k].name in unrounded:
+                    fresh[k][start] = images
                 report(arms[k], len(few), resumed=False)
     results = tuple(
-        _result(arm, study, tuple(parts[s] for s in starts), count)
-        for arm, study, parts, count in zip(arms, studies, done, new, strict=True)
+        _result(arm, study, tuple(parts[s] for s in starts), *rest)
+        for arm, study, parts, *rest in zip(arms, studies, done, new, fresh, strict=True)
     )
     distances = _distances(results, spaces, baseline, references, root)
     return Evaluation(
@@ -227,15 +231,15 @@ def _made(arms: Sequence[Arm], start: int, prompts: PromptSet, objective, spaces
     share, rest = divmod(source.model_evaluations - counted, len(arms))
     for k, images in enumerate(pictures):
         began = time.perf_counter()
-        check_images(images, prompts.prompts)  # rounding would turn NaN into black
-        images = as_bytes(images).float() / 255
         scores = objective.score(images, prompts.prompts)
         features = {space.name: space.encode(images).float().cpu() for space in spaces}
         seconds = sampling + time.perf_counter() - began
         yield Part(start, scores, features, seconds, share + (k < rest)), images
 
 
-def _result(arm: Arm, study: ArmStudy, parts: tuple[Part, ...], new_images: int) -> ArmResult:
+def _result(
+    arm: Arm, study: ArmStudy, parts: tuple[Part, ...], new_images: int, fresh
+) -> ArmResult:
     return ArmResult(
         arm.name,
         arm.label,
@@ -246,6 +250,7 @@ def _result(arm: Arm, study: ArmStudy, parts: tuple[Part, ...], new_images: int)
         new_images,
         study,
         parts,
+        fresh,
     )
 
 
@@ -288,14 +293,12 @@ def reference_features(images: torch.Tensor, space: FeatureSpace, root: Path) ->
     """Features of images [n, height, width, 3], kept below ``root`` so that they are made once."""
     digest = hashlib.sha256(str(list(images.shape)).encode())
     for image in images:
-        digest.update(as_bytes(image).contiguous().numpy())
+        digest.update(image.float().cpu().contiguous().numpy())
     name = fingerprint({"images": digest.hexdigest(), "space": dict(space.description)})
     path = root / f"references-{name[:24]}.safetensors"
     features = read_features(path)
     if features is None:
-        features = torch.cat(
-            [space.encode(as_bytes(p).float() / 255).float().cpu() for p in images.split(PART)]
-        )
+        features = torch.cat([space.encode(p).float().cpu() for p in images.split(PART)])
         keep_features(path, features)
     return features
 

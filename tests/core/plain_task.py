@@ -1,4 +1,4 @@
-"""A plain-torch task for the tests of the commands: a colour a prompt, and a model that overshoots."""
+"""A plain-torch task for the tests of the commands: a colour a prompt, and a model that stops short."""
 
 from __future__ import annotations
 

@@ -31,17 +31,22 @@ def content(evaluation):
 
 
 def test_every_arm_has_the_same_prompts_and_is_scored_as_its_pictures_are(tmp_path):
-    made = evaluated(tmp_path, baseline="baseline")
+    made = evaluated(tmp_path, unrounded=["baseline", "quantized", "schedule"])
     assert [arm.name for arm in made.arms] == ["baseline", "quantized", "schedule"]
     for arm in made.arms:
         images = arm.images()
         assert images.shape == (10, 8, 12, 3)
-        again = Brightness().score(images, made.prompts.prompts)
-        assert arm.scores == again
+        assert arm.scores == Brightness().score(images, made.prompts.prompts)
         assert torch.equal(arm.features["pixels"], space().encode(images))
     low, high = (made[name].images() for name in ("quantized", "schedule"))
-    assert torch.allclose(high - low, torch.tensor(0.1), atol=1 / 255)
+    torch.testing.assert_close(high - low, torch.full_like(low, 0.1))
     assert torch.equal(made["schedule"].picture(9), (high[9] * 255).round().to(torch.uint8))
+
+
+def test_pictures_that_were_kept_come_back_to_the_nearest_of_256_levels(tmp_path):
+    whole = evaluated(tmp_path, unrounded=["schedule"])["schedule"].images()
+    kept = evaluated(tmp_path, unrounded=["schedule"])["schedule"].images()
+    assert torch.equal(kept, (whole * 255).round() / 255) and not torch.equal(kept, whole)
 
 
 def test_gains_are_paired_intervals_of_every_score(tmp_path):
@@ -261,7 +266,7 @@ def test_bad_input_is_named_before_any_picture(tmp_path, change, reason):
     assert not arms[0].source.calls and not list(tmp_path.iterdir())
 
 
-def test_pictures_with_nan_are_an_error_and_not_black(tmp_path):
-    with pytest.raises(ValueError, match="NaN"):
+def test_pictures_with_nan_are_an_error_and_not_kept(tmp_path):
+    with pytest.raises(ValueError, match="must be a finite number"):
         evaluated(tmp_path, three_arms(PaintSource(float("nan"))))
     assert not parts(tmp_path)
