@@ -54,10 +54,9 @@ def available(hub: str | Path | None = None) -> str | None:
     """Why FID can't be given, with what helps; None if it can."""
     reason = missing("torchvision", FEATURE, INSTALL)
     if reason is None and find_weights(hub) is None:
-        root = torch.hub.get_dir() if hub is None else hub
         reason = (
-            f"{FEATURE} needs weights, which are not downloaded; put one of these files into {root}: "
-            f"{', '.join(FILES)}"
+            f"{FEATURE} needs weights, which are not downloaded; put {list(FILES)[1]} into torch's hub "
+            "folder"
         )
     return reason
 

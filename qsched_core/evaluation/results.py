@@ -98,6 +98,20 @@ class Distance:
 
 
 @dataclass(frozen=True)
+class DistanceChange:
+    """How much farther ``after`` is from ``against`` than ``before``: below 0 it is nearer."""
+
+    space: str
+    before: str
+    after: str
+    against: str
+    change: Interval
+
+    def to_dict(self) -> dict[str, Any]:
+        return vars(self) | {"change": self.change.to_dict()}
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """``arms`` and ``comparisons`` in the order the arms were given; ``notes`` are for the reader."""
 
@@ -105,6 +119,7 @@ class Evaluation:
     arms: tuple[ArmResult, ...]
     comparisons: tuple[Comparison, ...]
     distances: tuple[Distance, ...]
+    changes: tuple[DistanceChange, ...]
     notes: tuple[str, ...]
 
     def __getitem__(self, name: str) -> ArmResult:
@@ -125,6 +140,7 @@ class Evaluation:
             "arms": {arm.name: arm.to_dict() for arm in self.arms},
             "comparisons": [comparison.to_dict() for comparison in self.comparisons],
             "frechet": [distance.to_dict() for distance in self.distances],
+            "frechet_changes": [change.to_dict() for change in self.changes],
             "notes": list(self.notes),
             "new_images": self.new_images,
         }

@@ -18,8 +18,8 @@ from ..prompts import PromptSet
 from ..search.guard import paired_interval
 from ..search.journal import fingerprint
 from .base import FeatureSpace
-from .frechet import few_images, frechet_distance
-from .results import REFERENCES, ArmResult, Comparison, Distance, Evaluation
+from .frechet import few_images, frechet_difference, frechet_distance
+from .results import REFERENCES, ArmResult, Comparison, Distance, DistanceChange, Evaluation
 from .study import ArmStudy, EvaluationError, Part, check_folder, keep_features
 from .study import kept_features as read_features
 
@@ -151,12 +151,13 @@ def evaluate(
         _result(arm, study, tuple(parts[s] for s in starts), *rest)
         for arm, study, parts, *rest in zip(arms, studies, done, new, fresh, strict=True)
     )
-    distances = _distances(results, spaces, baseline, references, root)
+    distances, changes = _distances(results, spaces, baseline, references, root)
     return Evaluation(
         prompts,
         results,
         tuple(_compared(*pair) for pair in combinations(results, 2)),
         distances,
+        changes,
         (*_notes(results, spaces, distances), *(notes if distances else ())),
     )
 
@@ -267,26 +268,25 @@ def _distances(
     baseline: str | None,
     references: torch.Tensor | None,
     root: Path,
-) -> tuple[Distance, ...]:
+) -> tuple[tuple[Distance, ...], tuple[DistanceChange, ...]]:
     if len(results[0].scores) < 2:
-        return ()
-    found = []
+        return (), ()
+    found, changes = [], []
     for space in spaces:
-        against: list[tuple[str, torch.Tensor]] = [
-            (arm.name, arm.features[space.name]) for arm in results if arm.name == baseline
-        ]
+        name = space.name
+        against = {arm.name: arm.features[name] for arm in results if arm.name == baseline}
         if references is not None:
-            against.append((REFERENCES, reference_features(references, space, root)))
-        for name, other in against:
-            for arm in results:
-                if arm.name == name:
-                    continue
-                own = arm.features[space.name]
+            against[REFERENCES] = reference_features(references, space, root)
+        for target, other in against.items():
+            arms = [(arm.name, arm.features[name]) for arm in results if arm.name != target]
+            for arm, own in arms:
                 value = frechet_distance(own, other)
-                found.append(
-                    Distance(space.name, own.shape[1], arm.name, name, len(own), len(other), value)
-                )
-    return tuple(found)
+                found.append(Distance(name, own.shape[1], arm, target, len(own), len(other), value))
+            for (before, old), (after, new) in combinations(arms, 2):
+                change = frechet_difference(old, new, other, target == baseline)
+                if change is not None:
+                    changes.append(DistanceChange(name, before, after, target, change))
+    return tuple(found), tuple(changes)
 
 
 def reference_features(images: torch.Tensor, space: FeatureSpace, root: Path) -> torch.Tensor:

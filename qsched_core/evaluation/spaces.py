@@ -30,5 +30,5 @@ def usable_spaces(
     try:
         spaces.append(inception_space(place=place))
     except ScorerError as error:
-        notes.append(f"no FID: {error}")
+        notes.append(str(error))
     return spaces, notes

@@ -31,13 +31,24 @@ def _labels(evaluation: Evaluation) -> dict[str, str]:
 
 
 def distance_lines(evaluation: Evaluation) -> list[str]:
-    """A line for each Frechet distance."""
+    """A line for each Frechet distance, and for each change of one."""
     labels = _labels(evaluation)
+    changes = [
+        f"{labels[c.after]} is {_nearer(c.change)} {labels[c.against]} than {labels[c.before]} "
+        f"({c.space}): {c.change.mean:+.5f} [{c.change.low:+.5f}, {c.change.high:+.5f}]"
+        for c in evaluation.changes
+    ]
     return [
         f"Frechet distance ({d.space}, {d.dimensions} dimensions) of {labels[d.arm]} from "
         f"{labels[d.against]}: {round(d.value, 9):.5g} ({d.images} and {d.against_images} images)"
         for d in evaluation.distances
-    ]
+    ] + changes
+
+
+def _nearer(change: Interval) -> str:
+    if change.high < 0:
+        return "nearer to"
+    return "farther from" if change.low > 0 else "not told from chance nearer to or farther from"
 
 
 def cost_line(evaluation: Evaluation) -> str:
@@ -128,6 +139,10 @@ def summary_csv(evaluation: Evaluation) -> str:
     rows += [
         [f"frechet {d.space}", d.arm, d.against, repr(d.value), "", "", d.images]
         for d in evaluation.distances
+    ]
+    rows += [
+        row(f"frechet change {c.space}, {c.before} to {c.after}", c.after, c.against, c.change)
+        for c in evaluation.changes
     ]
     return _csv(["quantity", "arm", "against", "value", "low", "high", "n"], rows)
 

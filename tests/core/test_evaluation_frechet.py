@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 
-from qsched_core.evaluation.frechet import few_images, frechet_distance
+from qsched_core.evaluation.frechet import few_images, frechet_difference, frechet_distance
 
 
 def published(a, b) -> float:
@@ -75,6 +75,38 @@ def test_the_bias_of_few_images_is_upward_and_said():
     many = frechet_distance(big[0], big[1])
     assert few > 10 * many
     assert "biased upward" in few_images(32, 32) and few_images(33, 32) == ""
+
+
+def arms(rng, n, dim, weaker):
+    """A reference set, and two that differ from it by the same error, ``weaker`` in the second."""
+    base = torch.tensor(rng.normal(size=(n, dim)) * np.linspace(2, 0.1, dim))
+    error = torch.tensor(rng.normal(size=(n, dim)) * 0.5)
+    own = torch.tensor(rng.normal(size=(2, n, dim)) * 0.3)
+    return base + error + own[0], base + weaker * error + own[1], base
+
+
+@pytest.mark.parametrize("n", [12, 48])
+@pytest.mark.parametrize("paired", [True, False])
+def test_a_change_of_the_distance_is_told_from_chance(n, paired):
+    rng, false, true = np.random.default_rng(n), 0, 0
+    for _ in range(60):
+        same = frechet_difference(*arms(rng, n, 24, 1.0), paired)
+        false += not same.low <= 0 <= same.high
+        true += frechet_difference(*arms(rng, n, 24, 0.3), paired).high < 0
+    assert false <= 8  # 3 are expected; more than 8 have a chance of 1 in 100
+    assert true >= (50 if n == 48 else 20)
+
+
+def test_a_change_is_the_difference_and_turns_with_it():
+    before, after, base = arms(np.random.default_rng(1), 30, 8, 0.5)
+    change = frechet_difference(before, after, base, True)
+    exact = frechet_distance(after, base) - frechet_distance(before, base)
+    assert change.mean == pytest.approx(exact) and change.n == 30
+    back = frechet_difference(after, before, base, True)
+    assert (back.mean, back.low, back.high) == pytest.approx((-exact, -change.high, -change.low))
+    nothing = frechet_difference(after, after, base, True)
+    assert nothing.low == nothing.high == 0
+    assert frechet_difference(before[:5], after[:5], base[:5], True) is None
 
 
 @pytest.mark.parametrize(

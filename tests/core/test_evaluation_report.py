@@ -40,6 +40,8 @@ def test_the_text_has_verdicts_means_gains_distances_and_cost(made):
             f"{round(distance.value, 9):.5g} ({distance.images} and {distance.against_images} images)"
             in text
         )
+    assert len(made.changes) == 1 + 3
+    assert "int2 + schedule is nearer to baseline than quantized (int2) (pixels): -0." in text
     assert "note: pixels: 6 images are few" in text
     assert "30 images (0 from earlier runs), 80 model evaluations" in text
 
@@ -64,7 +66,7 @@ def test_the_csv_has_every_score_of_every_image(made):
 
 def test_the_summary_has_every_mean_gain_and_distance(made):
     rows = {(r["quantity"], r["arm"], r["against"]): r for r in read(summary_csv(made))}
-    assert len(rows) == 3 * 4 + 3 * 4 + len(made.distances)
+    assert len(rows) == 3 * 4 + 3 * 4 + len(made.distances) + len(made.changes)
     gain = made.comparison("quantized", "schedule").gains["alignment"]
     row = rows["gain alignment", "schedule", "quantized"]
     assert [float(row[k]) for k in ("value", "low", "high")] == [gain.mean, gain.low, gain.high]

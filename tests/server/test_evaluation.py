@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import shutil
 import time
 
@@ -84,6 +83,9 @@ def test_three_arms_are_scored_and_compared(evaluated):
         assert gain == paired_interval(jaq[before], jaq[after]).to_dict()
     assert gains["baseline", "quantized"]["high"] < 0  # two bits are worse than sixteen
     found = {d["arm"]: d["value"] for d in report["frechet"]}
+    assert {(c["before"], c["after"]) for c in report["frechet_changes"]} == {
+        ("quantized", "schedule")
+    }
     assert found.keys() == {"quantized", "schedule"} and min(found.values()) > 0
     # the old fields say the same
     assert report["scores"] == report["arms"]["schedule"]["scores"]
@@ -134,35 +136,40 @@ def test_prompts_and_reference_images_can_be_chosen(server, evaluated):
     assert any("3 images are few" in note for note in report["notes"])
 
 
+def studies(base) -> set:
+    return set((base / "user" / "qsched" / "evaluations").glob("*"))
+
+
 def parts(base) -> int:
-    return len(list((base / "user" / "qsched" / "evaluations").glob("*/part-*.safetensors")))
+    return sum(len(list(folder.glob("part-*.safetensors"))) for folder in studies(base))
 
 
-def test_an_evaluation_killed_half_way_continues_to_the_same_result(
-    server, server_base, comfyui_path, tmp_path, evaluated
-):
-    base = tmp_path / "killed"
-    shutil.copytree(server_base / "models", base / "models", copy_function=os.link)
-    with ComfyServer(comfyui_path, base, extra_args=device_args()) as first:
-        first.queue(graph())
+def test_what_a_killed_server_left_another_continues_to_the_same_result(server, comfyui_path):
+    """Two servers of one user folder; the first is killed with kill -9."""
+    prompts, known, before = captions(17, True), studies(server.base), parts(server.base)
+    with ComfyServer(comfyui_path, server.base, extra_args=device_args()) as first:
+        first.queue(graph(prompts))
         deadline = time.monotonic() + 200
-        while parts(base) < 2:
+        while parts(server.base) < before + 2:
             assert time.monotonic() < deadline, first.log_tail()
             time.sleep(0.01)
         first.kill()
-    done = parts(base)
-    with ComfyServer(comfyui_path, base, extra_args=device_args()) as second:
-        report = report_of(second.run(graph()))
-    assert 2 <= done < 6 and 0 < report["new_images"] < 3 * 18
-    ours, whole = numbers(report), numbers(evaluated[1])
+    assert parts(server.base) < before + 6
+    resumed = report_of(server.run(graph(prompts)))
+    assert 0 < resumed["new_images"] < 3 * 17
+    for folder in studies(server.base) - known:
+        shutil.rmtree(folder)
+    whole = report_of(server.run(graph(prompts, csv_name="whole")))  # another prompt to ComfyUI
+    assert whole["new_images"] == 3 * 17
     for name in NAMES:
-        assert ours["scores"][name]["jaq"] == pytest.approx(whole["scores"][name]["jaq"], abs=1e-5)
-    assert ours["frechet"] == pytest.approx(whole["frechet"], rel=1e-4)
+        ours, theirs = (report["arms"][name]["scores"]["jaq"] for report in (resumed, whole))
+        assert ours == pytest.approx(theirs, abs=1e-5)
+    assert numbers(resumed)["frechet"] == pytest.approx(numbers(whole)["frechet"], rel=1e-4)
 
 
 def test_an_interrupt_stops_it_within_a_step_and_keeps_its_parts(server):
-    prompt = graph(captions(60, True), steps=12)
-    prompt["6"]["inputs"]["steps"] = 12
+    prompt = graph(captions(60, True), steps=6)
+    prompt["6"]["inputs"]["steps"] = 6
     before = parts(server.base)
     prompt_id = server.queue(prompt)
     deadline = time.monotonic() + 200
