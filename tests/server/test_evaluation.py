@@ -10,11 +10,17 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_calibration import captions, node
 
+from demo.task import make
 from devtools.server import ComfyServer, ServerError, device_args
+from qsched_core.objective import Objective
+from qsched_core.prompts import PromptSet
+from qsched_core.scorers import load_file
 from qsched_core.search.guard import paired_interval
+from qsched_core.task import TaskRunner
 
 SCORER = "qsched_demo_scorer.safetensors"
 HELDOUT = captions(18, True)  # two parts
@@ -94,6 +100,18 @@ def test_three_arms_are_scored_and_compared(evaluated):
     assert report["c_eps"] == pytest.approx([1.06, 1.0]) and report["prompts"] == HELDOUT
     # the baseline makes 2 steps of 18; the first is shared between the other two
     assert report["model_evaluations"] == 36 + 18 + 2 * 18
+
+
+@pytest.mark.parametrize("arm,weight_format", [("baseline", "none"), ("quantized", "int2")])
+def test_the_plain_torch_task_has_the_nodes_scores(evaluated, repo_root, arm, weight_format):
+    """The demo as the command evaluates it: one trajectory, one objective, with and without a graph."""
+    report = evaluated[1]
+    task = make(weight_format, torch.device("cpu"), sigmas=(1.0, 0.75, 0.0))
+    prompts = PromptSet(tuple(report["prompts"]), tuple(report["seeds"]))
+    images = TaskRunner(task).images(prompts, [task.identity()])[0]
+    objective = Objective(load_file(repo_root / "demo" / "weights" / "scorer.safetensors"))
+    scores = objective.score(images, prompts.prompts)
+    assert scores.jaq == pytest.approx(report["arms"][arm]["scores"]["jaq"], abs=1e-3)
 
 
 def test_the_pictures_that_come_out_are_those_that_were_scored(evaluated):
