@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .commands import check_outputs, device_of, objective_of, parser, prompts_of, run, say
 from .files import write_atomic
+from .optional import require
 from .precondition import ScalarCorrection
 from .prompts import PromptSet
 from .search import FIDELITIES, STRATEGIES, CalibrationSettings, Progress, calibrate
@@ -54,6 +55,8 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         fidelity=arguments.fidelity,
         proposals=arguments.proposals,
     )
+    optuna = require("optuna", "the search", "optuna")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # trials are told here
     check_outputs([arguments.out, arguments.picture])
     prompts = prompts_of(arguments)
     device = device_of(arguments.device)

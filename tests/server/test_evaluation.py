@@ -164,25 +164,30 @@ def parts(base) -> int:
 
 def test_what_a_killed_server_left_another_continues_to_the_same_result(server, comfyui_path):
     """Two servers of one user folder; the first is killed with kill -9."""
-    prompts, known, before = captions(17, True), studies(server.base), parts(server.base)
+    known, before = studies(server.base), parts(server.base)
+
+    def asked(**more) -> dict:
+        prompt = graph(captions(17, True), compare=True, **more)
+        del prompt["4"]["inputs"]["reference_model"]
+        return prompt
+
     with ComfyServer(comfyui_path, server.base, extra_args=device_args()) as first:
-        first.queue(graph(prompts))
+        first.queue(asked())
         deadline = time.monotonic() + 200
-        while parts(server.base) < before + 2:
+        while parts(server.base) == before:
             assert time.monotonic() < deadline, first.log_tail()
-            time.sleep(0.01)
+            time.sleep(0.005)
         first.kill()
-    assert parts(server.base) < before + 6
-    resumed = report_of(server.run(graph(prompts)))
-    assert 0 < resumed["new_images"] < 3 * 17
+    assert parts(server.base) < before + 4
+    resumed = report_of(server.run(asked()))
+    assert 0 < resumed["new_images"] < 2 * 17
     for folder in studies(server.base) - known:
         shutil.rmtree(folder)
-    whole = report_of(server.run(graph(prompts, csv_name="whole")))  # another prompt to ComfyUI
-    assert whole["new_images"] == 3 * 17
-    for name in NAMES:
+    whole = report_of(server.run(asked(csv_name="whole")))  # another prompt to ComfyUI
+    assert whole["new_images"] == 2 * 17
+    for name in NAMES[1:]:
         ours, theirs = (report["arms"][name]["scores"]["jaq"] for report in (resumed, whole))
         assert ours == pytest.approx(theirs, abs=1e-5)
-    assert numbers(resumed)["frechet"] == pytest.approx(numbers(whole)["frechet"], rel=1e-4)
 
 
 def test_an_interrupt_stops_it_within_a_step_and_keeps_its_parts(server):
