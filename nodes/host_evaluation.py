@@ -6,9 +6,11 @@ from pathlib import Path
 
 import comfy.model_management
 import comfy.utils
+import comfyui_version
 import folder_paths
 
 from ..qsched_core.evaluation import Arm, EvaluationError, Progress
+from ..qsched_core.evaluation.run import source_hash
 from ..qsched_core.files import safe_name
 from ..qsched_core.precondition import ScalarCorrection
 from . import host, host_scoring
@@ -39,7 +41,7 @@ def model_arms(
     scheduled: ScalarCorrection | None, base: bool,
 ) -> list[Arm]:  # fmt: skip
     """The model alone (where ``base`` asks for it), and with a schedule's correction."""
-    facts = host_scoring.graph_provenance(model, clip, vae, runner, objective)
+    facts = _facts(model, clip, vae, runner, objective)
     form = facts["model"]["format"]
     unquantized = form == UNQUANTIZED
     steps = len(runner.sigmas) - 1
@@ -75,8 +77,13 @@ def reference_arm(reference, clip, vae, runner: host.TrajectoryRunner, scheduler
             "reference_model has other latents than model; connect the same model, unquantized"
         )
     identity = ScalarCorrection((1.0,) * steps, (1.0,) * steps)
-    facts = host_scoring.graph_provenance(reference, clip, vae, baseline, objective)
-    return Arm(BASELINE, baseline, identity, facts)
+    return Arm(BASELINE, baseline, identity, _facts(reference, clip, vae, baseline, objective))
+
+
+def _facts(model, clip, vae, runner: host.TrajectoryRunner, objective) -> dict:
+    """Provenance, and which code makes the pictures."""
+    code = {"comfyui": comfyui_version.__version__, "nodes": source_hash(Path(__file__).parent)}
+    return host_scoring.graph_provenance(model, clip, vae, runner, objective) | {"code": code}
 
 
 class Live:

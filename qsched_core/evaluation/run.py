@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +25,7 @@ from .study import ArmStudy, EvaluationError, Part, check_folder, keep_features
 from .study import kept_features as read_features
 
 VERSION = 1  # part of every arm's name: raise it when what is kept changes
+CORE = Path(__file__).resolve().parents[1]
 PART = 16  # prompts made and kept at a time; part of the name, as batches round differently
 
 
@@ -169,6 +171,7 @@ def arm_name(
     return fingerprint(
         {
             "version": VERSION,
+            "code": source_hash(CORE),
             "facts": dict(arm.facts),
             "c_x": list(arm.correction.c_x),
             "c_eps": list(arm.correction.c_eps),
@@ -178,6 +181,16 @@ def arm_name(
             "part": part,
         }
     )
+
+
+@cache
+def source_hash(folder: Path) -> str:
+    """SHA-256 (hex) of the Python sources below ``folder``: other code may give other numbers."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder).as_posix()}\n".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _check(arms, baseline, references, part) -> None:

@@ -18,7 +18,7 @@ from evaluation_cases import (
     three_arms,
 )
 
-from qsched_core.evaluation import Arm, EvaluationError
+from qsched_core.evaluation import Arm, EvaluationError, run
 from qsched_core.search.guard import paired_interval
 
 
@@ -121,6 +121,18 @@ def test_what_the_numbers_depend_on_is_evaluated_anew(tmp_path, change):
     assert evaluated(tmp_path, arms).new_images == 0
     made = evaluated(tmp_path, **({"arms": arms} | change))
     assert made.new_images == len(made.prompts)
+
+
+def test_other_code_evaluates_anew(tmp_path, monkeypatch):
+    evaluated(tmp_path)
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "one.py").write_text("a = 1")
+    first = run.source_hash(tmp_path / "code")
+    run.source_hash.cache_clear()
+    (tmp_path / "code" / "one.py").write_text("a = 2")
+    assert run.source_hash(tmp_path / "code") != first
+    monkeypatch.setattr(run, "CORE", tmp_path / "code")
+    assert evaluated(tmp_path).new_images == 30
 
 
 def parts(folder):
