@@ -102,11 +102,12 @@ def evaluate(
     ``folder`` keeps every finished part of every arm: the same call continues a run that was killed,
     to the same numbers; what is finished is not made again, nor is an arm that another evaluation
     had.  Pictures are kept in 256 levels, as files hold them; those of the arms ``unrounded`` that
-    are made in this call come back as they were scored.
-    Neighbouring arms of one source share batches.  Frechet distances are from the arm ``baseline``
-    and from ``references`` [m, height, width, 3] where they are given; ``notes`` are what the caller has
-    to say of them.  ``on_step(arm, images)`` is
-    called after each sampling step of a part that makes so many images.
+    are made in this call come back as they were scored.  Neighbouring arms of one source share
+    batches.
+
+    Frechet distances are from the arm ``baseline`` and from ``references`` [m, height, width, 3]
+    where they are given; ``notes`` are what the caller has to say of them.  ``on_step(arm, images)``
+    is called after each sampling step of a part that makes so many images.
 
     EvaluationError before any picture is made for arms that can't be told apart and where
     ``folder`` can't hold the result, and later when the disk refuses.  What sources and objective
@@ -147,7 +148,7 @@ def evaluate(
                 done[k][start] = kept
                 new[k] += len(few)
                 if arms[k].name in unrounded:
-                    fresh[k][start] = images
+                    fresh[k][start] = images.clone()  # not the whole batch's memory
                 report(arms[k], len(few), resumed=False)
     results = tuple(
         _result(arm, study, tuple(parts[s] for s in starts), *rest)
