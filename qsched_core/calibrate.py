@@ -13,7 +13,14 @@ from .files import write_atomic
 from .optional import require
 from .precondition import ScalarCorrection
 from .prompts import PromptSet
-from .search import FIDELITIES, STRATEGIES, CalibrationSettings, Progress, calibrate
+from .search import (
+    FIDELITIES,
+    STRATEGIES,
+    CalibrationSettings,
+    Progress,
+    calibrate,
+    check_storage,
+)
 from .search.report import report_picture, report_text
 from .task import TaskRunner, load_task
 
@@ -33,6 +40,11 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--fidelity", default="full", choices=FIDELITIES)
     group.add_argument("--proposals", type=int, default=1, help="candidates proposed at a time")
     group.add_argument("--no-guard", action="store_true", help="keep c even if it may not help")
+    group = made.add_argument_group("several machines at one search")
+    group.add_argument(
+        "--storage", default="", metavar="URL", help="database that they share, or env:VARIABLE"
+    )
+    group.add_argument("--study", default="", help="the name under which they find each other")
     return made.parse_args(argv)
 
 
@@ -55,6 +67,8 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         fidelity=arguments.fidelity,
         proposals=arguments.proposals,
     )
+    if arguments.storage:
+        check_storage(arguments.storage, arguments.study)
     optuna = require("optuna", "the search", "optuna")
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # trials are told here
     check_outputs([arguments.out, arguments.picture])
@@ -80,6 +94,8 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         arguments.folder,
         on_trial=_tell,
         count_evaluations=lambda: runner.model_evaluations,
+        storage=arguments.storage,
+        study=arguments.study,
     )
     result.schedule.save(arguments.out)
     if arguments.picture is not None:

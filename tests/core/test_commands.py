@@ -85,7 +85,7 @@ def test_a_calibration_killed_half_way_continues_to_the_same_schedule(inputs, tm
     search = [*inputs, "--search", "grid", "--budget", "16", "--no-guard"]
     whole = [*search, "--folder", str(tmp_path / "whole"), "--out", str(tmp_path / "whole.json")]
     assert calibrate.main(whole) == 0
-    assert "17 trials (0 from the journal)" in capsys.readouterr().out
+    assert "17 trials (0 not made in this run)" in capsys.readouterr().out
     out, folder = tmp_path / "deep" / "schedule.json", tmp_path / "killed"
     again = [*search, "--folder", str(folder), "--out", str(out)]
     killed_when(start("calibrate", again, sleep=0.05), lambda: trials(folder) >= 2)
@@ -93,10 +93,22 @@ def test_a_calibration_killed_half_way_continues_to_the_same_schedule(inputs, tm
     assert 2 <= done < 17 and not out.exists()
     assert calibrate.main(again) == 0
     text = capsys.readouterr().out
-    assert f"17 trials ({done} from the journal)" in text and f"schedule: {out}" in text
+    assert f"17 trials ({done} not made in this run)" in text and f"schedule: {out}" in text
     made, expected = QSchedule.load(out), QSchedule.load(tmp_path / "whole.json")
     assert made.correction() == expected.correction() and not made.is_identity
     assert made.provenance["model"] == {"model": "quantized"}
+
+
+def test_a_shared_study_is_searched_once(inputs, tmp_path, capsys):
+    shared = [
+        *inputs, "--search", "grid", "--budget", "4", "--folder", str(tmp_path),
+        "--storage", f"sqlite:///{tmp_path}/study.db", "--study", "ours",
+    ]  # fmt: skip
+    for name, found in (("one", 0), ("two", 5)):
+        assert calibrate.main([*shared, "--out", str(tmp_path / f"{name}.json")]) == 0
+        assert f"5 trials ({found} not made" in capsys.readouterr().out
+    one, two = (QSchedule.load(tmp_path / f"{name}.json") for name in ("one", "two"))
+    assert one.correction() == two.correction()
 
 
 def parts(folder: Path) -> int:
@@ -155,6 +167,7 @@ def test_an_evaluation_killed_half_way_continues_to_the_same_numbers(inputs, tmp
         ("calibrate", {"--heldout": "more.txt"}, "leave --heldout out"),
         ("calibrate", {"--quality": "beauty"}, "quality='beauty' is unknown"),
         ("calibrate", {"--budget": "-1"}, "budget=-1"),
+        ("calibrate", {"--storage": "sqlite:///x.db"}, "study is empty"),
         ("calibrate", {"--out": "."}, ". is a folder"),
         ("evaluate", {"--schedule": "none.json"}, "none.json"),
         ("evaluate", {"--reference-images": "none"}, "none is no folder"),
