@@ -25,7 +25,9 @@ def _sincos_1d(dim: int, positions: torch.Tensor) -> torch.Tensor:
 
 def timestep_embedding(t: torch.Tensor, dim: int = 256) -> torch.Tensor:
     half = dim // 2
-    freqs = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
+    freqs = torch.exp(
+        -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half
+    )
     angles = t[:, None].float() * freqs
     return torch.cat([angles.cos(), angles.sin()], -1)
 
@@ -159,7 +161,7 @@ class MMDiT(nn.Module):
         x = self.x_embedder.proj(x).flatten(2).transpose(1, 2) + table.reshape(1, h * w, -1)
         cond = self.t_embedder.mlp(timestep_embedding(sigma * 1000).to(x.dtype))
         context = self.context_embedder(context)
-        mask = torch.zeros(1, 1, 1, TEXT_TOKENS + h * w)
+        mask = torch.zeros(1, 1, 1, TEXT_TOKENS + h * w, device=x.device)
         mask[..., TEXT_TOKENS - 1] = math.log(PAD_COPIES)
         mask = mask.expand(1, 1, TEXT_TOKENS + h * w, -1)
         for block in self.joint_blocks:

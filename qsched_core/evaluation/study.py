@@ -1,0 +1,173 @@
+"""What an evaluation keeps on disk: a folder for each arm, a file for each part of its prompts.
+
+A part is one safetensors file: features, the pictures as PNG, and the scores as JSON in the header.
+It is written whole or not at all, and holds what any other process would have written under that
+name: a killed run leaves finished parts, and two runs at once can share a folder.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from ..files import write_atomic
+from ..objective import Scores
+
+logger = logging.getLogger(__name__)
+
+PROBE_BYTES, SPARE_BYTES = 2**16, 2**24
+ABANDONED_SECONDS = 3600  # after which a temporary file belongs to a run that was killed
+CONTENT, FEATURES, PICTURE = "qsched_evaluation", "features:", "picture:"
+
+
+class EvaluationError(ValueError):
+    """An evaluation that can not start or go on; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The prompts ``start`` .. ``start + n - 1`` of an arm: scores, features [n, dim] by space, cost."""
+
+    start: int
+    scores: Scores
+    features: Mapping[str, torch.Tensor]
+    seconds: float
+    model_evaluations: int
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
+def as_bytes(images: torch.Tensor) -> torch.Tensor:
+    """Images in [0, 1] as uint8, to the nearest of 256 levels."""
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def check_folder(folder: Path, needed: int) -> None:
+    """EvaluationError unless ``folder`` can be written and has room for ``needed`` bytes and some."""
+    needed += SPARE_BYTES
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        write_atomic(folder / f"{time.time_ns()}.probe", bytes(PROBE_BYTES)).unlink()
+    except OSError as error:
+        raise EvaluationError(
+            f"the folder {folder} can't be written ({error}); make it writable, free the disk, or "
+            "choose another"
+        ) from None
+    if free < needed:
+        raise EvaluationError(
+            f"the folder {folder} has {free / 2**20:.0f} MiB left and the evaluation may need "
+            f"{needed / 2**20:.0f} MiB; free the disk, or evaluate fewer prompts"
+        )
+
+
+class ArmStudy:
+    """The parts of one arm in ``folder``, which is made when the first part is kept."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def clean(self) -> None:
+        """Remove temporary files that a killed run left."""
+        for path in self.folder.glob("*.partial"):
+            try:
+                if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+                    path.unlink()
+            except OSError:
+                pass  # another run was quicker
+
+    def _path(self, start: int) -> Path:
+        return self.folder / f"part-{start:06d}.safetensors"
+
+    def load(self, start: int, count: int, spaces: Mapping[str, object]) -> Part | None:
+        """The part, or None where it has to be made: not there, or not readable as what it should be."""
+        path = self._path(start)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                content = json.loads(file.metadata()[CONTENT])
+                features = {name: file.get_tensor(FEATURES + name) for name in spaces}
+                pictures = [key for key in file.keys() if key.startswith(PICTURE)]  # noqa: SIM118
+            part = Part(
+                start,
+                Scores.from_dict(content["scores"]),
+                features,
+                float(content["seconds"]),
+                int(content["model_evaluations"]),
+            )
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("%s is damaged (%s); its pictures are made again", path, error)
+            return None
+        lengths = {len(part), len(pictures), *map(len, features.values())}
+        if lengths != {count}:
+            logger.warning("%s does not hold %d pictures; they are made again", path, count)
+            return None
+        return part
+
+    def keep(self, part: Part, images: torch.Tensor) -> None:
+        """Write the part with its pictures [n, height, width, 3]; on return it is on the disk.
+
+        EvaluationError where the disk refuses.
+        """
+        tensors = {FEATURES + name: value.contiguous() for name, value in part.features.items()}
+        for index, picture in enumerate(as_bytes(images)):
+            tensors[f"{PICTURE}{part.start + index:06d}"] = _png(picture)
+        content = {
+            "scores": part.scores.to_dict(),
+            "seconds": part.seconds,
+            "model_evaluations": part.model_evaluations,
+        }
+        data = save(tensors, {CONTENT: json.dumps(content)})
+        try:
+            write_atomic(self._path(part.start), data)
+        except OSError as error:
+            raise EvaluationError(
+                f"the part from prompt {part.start + 1} can't be written into {self.folder} ({error}); "
+                "free the disk and run the same again: finished parts are kept"
+            ) from None
+
+    def pictures(self, part: Part, indices: range) -> torch.Tensor:
+        """uint8 pictures [n, height, width, 3] of the prompts ``indices``, which ``part`` holds."""
+        with safe_open(self._path(part.start), framework="pt") as file:
+            return torch.stack([_decoded(file.get_tensor(f"{PICTURE}{i:06d}")) for i in indices])
+
+
+def _png(picture: torch.Tensor) -> torch.Tensor:
+    buffer = BytesIO()
+    Image.fromarray(picture.numpy()).save(buffer, "PNG", compress_level=1)
+    return torch.from_numpy(np.frombuffer(buffer.getvalue(), np.uint8).copy())
+
+
+def _decoded(data: torch.Tensor) -> torch.Tensor:
+    with Image.open(BytesIO(data.numpy().tobytes())) as picture:
+        return torch.from_numpy(np.asarray(picture.convert("RGB")).copy())
+
+
+def kept_features(path: Path) -> torch.Tensor | None:
+    """Features that :func:`keep_features` wrote; None where they have to be made."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor("features")
+    except (SafetensorError, OSError) as error:
+        logger.warning("%s is damaged (%s); it is made again", path, error)
+        return None
+
+
+def keep_features(path: Path, features: torch.Tensor) -> None:
+    write_atomic(path, save({"features": features.contiguous()}))

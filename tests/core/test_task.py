@@ -1,0 +1,89 @@
+"""A plain-torch task: found by name, run in batches, its mistakes named."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import plain_task
+import pytest
+import torch
+
+from qsched_core.precondition import ScalarCorrection
+from qsched_core.prompts import PromptSet
+from qsched_core.rollout import rollout
+from qsched_core.task import Task, TaskError, TaskRunner, load_task
+
+FILE = Path(plain_task.__file__)
+PROMPTS = PromptSet(tuple(f"thing {i}" for i in range(5)), tuple(range(5)))
+
+
+@pytest.mark.parametrize("solver", ["euler", "euler_ancestral"])
+@pytest.mark.parametrize("most", [1, 3, 16])
+def test_every_picture_is_what_the_solver_gives_it_alone(solver, most):
+    task = replace(plain_task.quantized("cpu"), solver=solver, max_batch=most)
+    corrections = [task.identity(), ScalarCorrection((1.0, 1.02, 1.0), (0.9, 1.0, 1.0))]
+    runner = TaskRunner(task)
+    made = runner.images(PROMPTS, corrections)
+    assert made.shape == (2, 5, 32, 32, 3)
+    for c, correction in enumerate(corrections):
+        for i, (prompt, seed) in enumerate(zip(PROMPTS.prompts, PROMPTS.seeds, strict=True)):
+            alone = rollout(
+                task.denoise, task.initial([seed]), torch.tensor(task.sigmas), [correction],
+                solver=solver, facts=task.facts, seeds=[seed], options=task.options,
+                extra_args=task.condition([prompt]),
+            )  # fmt: skip
+            torch.testing.assert_close(made[c, i], task.decode(alone.latents[0])[0])
+    # three steps; the first is shared
+    assert runner.model_evaluations == 5 + 2 * 5 * 2
+
+
+def test_a_task_is_found_by_module_and_by_file(monkeypatch):
+    assert load_task(f"{FILE}:quantized").provenance == {"model": "quantized"}
+    monkeypatch.syspath_prepend(FILE.parent)
+    assert isinstance(load_task("plain_task:full", "cpu"), Task)
+
+
+@pytest.mark.parametrize(
+    "spec,reason",
+    [
+        ("plain_task", "must be module:function"),
+        ("nowhere.py:task", "no file nowhere.py"),
+        ("no_such_module_here:task", "no module 'no_such_module_here'"),
+        (f"{FILE}:nothing", "no function 'nothing'"),
+        (f"{FILE}:SIZE", "no function 'SIZE'"),
+        (f"{FILE}:broken", "gave str; return"),
+        (f"{FILE}:without_device", "one argument, the device"),
+    ],
+)
+def test_what_is_no_task_is_named(spec, reason):
+    with pytest.raises(TaskError, match=reason):
+        load_task(spec)
+
+
+@pytest.mark.parametrize(
+    "change,reason",
+    [
+        ({"sigmas": (0.3, 1.0, 0.0)}, "can't be sampled"),
+        ({"sigmas": ()}, "can't be sampled"),
+        ({"solver": "heun"}, "heun"),
+        ({"options": {"eta": 1.0}}, "eta=1.0"),
+        ({"provenance": {}}, "provenance is empty"),
+    ],
+)
+def test_a_task_that_can_t_be_run_is_refused(change, reason):
+    with pytest.raises(TaskError, match=reason):
+        replace(plain_task.quantized("cpu"), **change)
+
+
+@pytest.mark.parametrize(
+    "change,reason",
+    [
+        ({"height": 16}, r"decode gave \[5, 32, 32, 3\]; \[5, 16, 32, 3\]"),
+        ({"initial": lambda seeds: plain_task.initial(seeds[:1])}, "1 latents for 5 seeds"),
+    ],
+)
+def test_shapes_that_don_t_fit_are_named(change, reason):
+    task = replace(plain_task.quantized("cpu"), **change)
+    with pytest.raises(TaskError, match=reason):
+        TaskRunner(task).images(PROMPTS, [task.identity()])
