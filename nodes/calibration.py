@@ -27,6 +27,7 @@ from ..qsched_core.search import (
     CalibrationResult,
     CalibrationSettings,
     Progress,
+    Reference,
     calibrate,
     check_storage,
 )
@@ -109,26 +110,22 @@ class QSchedJAQCalibrator(io.ComfyNode):
         cls, model, clip, vae, prompts, objective, solver, scheduler, steps, cfg, width, height,
         search, budget, seed, guard, negative="", eta=OWN, gamma=OWN, low=0.0, high=0.0,
         radius=0.1, ramp_ends=False, fidelity="full", proposals=1, storage="", study="",
+        reference_model=None,
     ) -> io.NodeOutput:  # fmt: skip
         settings = _settings(
             search, budget, low, high, radius, ramp_ends, fidelity, proposals, seed, guard
         )
-        sigmas, flow, runner = objective_and_runner(
-            model,
-            clip,
-            vae,
-            objective,
-            solver,
-            scheduler,
-            steps,
-            cfg,
-            width,
-            height,
-            negative,
+        trajectory = (
+            clip, vae, objective, solver, scheduler, steps, cfg, width, height, negative,
             chosen_options(solver, eta, gamma),
-        )
+        )  # fmt: skip
+        sigmas, flow, runner = objective_and_runner(model, *trajectory)
         scored = host_scoring.ScoredRunner(runner, objective)
         live = _Live(cls.hidden.unique_id, scored)
+        reference, counts = None, [scored.count]
+        if reference_model is not None:
+            reference, count = _reference(reference_model, trajectory, runner, objective, prompts)
+            counts.append(count)
         result = calibrate(
             scored,
             sigmas.tolist(),
@@ -139,10 +136,11 @@ class QSchedJAQCalibrator(io.ComfyNode):
             host_scoring.graph_provenance(model, clip, vae, runner, objective),
             host_scoring.studies_folder(),
             on_trial=live.trial_done,
-            count_evaluations=scored.count,
+            count_evaluations=lambda: sum(count() for count in counts),
             storage=storage,
             study=study,
             idle=live.waiting,
+            reference=reference,
         )
         picture, text = _report(result, scored, prompts), report_text(result)
         host.progress_text(cls.hidden.unique_id, result.verdict.text)
@@ -196,6 +194,11 @@ def search_inputs() -> list:
             "study", default="", optional=True, advanced=True,
             tooltip="With storage: the name under which the servers find each other.",
         ),
+        io.Model.Input(
+            "reference_model", optional=True,
+            tooltip="The same model, not quantized, if it fits: says whether the gain repairs the "
+            "quantization or would come to any model, and how much could be repaired at all.",
+        ),
     ]  # fmt: skip
 
 
@@ -206,6 +209,24 @@ def _settings(
         strategy=search, budget=budget, seed=seed, guard=guard, low=low or None, high=high or None,
         radius=radius, ends=ramp_ends, fidelity=fidelity, proposals=proposals,
     )  # fmt: skip
+
+
+def _reference(model, trajectory: tuple, quantized, objective, prompts: CalibrationPrompts):
+    """The unquantized model for the control and the pre-check, and its count of evaluations."""
+    clip, vae = trajectory[:2]
+    sigmas, _, runner = objective_and_runner(model, *trajectory)
+    if not torch.equal(sigmas, quantized.sigmas):
+        raise ValueError(
+            "reference_model samples at other noise levels than model; connect the same model "
+            "without quantization"
+        )
+    scored = host_scoring.ScoredRunner(runner, objective)
+    reference = Reference(
+        scored,
+        host_scoring.graph_provenance(model, clip, vae, runner, objective),
+        lambda: host_scoring.compared(quantized, runner, prompts.calibration),
+    )
+    return reference, scored.count
 
 
 class _Live:

@@ -263,15 +263,26 @@ class TrajectoryRunner:
                 self._encoded[text] = self._encode(text)
         return [_stack_conditioning([self._encoded[text] for text in prompts.prompts])]
 
-    def _images_of(self, prompts: PromptSet, corrections, on_step) -> torch.Tensor:
-        seeds, size = prompts.seeds, len(prompts)
-        candidates = len(corrections)
+    def _sampled(self, prompts: PromptSet, candidates: int, sample) -> torch.Tensor:
+        """What ``sample`` (k-diffusion's signature) gives for every candidate of every prompt."""
+        size = len(prompts)
         guider = comfy.samplers.CFGGuider(self.model)
         if self._negative is None:
             self._negative = self._encode(self.negative) if self.cfg != 1.0 else []
         guider.set_conds(self._conditioning(prompts), self._negative)
         guider.set_cfg(self.cfg)
-        noise = torch.cat([comfy.sample.prepare_noise(self.latent, seed) for seed in seeds])
+        noise = torch.cat([comfy.sample.prepare_noise(self.latent, s) for s in prompts.seeds])
+        return guider.sample(
+            noise.repeat(candidates, *[1] * (noise.ndim - 1)),
+            self.latent.expand(candidates * size, *self.latent.shape[1:]),
+            comfy.samplers.KSAMPLER(sample),
+            self.sigmas,
+            disable_pbar=True,
+            seed=prompts.seeds[0],
+        )
+
+    def _images_of(self, prompts: PromptSet, corrections, on_step) -> torch.Tensor:
+        candidates, size = len(corrections), len(prompts)
 
         def sample(model, x, sigmas, extra_args=None, callback=None, disable=None):
             def step_done(state):
@@ -286,9 +297,9 @@ class TrajectoryRunner:
                 corrections,
                 solver=self.solver,
                 facts=self.facts,
-                seeds=seeds,
+                seeds=prompts.seeds,
                 options=self.options,
-                samples=tuple(zip(prompts.prompts, seeds, strict=True)),
+                samples=tuple(zip(prompts.prompts, prompts.seeds, strict=True)),
                 memo=self._memo,
                 extra_args=extra_args,
                 callback=step_done,
@@ -296,18 +307,39 @@ class TrajectoryRunner:
             self.model_evaluations += result.evaluations
             return result.latents.flatten(0, 1)
 
-        latents = guider.sample(
-            noise.repeat(candidates, *[1] * (noise.ndim - 1)),
-            self.latent.expand(candidates * size, *self.latent.shape[1:]),
-            comfy.samplers.KSAMPLER(sample),
-            self.sigmas,
-            disable_pbar=True,
-            seed=seeds[0],
-        )
-        pictures = self.vae.decode(latents)
+        pictures = self.vae.decode(self._sampled(prompts, candidates, sample))
         if pictures.ndim == 5:  # a video model: its first frame
             pictures = pictures[:, 0]
         return pictures.float().cpu().clamp(0, 1).unflatten(0, (candidates, size))
+
+    def outputs(
+        self, prompts: PromptSet, latents: Sequence[torch.Tensor] | None = None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Latents and guided clean predictions [prompts, ...] of every step, on the CPU.
+
+        At the given ``latents``, one a step, or along this model's own trajectory.  All prompts are
+        one batch.
+        """
+        seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        entry = get_solver(self.solver)
+
+        def sample(model, x, sigmas, extra_args=None, callback=None, disable=None):
+            def watched(at, sigma, **extra):
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                out = model(at, sigma, **extra)
+                self.model_evaluations += len(at)
+                seen.append((at.cpu(), out.cpu()))
+                return out
+
+            if latents is None:
+                arguments = entry.bind(self.facts, **self.options)
+                return entry.function(watched, x, sigmas, extra_args=extra_args, **arguments)
+            for at, sigma in zip(latents, sigmas, strict=False):  # the last sigma has no step
+                watched(at.to(x), sigma.expand(len(x)), **(extra_args or {}))
+            return x
+
+        self._sampled(prompts, 1, sample)
+        return [x for x, _ in seen], [denoised for _, denoised in seen]
 
 
 def _stack_conditioning(rows: Sequence[list]) -> list:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,20 @@ from ..objective import Scores
 from ..precondition import ScalarCorrection
 from ..prompts import CalibrationPrompts
 from ..schedule import QSchedule
+from .cautions import cautions
+from .control import Control, Reference
 from .engine import Evaluate, Progress, Search, Trial, best_of
 from .errors import CalibrationError
 from .guard import Interval, Verdict, judge, paired_interval
 from .journal import Journal, fingerprint, journal_path
+from .precheck import PreCheck
 from .settings import CalibrationSettings
 from .shared import SharedStore
+from .store import Store
 
 logger = logging.getLogger(__name__)
 
 SEARCH_VERSION = 2  # part of every study's name: raise it when proposals change
-FEW_PROMPTS = 10
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class CalibrationResult:
     journal: Path
     where: str
     new_trials: int
+    control: Control | None = None
+    precheck: PreCheck | None = None
 
     @property
     def baseline(self) -> Trial:
@@ -79,6 +84,8 @@ class CalibrationResult:
                 "scores_before": self.heldout_before.to_dict(),
                 "scores_after": self.heldout_after.to_dict(),
             },
+            "control": None if self.control is None else self.control.to_dict(),
+            "precheck": None if self.precheck is None else self.precheck.to_dict(),
             "warnings": list(self.warnings),
             "model_evaluations": self.model_evaluations,
             "seconds": self.seconds,
@@ -106,6 +113,7 @@ def calibrate(
     storage: str = "",
     study: str = "",
     idle: Callable[[], None] = lambda: None,
+    reference: Reference | None = None,
 ) -> CalibrationResult:
     """Learn coefficients for the trajectory ``sigmas`` [steps + 1] of ``solver``.
 
@@ -140,10 +148,15 @@ def calibrate(
         run = Search(
             store, evaluate, settings, prompts.calibration, on_trial, count_evaluations, idle
         )
+        checked = None if reference is None else _prechecked(store, reference)
         run.stages(identity.steps)
         winner = best_of(run.trials)
         candidates = list(dict.fromkeys((identity.correction(), winner.correction)))
         heldout = run.judged("heldout", candidates, prompts.heldout)
+        controls = []
+        if reference is not None:
+            named = f"control {fingerprint(reference.provenance)[:24]}"
+            controls = run.judged(named, candidates, prompts.heldout, reference.evaluate)
     trials = tuple(run.trials)
     before, after = heldout[0].scores, heldout[-1].scores
     gains = [None, None]
@@ -153,9 +166,15 @@ def calibrate(
             paired_interval(before.jaq, after.jaq, settings.seed),
         ]
     verdict = judge(*gains, settings.guard)
-    costs = [*trials, *heldout]
+    control = None
+    if controls and winner is not trials[0]:
+        scores = [record.scores for record in controls]
+        control = Control.of(*scores, (before, after), settings.seed)
+    costs = [*trials, *heldout, *controls]
     seconds = sum(cost.seconds for cost in costs)
     evaluations = sum(cost.model_evaluations for cost in costs)
+    if checked is not None:
+        evaluations += checked.model_evaluations
     facts = {
         "source": "calibration",
         **provenance,
@@ -173,6 +192,8 @@ def calibrate(
             "calibration_gain": _plain(gains[0]),
             "heldout_gain": _plain(gains[1]),
         },
+        **({} if control is None else {"control": control.to_dict()}),
+        **({} if checked is None else {"precheck": checked.to_dict()}),
         "verdict": verdict.kind,
         "guarded": verdict.keep_identity,
         "best": asdict(winner.correction),
@@ -180,7 +201,7 @@ def calibrate(
         "seconds": round(seconds, 1),
     }
     chosen = identity.correction() if verdict.keep_identity else winner.correction
-    warnings = tuple(_warnings(trials, prompts))
+    warnings = tuple(cautions(trials, (before, after), prompts, settings.seed))
     for warning in warnings:
         logger.warning(warning)
     return CalibrationResult(
@@ -198,28 +219,20 @@ def calibrate(
         journal=journal_path(folder, name),
         where=place.where,
         new_trials=run.new_trials,
+        control=control,
+        precheck=checked,
     )
 
 
-def _warnings(trials: Sequence[Trial], prompts: CalibrationPrompts) -> Iterator[str]:
-    first, winner = trials[0], best_of(trials)
-    if len(trials) > 1 and len({trial.scores.jaq for trial in trials}) == 1:
-        yield (
-            "every candidate scored the same: the objective does not see the coefficients; "
-            "try another scorer"
-        )
-    if winner is not first and winner.edges:
-        yield (
-            f"the best candidate lies on the edge of the search ({', '.join(winner.edges)}); "
-            "a wider range may hold a better one"
-        )
-    before, after = first.scores.means(), winner.scores.means()
-    if after["alignment"] < before["alignment"]:
-        yield (
-            f"JAQ rose by {after['jaq'] - before['jaq']:.4f} while alignment fell by "
-            f"{before['alignment'] - after['alignment']:.4f}: look whether the images still show "
-            "their prompts"
-        )
-    for name, members in (("calibration", prompts.calibration), ("held-out", prompts.heldout)):
-        if len(members) < FEW_PROMPTS:
-            yield f"{len(members)} {name} prompts are few; about 20 are usual"
+def _prechecked(store: Store, reference: Reference) -> PreCheck | None:
+    """The pre-check, made once a study and reference."""
+    if reference.precheck is None:
+        return None
+    key = f"precheck {fingerprint(reference.provenance)[:24]}"
+    content = store.get(key)
+    if content is None:
+        content = reference.precheck().to_dict()
+        store.put(key, content)
+    checked = PreCheck.from_dict(content)
+    logger.info(checked.text)
+    return checked

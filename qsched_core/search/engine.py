@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Protocol
 
+import torch
+
 from ..objective import Scores
 from ..precondition import ScalarCorrection
 from ..prompts import PromptSet
@@ -256,7 +258,17 @@ class Search:
         self, corrections: Sequence[ScalarCorrection], prompts: PromptSet, evaluate=None
     ) -> list[tuple[Scores, float, int]]:
         started, counted = time.perf_counter(), self.count()
-        scores = list((evaluate or self.evaluate)(corrections, prompts))
+        try:
+            scores = list((evaluate or self.evaluate)(corrections, prompts))
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, RuntimeError) as error:
+            number = len(self.trials) + 1
+            what = f"trial {number} of {self.total}" if number <= self.total else "the judgement"
+            raise CalibrationError(
+                f"{what} failed: {error}. The {number - 1} trials before it are kept; mend the "
+                "cause and run the same again to go on from there"
+            ) from error
         seconds = (time.perf_counter() - started) / len(corrections)
         share, rest = divmod(self.count() - counted, len(corrections))
         if len(scores) != len(corrections) or any(len(s) != len(prompts) for s in scores):

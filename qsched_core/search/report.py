@@ -36,7 +36,8 @@ def typical(gains: Sequence[float]) -> list[int]:
 
 def report_text(result: CalibrationResult) -> str:
     """The verdict, the scores before and after term by term, the coefficients, and the cost."""
-    lines = [result.verdict.text, ""]
+    found = (result.control, result.precheck)
+    lines = [result.verdict.text, *(part.text for part in found if part is not None), ""]
     rows = [("", "before", "after", "difference")]
     for part, before, after in (
         ("calibration", result.baseline.scores, result.winner.scores),

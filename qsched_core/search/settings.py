@@ -24,7 +24,7 @@ class CalibrationSettings:
     Raises CalibrationError on any invalid field, MissingDependencyError if something needs a package.
     """
 
-    strategy: str = "gp+steps"
+    strategy: str = "gp"
     budget: int = 0
     seed: int = 0
     guard: bool = True

@@ -1,0 +1,92 @@
+"""The control: what the learned coefficients do to the model that was not quantized.
+
+Coefficients that raise an objective need not repair anything: they may sharpen any picture.  On the
+unquantized model there is nothing to repair, so what they gain there is no repair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..objective import Scores
+from .engine import Evaluate
+from .guard import Interval, paired_interval
+from .precheck import PreCheck
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The unquantized model: ``evaluate`` makes and scores its pictures, ``provenance`` names it.
+
+    ``precheck`` compares its outputs with the quantized model's, before the search.
+    """
+
+    evaluate: Evaluate
+    provenance: Mapping[str, Any]
+    precheck: Callable[[], PreCheck] | None = None
+
+
+@dataclass(frozen=True)
+class Control:
+    """Held-out scores of the unquantized model at c = 1 and with the best coefficients.
+
+    ``gain`` is its own gain, ``repair`` the quantized model's gain minus that, ``lost`` what
+    quantization cost at c = 1: all paired by prompt, in JAQ.
+    """
+
+    before: Scores
+    after: Scores
+    gain: Interval
+    repair: Interval
+    lost: Interval
+
+    @classmethod
+    def of(
+        cls, before: Scores, after: Scores, quantized: tuple[Scores, Scores], seed: int
+    ) -> Control:
+        """From the reference's scores, and the quantized model's before and after."""
+        gains = [np.subtract(b.jaq, a.jaq).tolist() for a, b in ((before, after), quantized)]
+        return cls(
+            before,
+            after,
+            paired_interval(before.jaq, after.jaq, seed),
+            paired_interval(*gains, seed),
+            paired_interval(quantized[0].jaq, before.jaq, seed),
+        )
+
+    @property
+    def kind(self) -> str:
+        """ "repair", "sharpening" (no more than any model gains) or "unclear"."""
+        if self.repair.low > 0:
+            return "repair"
+        return "sharpening" if self.gain.low > 0 else "unclear"
+
+    @property
+    def text(self) -> str:
+        said = {
+            "repair": "the gain is more than the unquantized model's: repair",
+            "sharpening": (
+                "the unquantized model gains as much: no repair of the quantization can be told "
+                "from what these coefficients do to any picture"
+            ),
+            "unclear": "whether this is repair can't be told on these prompts",
+        }[self.kind]
+        return (
+            f"control: {said} (unquantized model's gain {self.gain}; the quantized model's beyond "
+            f"it {self.repair}; quantization cost {self.lost})"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "text": self.text,
+            "before": self.before.means(),
+            "after": self.after.means(),
+            "gain": self.gain.to_dict(),
+            "repair": self.repair.to_dict(),
+            "lost": self.lost.to_dict(),
+        }
