@@ -45,7 +45,12 @@ class ManagedPlacement:
 
 def scorer_files() -> list[str]:
     """What ``models/clip_score`` holds, and the choice to go by name instead."""
-    return [*folder_paths.get_filename_list(SCORER_FOLDER), BY_NAME]
+    return [*weight_files(), BY_NAME]
+
+
+def weight_files() -> list[str]:
+    """What ``models/clip_score`` holds."""
+    return folder_paths.get_filename_list(SCORER_FOLDER)
 
 
 def scorer_path(name: str) -> Path:

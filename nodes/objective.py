@@ -8,9 +8,12 @@ from comfy_api.latest import io, ui
 
 from ..qsched_core import objective as jaq
 from ..qsched_core.prompts import PromptError, parse_prompts
-from ..qsched_core.scorers import ScorerError, check_scorer
+from ..qsched_core.scorers import SCORERS, ScorerError, scorer_names
 from . import host_scoring
 from .types import Objective
+
+NONE = "none"
+OWN_WEIGHTS = [entry for entry in SCORERS.values() if entry.needs_file]
 
 
 class QSchedJAQObjective(io.ComfyNode):
@@ -21,7 +24,8 @@ class QSchedJAQObjective(io.ComfyNode):
             display_name="JAQ Objective",
             category="QSched/calibration",
             description=(
-                "What calibration maximises, without reference images: log(CLIPScore) + k * quality."
+                "What calibration maximises, without reference images: log(CLIPScore) + k * quality, or "
+                "another preset or sum of scorers."
             ),
             inputs=[
                 io.Combo.Input(
@@ -66,34 +70,77 @@ class QSchedJAQObjective(io.ComfyNode):
                     advanced=True,
                     tooltip="Let open_clip download the model that architecture names.",
                 ),
+                io.String.Input(
+                    "formula",
+                    default="",
+                    optional=True,
+                    tooltip=(
+                        "Empty: log(CLIPScore) + quality_weight * quality. A preset: clip+clipiqa, "
+                        "clip+pyiqa:METRIC, or aq+hps (every thing the prompt names, and human "
+                        "preference). Or a weighted sum, such as clip + 2*clip_iqa + 0.5*pickscore, of "
+                        f"{', '.join(scorer_names())}; quality_weight has no part in it."
+                    ),
+                ),
+                *(
+                    io.Combo.Input(
+                        f"{entry.name}_name",
+                        options=[NONE, *host_scoring.weight_files()],
+                        default=NONE,
+                        optional=True,
+                        advanced=True,
+                        tooltip=(
+                            f"Weights in models/clip_score for the term {entry.name} of the "
+                            f"formula. Licence: {entry.licence}."
+                        ),
+                    )
+                    for entry in OWN_WEIGHTS
+                ),
             ],
             outputs=[Objective.Output(display_name="objective")],
         )
 
     @classmethod
-    def validate_inputs(cls, quality):
-        if quality is None:  # wired: checked when it runs
+    def validate_inputs(
+        cls, quality, formula="", hps_name=NONE, pickscore_name=NONE, aesthetic_name=NONE
+    ):
+        names = {"hps": hps_name, "pickscore": pickscore_name, "aesthetic": aesthetic_name}
+        if None in (quality, formula, *names.values()):  # wired: checked when it runs
             return True
         try:
-            check_scorer(quality, "quality")
+            recipe = jaq.recipe_of(formula, quality)
+            for term in (*recipe.alignment, *recipe.quality):
+                if names.get(term.spec) == NONE:
+                    raise ScorerError(
+                        f"formula={formula!r}: {term.spec} needs its weights; choose {term.spec}_name"
+                    )
         except ScorerError as error:
             return str(error)
         return True
 
     @classmethod
     def fingerprint_inputs(cls, clip_name, **inputs):
-        if clip_name == host_scoring.BY_NAME:
-            return clip_name
-        facts = host_scoring.scorer_path(clip_name).stat()
-        return f"{facts.st_size} {facts.st_mtime_ns}"
+        names = [clip_name, *(inputs.get(f"{entry.name}_name", NONE) for entry in OWN_WEIGHTS)]
+        facts = []
+        for name in names:
+            if name in (host_scoring.BY_NAME, NONE):
+                facts.append(name)
+            else:
+                file = host_scoring.scorer_path(name).stat()
+                facts.append(f"{file.st_size} {file.st_mtime_ns}")
+        return " ".join(facts)
 
     @classmethod
     def execute(
-        cls, clip_name, quality, quality_weight, architecture="", allow_download=False
-    ) -> io.NodeOutput:
+        cls, clip_name, quality, quality_weight, architecture="", allow_download=False, formula="",
+        hps_name=NONE, pickscore_name=NONE, aesthetic_name=NONE,
+    ) -> io.NodeOutput:  # fmt: skip
         place = host_scoring.ManagedPlacement()
         encoder = host_scoring.load_encoder(clip_name, architecture, allow_download, place)
-        return io.NodeOutput(jaq.Objective(encoder, quality.strip(), quality_weight, place))
+        names = {"hps": hps_name, "pickscore": pickscore_name, "aesthetic": aesthetic_name}
+        files = {key: host_scoring.scorer_path(name) for key, name in names.items() if name != NONE}
+        return io.NodeOutput(
+            jaq.Objective(encoder, quality.strip(), quality_weight, place, formula, files)
+        )
 
 
 class QSchedJAQScore(io.ComfyNode):

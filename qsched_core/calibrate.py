@@ -30,7 +30,7 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--out", type=Path, required=True, metavar="SCHEDULE.json")
     made.add_argument("--picture", type=Path, metavar="FILE.png", help="the report as a picture")
     group = made.add_argument_group("search")
-    group.add_argument("--search", default="gp+steps", choices=STRATEGIES)
+    group.add_argument("--search", default="gp", choices=STRATEGIES)
     group.add_argument("--budget", type=int, default=0, help="candidates; 0: the search's own")
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--low", type=float, help="least coefficient of a ramp")

@@ -15,7 +15,7 @@ from .evaluation import EvaluationError
 from .evaluation.study import check_folder
 from .objective import QUALITY_WEIGHT, Objective
 from .prompts import CalibrationPrompts, bundled_prompts, parse_prompts
-from .scorers import Placement, ScorerError, load_file, load_named
+from .scorers import SCORERS, Placement, ScorerError, load_file, load_named
 
 FAILED, STOPPED = 1, 130
 
@@ -61,6 +61,14 @@ def parser(program: str, description: str) -> argparse.ArgumentParser:
     )
     group.add_argument("--quality", default="clip_iqa", help="clip_iqa or pyiqa:METRIC")
     group.add_argument("--quality-weight", type=float, default=QUALITY_WEIGHT, help="k of JAQ")
+    group.add_argument(
+        "--formula", default="", help="a preset such as aq+hps, or a sum: clip + 2*clip_iqa"
+    )
+    for entry in SCORERS.values():
+        if entry.needs_file:
+            group.add_argument(
+                f"--{entry.name}-weights", type=Path, metavar="FILE", help=entry.licence
+            )
     return made
 
 
@@ -96,7 +104,15 @@ def objective_of(arguments: argparse.Namespace, device: torch.device) -> Objecti
         raise ScorerError(
             "no scorer: give --scorer FILE, or --architecture NAME/WEIGHTS with --allow-download"
         )
-    return Objective(encoder, arguments.quality, arguments.quality_weight, place)
+    own = {
+        entry.name: getattr(arguments, f"{entry.name}_weights")
+        for entry in SCORERS.values()
+        if entry.needs_file
+    }
+    files = {name: path for name, path in own.items() if path is not None}
+    return Objective(
+        encoder, arguments.quality, arguments.quality_weight, place, arguments.formula, files
+    )
 
 
 def prompts_of(arguments: argparse.Namespace) -> CalibrationPrompts:

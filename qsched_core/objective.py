@@ -1,13 +1,17 @@
 """JAQ, the joint alignment-quality objective of Q-Sched (arXiv 2509.01624), defined once.
 
-    JAQ(image, prompt) = log(CLIPScore(image, prompt)) + k * quality(image)
-    CLIPScore = max(100 * cosine, 1)
+    JAQ(image, prompt) = alignment(image, prompt) + k * quality(image, prompt)
 
-Higher is better; no reference image is needed.  CLIPScore is that of arXiv 2104.08718 in the usual
-scale of 100; its floor of 1 (an image that has nothing to do with its prompt) keeps the logarithm
-finite.  Quality is CLIP-IQA (arXiv 2207.12396) in [0, 1], or another no-reference metric in its own
-scale, turned so that higher is better.  The paper's k is 2.  A set's JAQ is the mean over its
-images.
+Higher is better; no reference image is needed.  A set's JAQ is the mean over its images.  Presets:
+
+    clip+clipiqa        log(CLIPScore) + k * CLIP-IQA, the default
+    clip+pyiqa:METRIC   log(CLIPScore) + k * a no-reference metric, turned so that higher is better
+    aq+hps              AQ (the prompt's noun phrases, one by one) + k * HPS v2.1
+
+CLIPScore = max(100 * cosine, 1) is that of arXiv 2104.08718 in the usual scale of 100; its floor of
+1 (an image that has nothing to do with its prompt) keeps the logarithm finite.  CLIP-IQA (arXiv
+2207.12396) lies in [0, 1].  The paper's k is 2.  Or a weighted sum of any scorers: those that
+measure alignment make up the one part, all others the other, with k = 1.
 """
 
 from __future__ import annotations
@@ -17,16 +21,28 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from .scorers import Batch, DualEncoder, Placement, ScorerError, build_scorer, check_images, stay
+from .scorers import (
+    Batch,
+    DualEncoder,
+    Placement,
+    ScorerError,
+    Sources,
+    build_scorer,
+    check_images,
+    check_scorer,
+    scorer_names,
+    stay,
+)
 
 logger = logging.getLogger(__name__)
 
-CLIP_SCALE, CLIP_SCORE_FLOOR = 100.0, 1.0
 QUALITY_WEIGHT = 2.0
+LOGARITHMIC = {"clip": "clip_score"}  # scorers that enter by their logarithm: the raw term's name
 
 
 @dataclass(frozen=True)
@@ -99,13 +115,98 @@ class Scores:
         return cls(*columns, terms)
 
 
-class Objective:
-    """JAQ with one dual encoder and one quality scorer.
+@dataclass(frozen=True)
+class Term:
+    """A scorer and its weight.  ScorerError for a weight that is no finite number above 0."""
 
-    ``quality`` is a quality scorer's name (``clip_iqa``, or ``pyiqa:METRIC``), ``quality_weight``
-    the k of the definition.  ``place`` brings a scorer to its device before use.  Text features are
-    kept, so a prompt is encoded once.  ScorerError for a quality that is unknown or unavailable and
-    for a weight that is negative or not finite.
+    spec: str
+    weight: float = 1.0
+
+    def __post_init__(self):
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise ScorerError(f"the weight {self.weight} of {self.spec!r} must be above 0")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What JAQ is made of: weighted terms of both kinds, and the k between them."""
+
+    name: str
+    alignment: tuple[Term, ...]
+    quality: tuple[Term, ...]
+    quality_weight: float = QUALITY_WEIGHT
+
+    def __post_init__(self):
+        if not (math.isfinite(self.quality_weight) and self.quality_weight >= 0):
+            raise ScorerError(
+                f"quality_weight={self.quality_weight} must be a number of at least 0"
+            )
+        if not self.alignment:
+            raise ScorerError(
+                f"formula={self.name!r} has no term that looks at the prompt; add "
+                f"{' or '.join(scorer_names('alignment'))}"
+            )
+        specs = [term.spec for term in (*self.alignment, *self.quality)]
+        twice = next((spec for spec in specs if specs.count(spec) > 1), None)
+        if twice:
+            raise ScorerError(f"formula={self.name!r} has {twice!r} twice; add up its weights")
+
+
+def recipe_of(
+    formula: str = "", quality: str = "clip_iqa", quality_weight: float = QUALITY_WEIGHT
+) -> Recipe:
+    """The objective that ``formula`` names.
+
+    Empty: the preset clip with ``quality``.  A preset: ``clip+clipiqa``, ``clip+pyiqa:METRIC`` or
+    ``aq+hps``, with k = ``quality_weight``.  Else a weighted sum such as
+    ``clip + 2*clip_iqa + 0.5*pickscore``, in which ``quality_weight`` has no part.  ScorerError for
+    what is none of these, and for scorers that are unknown or not available.
+    """
+    text = formula.strip()
+    if not text:
+        check_scorer(quality, "quality")
+        name = f"clip+{quality.strip().replace('clip_iqa', 'clipiqa')}"
+        return Recipe(name, (Term("clip"),), (Term(quality.strip()),), quality_weight)
+    parts = [part.strip() for part in text.split("+")]
+    for first, second, alignment in (("clip", "clipiqa", "clip"), ("aq", "hps", "aq")):
+        if parts == [first, second]:
+            spec = {"clipiqa": "clip_iqa"}.get(second, second)
+            return _recipe(text, [Term(alignment), Term(spec)], quality_weight)
+    if len(parts) == 2 and parts[0] == "clip" and parts[1].startswith("pyiqa:"):
+        return _recipe("+".join(parts), [Term("clip"), Term(parts[1])], quality_weight)
+    return _recipe(text, [_term(part, text) for part in parts], 1.0)
+
+
+def _recipe(name: str, terms: Sequence[Term], quality_weight: float) -> Recipe:
+    kinds: dict[str, list[Term]] = {"alignment": [], "quality": []}
+    for term in terms:
+        entry, _ = check_scorer(term.spec, name="formula")
+        kinds[entry.measures].append(term)
+    return Recipe(name, tuple(kinds["alignment"]), tuple(kinds["quality"]), quality_weight)
+
+
+def _term(part: str, formula: str) -> Term:
+    weight, star, spec = part.rpartition("*")
+    try:
+        number = float(weight) if star else 1.0
+    except ValueError:
+        spec = ""
+    if not spec.strip():
+        raise ScorerError(
+            f"formula={formula!r}: {part!r} is no term; write scorer or weight*scorer, joined by +, "
+            f"with scorers {', '.join(scorer_names())}"
+        )
+    return Term(spec.strip(), number)
+
+
+class Objective:
+    """JAQ as a recipe says: scorers of both kinds, built and checked.
+
+    ``formula``, ``quality`` (a quality scorer's name: ``clip_iqa``, ``pyiqa:METRIC``, ...) and
+    ``quality_weight``, the k of the definition, are those of :func:`recipe_of`.  ``place`` brings a
+    scorer to its device before use; ``files`` are the weights of scorers that have their own.  Text
+    features are kept, so a prompt is encoded once.  ScorerError for scorers that are unknown or
+    unavailable, weights that are missing or broken, and numbers that are out of range.
     """
 
     def __init__(
@@ -114,17 +215,21 @@ class Objective:
         quality: str = "clip_iqa",
         quality_weight: float = QUALITY_WEIGHT,
         place: Placement = stay,
+        formula: str = "",
+        files: Mapping[str, Path] | None = None,
     ):
-        if not (math.isfinite(quality_weight) and quality_weight >= 0):
-            raise ScorerError(f"quality_weight={quality_weight} must be a number of at least 0")
-        self.encoder, self.quality_weight = encoder, float(quality_weight)
-        self.alignment = build_scorer("open_clip", "alignment", encoder, place)
-        self.quality = build_scorer(quality, "quality", encoder, place)
+        self.recipe = recipe_of(formula, quality, quality_weight)
+        self.encoder, self.quality_weight = encoder, float(self.recipe.quality_weight)
+        sources = Sources(encoder, place, dict(files or {}))
+        self.alignment, self.quality = (
+            [(term.weight, build_scorer(term.spec, sources)) for term in terms]
+            for terms in (self.recipe.alignment, self.recipe.quality)
+        )
 
     @property
     def preset(self) -> str:
-        """The objective's name: ``clip+clipiqa`` or ``clip+pyiqa:METRIC``."""
-        return f"clip+{self.quality.name.replace('clip_iqa', 'clipiqa')}"
+        """The objective's name: a preset's, or the weighted sum itself."""
+        return self.recipe.name
 
     def score(self, images: torch.Tensor, prompts: Sequence[str]) -> Scores:
         """Scores of images [n, height, width, 3] in [0, 1] with a prompt each.
@@ -133,16 +238,19 @@ class Objective:
         """
         check_images(images, prompts)
         batch = Batch(images, tuple(prompts), self.encoder)
-        cosine = self._checked(self.alignment, batch)
-        quality = self._checked(self.quality, batch)
-        clip_score = (CLIP_SCALE * cosine).clamp(min=CLIP_SCORE_FLOOR)
-        alignment = clip_score.log()
+        terms: dict[str, tuple[float, ...]] = {}
+        parts = []
+        for scorers in (self.alignment, self.quality):
+            total = torch.zeros(len(prompts), dtype=torch.float64)
+            for weight, scorer in scorers:
+                raw = self._checked(scorer, batch)
+                terms[LOGARITHMIC.get(scorer.name, scorer.name)] = tuple(raw.tolist())
+                total += weight * (raw.log() if scorer.name in LOGARITHMIC else raw)
+            parts.append(total)
+        alignment, quality = parts
         jaq = alignment + self.quality_weight * quality
         return Scores(
-            tuple(alignment.tolist()),
-            tuple(quality.tolist()),
-            tuple(jaq.tolist()),
-            {"clip_score": tuple(clip_score.tolist()), self.quality.name: tuple(quality.tolist())},
+            tuple(alignment.tolist()), tuple(quality.tolist()), tuple(jaq.tolist()), terms
         )
 
     @staticmethod
@@ -170,14 +278,18 @@ class Objective:
 
     def describe(self) -> dict[str, Any]:
         """Plain JSON that fixes the objective; equal descriptions score equally."""
+
+        def described(scorers) -> list[dict[str, Any]]:
+            return [{"weight": weight, **scorer.describe()} for weight, scorer in scorers]
+
         return json.loads(
             json.dumps(
                 {
                     "preset": self.preset,
-                    "formula": "log(max(100*cosine, 1)) + k*quality",
+                    "formula": "alignment + k*quality; alignment of clip: log(max(100*cosine, 1))",
                     "quality_weight": self.quality_weight,
-                    "alignment": self.alignment.describe(),
-                    "quality": self.quality.describe(),
+                    "alignment": described(self.alignment),
+                    "quality": described(self.quality),
                 }
             )
         )

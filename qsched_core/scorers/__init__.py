@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from . import clip_iqa, open_clip, pyiqa
-from .base import Batch, Placement, Scorer, ScorerEntry, ScorerError, check_images, stay
+from . import aesthetic, clip_iqa, hps, noun_phrases, open_clip, pickscore, pyiqa
+from .base import (
+    Batch,
+    Placement,
+    Scorer,
+    ScorerEntry,
+    ScorerError,
+    Sources,
+    check_images,
+    stay,
+)
 from .open_clip import DualEncoder, load_file, load_named
 
 SCORERS: dict[str, ScorerEntry] = {
-    entry.name: entry for entry in (open_clip.ENTRY, clip_iqa.ENTRY, pyiqa.ENTRY)
+    module.ENTRY.name: module.ENTRY
+    for module in (open_clip, noun_phrases, clip_iqa, pyiqa, hps, pickscore, aesthetic)
 }
 
 
@@ -16,38 +26,38 @@ def available_scorers() -> dict[str, str | None]:
     return {name: entry.available() for name, entry in SCORERS.items()}
 
 
-def scorer_names(measures: str) -> list[str]:
-    """Names for ``measures`` "alignment" or "quality", options shown as ``name:OPTION``."""
+def scorer_names(measures: str = "") -> list[str]:
+    """Names for ``measures`` "alignment" or "quality" ("": both), options as ``name:OPTION``."""
     return [
         f"{entry.name}:{entry.option_hint.upper()}" if entry.option_hint else entry.name
         for entry in SCORERS.values()
-        if entry.measures == measures
+        if measures in ("", entry.measures)
     ]
 
 
-def check_scorer(spec: str, measures: str) -> tuple[ScorerEntry, str]:
+def check_scorer(spec: str, measures: str = "", name: str = "") -> tuple[ScorerEntry, str]:
     """The entry and option of ``spec`` (``name`` or ``name:option``).
 
-    ScorerError if there is no such scorer of that kind, or if it is not available (with the reason).
+    ScorerError, calling the input ``name``, if there is no such scorer of that kind, or if it is not
+    available (with the reason).
     """
-    name, _, option = spec.strip().partition(":")
-    entry = SCORERS.get(name)
-    if entry is None or entry.measures != measures:
-        raise ScorerError(
-            f"{measures}={spec!r} is unknown; choose one of {', '.join(scorer_names(measures))}"
-        )
+    shown = f"{name or measures or 'scorer'}={spec!r}"
+    called, _, option = spec.strip().partition(":")
+    entry = SCORERS.get(called)
+    if entry is None or measures not in ("", entry.measures):
+        raise ScorerError(f"{shown} is unknown; choose one of {', '.join(scorer_names(measures))}")
     if option and not entry.option_hint:
-        raise ScorerError(f"{measures}={spec!r}: {name} takes no option; write {name!r}")
+        raise ScorerError(f"{shown}: {called} takes no option; write {called!r}")
     reason = entry.available()
     if reason:
-        raise ScorerError(f"{measures}={spec!r}: {reason}")
+        raise ScorerError(f"{shown}: {reason}")
     return entry, option
 
 
-def build_scorer(spec: str, measures: str, encoder: DualEncoder, place: Placement = stay) -> Scorer:
+def build_scorer(spec: str, sources: Sources, measures: str = "") -> Scorer:
     """The scorer that ``spec`` names; ScorerError as :func:`check_scorer`."""
     entry, option = check_scorer(spec, measures)
-    return entry.build(option, encoder, place)
+    return entry.build(option, sources)
 
 
 __all__ = [
@@ -58,6 +68,7 @@ __all__ = [
     "Scorer",
     "ScorerEntry",
     "ScorerError",
+    "Sources",
     "available_scorers",
     "build_scorer",
     "check_images",

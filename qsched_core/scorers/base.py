@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 if TYPE_CHECKING:
     from .open_clip import DualEncoder
+
+logger = logging.getLogger(__name__)
+
+CLIP_SCALE, CLIP_SCORE_FLOOR = 100.0, 1.0
 
 # Brings a module to where it should run and says where that is.
 Placement = Callable[[torch.nn.Module], torch.device]
@@ -23,6 +30,59 @@ class ScorerError(ValueError):
 def stay(module: torch.nn.Module) -> torch.device:
     """The placement that moves nothing."""
     return next(module.parameters()).device
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What scorers are made of: the encoder they share, and weight files by scorer name.
+
+    ``place`` brings a model to its device before use.
+    """
+
+    encoder: DualEncoder
+    place: Placement = stay
+    files: Mapping[str, Path] = field(default_factory=dict)
+
+    def file(self, name: str, example: str) -> Path:
+        """The file of the scorer ``name``; ScorerError where none was chosen or it is not there."""
+        path = self.files.get(name)
+        if path is None:
+            raise ScorerError(
+                f"scorer {name!r} needs its weights, {example}: put the file into models/clip_score "
+                f"and choose it as {name}_name"
+            )
+        if not Path(path).is_file():
+            raise ScorerError(f"{name}_name: {path} does not exist")
+        return Path(path)
+
+    @staticmethod
+    def describe_file(path: Path) -> dict[str, str]:
+        """Its name and SHA-256: provenance."""
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+        return {"file": path.name, "sha256": digest.hexdigest()}
+
+
+def in_parts(
+    items: torch.Tensor, size: int, function: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """``function`` of ``items`` [n, ...], ``size`` at a time, halved when memory runs out."""
+    out, start = [], 0
+    while start < len(items):
+        try:
+            out.append(function(items[start : start + size]))
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+            size = max(1, size // 2)
+            logger.warning("a scorer ran out of memory; continuing with %d images at a time", size)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            continue
+        start += size
+    return torch.cat(out)
 
 
 @dataclass(frozen=True)
@@ -54,18 +114,19 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class ScorerEntry:
-    """A registry entry.  ``build(option, encoder, place)`` makes the scorer.
+    """A registry entry.  ``build(option, sources)`` makes the scorer.
 
     ``option`` is what follows the colon in ``name:option``, or empty; ``option_hint`` says what may
-    stand there.
+    stand there.  ``needs_file`` is for one with weights of its own.
     """
 
     name: str
     measures: str  # "alignment" or "quality"
     licence: str
     available: Callable[[], str | None]
-    build: Callable[[str, DualEncoder, Placement], Scorer]
+    build: Callable[[str, Sources], Scorer]
     option_hint: str = ""
+    needs_file: bool = False
 
 
 def check_images(images: torch.Tensor, prompts: Sequence[str]) -> None:

@@ -42,5 +42,5 @@ ENTRY = ScorerEntry(
     measures="quality",
     licence="open_clip: MIT; weights: their publishers' licences",
     available=lambda: missing("open_clip", FEATURE, INSTALL),
-    build=lambda option, encoder, place: ClipIqa(encoder),
+    build=lambda option, sources: ClipIqa(sources.encoder),
 )

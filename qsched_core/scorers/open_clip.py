@@ -18,7 +18,16 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
 from ..optional import missing, require
-from .base import Batch, Placement, ScorerEntry, ScorerError, stay
+from .base import (
+    CLIP_SCALE,
+    CLIP_SCORE_FLOOR,
+    Batch,
+    Placement,
+    ScorerEntry,
+    ScorerError,
+    in_parts,
+    stay,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -75,11 +84,12 @@ class DualEncoder:
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         """Features [n, dim] (float32, CPU, unit length) of images [n, height, width, 3]."""
         device = self.place(self.model)
-        parts = [
-            self.model.encode_image(self.preprocess(part.to(device))).float().cpu()
-            for part in images.split(IMAGE_BATCH)
-        ]
-        return F.normalize(torch.cat(parts), dim=-1)
+        features = in_parts(
+            images,
+            IMAGE_BATCH,
+            lambda part: self.model.encode_image(self.preprocess(part.to(device))).float().cpu(),
+        )
+        return F.normalize(features, dim=-1)
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
@@ -250,25 +260,29 @@ def _sha256(path: Path) -> str:
 
 
 class ClipAlignment:
-    """Cosine between image and prompt, [n] in [-1, 1]."""
+    """CLIPScore [n]: 100 times the cosine between image and prompt, at least 1.
 
-    name = "open_clip"
+    An image that has nothing to do with its prompt keeps a finite logarithm.
+    """
+
+    name = "clip"
 
     def __init__(self, encoder: DualEncoder):
         self.encoder = encoder
 
     def score(self, batch: Batch) -> torch.Tensor:
         texts = self.encoder.encode_texts(batch.prompts)
-        return (batch.image_features * texts).sum(1)
+        cosine = (batch.image_features * texts).sum(1)
+        return (CLIP_SCALE * cosine).clamp(min=CLIP_SCORE_FLOOR)
 
     def describe(self) -> dict[str, Any]:
         return {"name": self.name, "encoder": self.encoder.describe()}
 
 
 ENTRY = ScorerEntry(
-    name="open_clip",
+    name="clip",
     measures="alignment",
     licence="open_clip: MIT; weights: their publishers' licences",
     available=lambda: missing("open_clip", FEATURE, INSTALL),
-    build=lambda option, encoder, place: ClipAlignment(encoder),
+    build=lambda option, sources: ClipAlignment(sources.encoder),
 )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..optional import missing, require
-from .base import Batch, Placement, ScorerEntry, ScorerError, stay
+from .base import Batch, Placement, ScorerEntry, ScorerError, Sources, in_parts, stay
 
 LICENCE = "PolyForm-Noncommercial-1.0.0 (no commercial use); metrics' weights have their own"
 FEATURE, INSTALL = f"a pyiqa metric (licence {LICENCE})", "pyiqa"
@@ -44,11 +44,13 @@ class PyiqaMetric:
     @torch.no_grad()
     def score(self, batch: Batch) -> torch.Tensor:
         device = self.place(self.model) if any(self.model.parameters()) else torch.device("cpu")
-        parts = [
-            self.model(part.movedim(-1, 1).float().clamp(0, 1).to(device)).reshape(-1).cpu()
-            for part in batch.images.split(IMAGE_BATCH)
-        ]
-        scores = torch.cat(parts).float()
+        scores = in_parts(
+            batch.images,
+            IMAGE_BATCH,
+            lambda part: (
+                self.model(part.movedim(-1, 1).float().clamp(0, 1).to(device)).reshape(-1).cpu()
+            ),
+        ).float()
         return -scores if self.lower_better else scores
 
     def describe(self) -> dict[str, Any]:
@@ -60,10 +62,10 @@ class PyiqaMetric:
         }
 
 
-def _build(option, encoder, place):
+def _build(option: str, sources: Sources) -> PyiqaMetric:
     if not option:
         raise ScorerError("quality='pyiqa' names no metric; write for example 'pyiqa:musiq'")
-    return PyiqaMetric(option, place)
+    return PyiqaMetric(option, sources.place)
 
 
 ENTRY = ScorerEntry(

@@ -99,23 +99,27 @@ class Judge:
             self.study = optuna.create_study(
                 direction="maximize", study_name="fidelity", pruner=fidelity.build(optuna, prompts)
             )
+        # A pruner keeps what it needs with the trials it was asked about: ask it again.
+        state = optuna.trial.TrialState
         for values in finished:
+            self._begin()
+            for stop in (n for n in rungs(prompts) if n <= len(values)):
+                self.give_up(values[:stop])
             whole = len(values) == prompts
-            state = optuna.trial.TrialState.COMPLETE if whole else optuna.trial.TrialState.PRUNED
-            self.study.add_trial(
-                optuna.trial.create_trial(
-                    value=fmean(values), state=state, intermediate_values=self._reports(values)
-                )
+            self.study.tell(
+                self.trial,
+                fmean(values) if whole else None,
+                state.COMPLETE if whole else state.PRUNED,
             )
-        self.trial = self.study.ask()
-        self.told = 0
+        self._begin()
 
-    def _reports(self, values: Values) -> dict[int, float]:
-        return {n: self.fidelity.report(values[:n]) for n in range(1, len(values) + 1)}
+    def _begin(self) -> None:
+        self.trial, self.told = self.study.ask(), 0
 
     def give_up(self, values: Values) -> bool:
         """Whether a candidate with these scores of the first prompts is not worth the rest."""
-        for step, value in list(self._reports(values).items())[self.told :]:
-            self.trial.report(value, step)
+        for step in range(self.told + 1, len(values) + 1):
+            self.trial.report(self.fidelity.report(values[:step]), step)
         self.told = len(values)
-        return len(values) < self.prompts and self.trial.should_prune()
+        with quiet(require("optuna", "the search", "optuna")):
+            return self.trial.should_prune() and len(values) < self.prompts

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qsched_core.objective import Objective, Scores
+from qsched_core.objective import Objective, Scores, recipe_of
 from qsched_core.scorers import ScorerError
 
 finite = st.floats(-1e6, 1e6)
@@ -103,17 +103,76 @@ class Liar:
 @pytest.mark.parametrize("term", ["alignment", "quality"])
 def test_a_scorer_that_gives_no_numbers_is_named(output, reason, term):
     objective = Objective(StandInEncoder())
-    setattr(objective, term, Liar(output))
+    setattr(objective, term, [(1.0, Liar(output))])
     with pytest.raises(ScorerError, match=reason):
         objective.score(images_of((0.2, 0.2), (0.3, 0.2)), ["a", "b"])
 
 
 def test_a_scorer_that_can_not_tell_images_apart_is_warned_of(caplog):
     objective = Objective(StandInEncoder())
-    objective.quality = Liar(torch.full((2,), 0.5))
+    objective.quality = [(1.0, Liar(torch.full((2,), 0.5)))]
     with caplog.at_level(logging.WARNING):
         objective.score(images_of((0.2, 0.2), (0.3, 0.2)), ["a", "b"])
     assert "liar gave 2 images the same score" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("formula", "alignment", "quality", "k"),
+    [
+        ("", "clip", "clip_iqa", 3.0),
+        ("clip+clipiqa", "clip", "clip_iqa", 3.0),
+        ("aq+hps", "aq", "hps", 3.0),
+        ("clip + 2*clip_iqa", "clip", "2.0*clip_iqa", 1.0),
+        ("0.5*aq + clip+0.1*hps + aesthetic", "0.5*aq clip", "0.1*hps aesthetic", 1.0),
+    ],
+)
+def test_presets_and_sums_are_read(formula, alignment, quality, k):
+    recipe = recipe_of(formula, quality_weight=3.0)
+
+    def said(terms):
+        return " ".join(t.spec if t.weight == 1 else f"{t.weight}*{t.spec}" for t in terms)
+
+    assert (said(recipe.alignment), said(recipe.quality)) == (alignment, quality)
+    assert recipe.quality_weight == k
+
+
+@pytest.mark.parametrize(
+    ("formula", "says"),
+    [
+        ("beauty", "formula='beauty' is unknown; choose one of clip, aq"),
+        ("clip + ", "'' is no term"),
+        ("clip + x*clip_iqa", r"'x\*clip_iqa' is no term"),
+        ("clip - clip_iqa", "is unknown"),
+        ("clip + -1*clip_iqa", "weight -1.0 of 'clip_iqa' must be above 0"),
+        ("clip + nan*clip_iqa", "weight nan"),
+        ("clip_iqa", "no term that looks at the prompt"),
+        ("clip + clip_iqa + 2*clip_iqa", "has 'clip_iqa' twice"),
+        ("clip:x + clip_iqa", "clip takes no option"),
+        ("__import__('os')", "is unknown"),
+    ],
+)
+def test_a_formula_that_is_none_is_told(formula, says):
+    with pytest.raises(ScorerError, match=says):
+        recipe_of(formula)
+
+
+@given(st.floats(0.011, 1), st.floats(0, 1), st.floats(0.1, 5))
+def test_a_weighted_sum_is_that_sum(red, green, weight):
+    """With the same weights it is the preset, and every term is reported."""
+    image = images_of((red, green))
+    preset = Objective(StandInEncoder(), quality_weight=weight).score(image, ["x"])
+    summed = Objective(StandInEncoder(), formula=f"clip + {weight}*clip_iqa").score(image, ["x"])
+    assert summed.jaq == pytest.approx(preset.jaq) and summed.terms == preset.terms
+    assert summed.jaq[0] == pytest.approx(summed.alignment[0] + summed.quality[0])
+    twice = Objective(StandInEncoder(), formula="2*clip + aq").score(image, ["x"])
+    assert twice.jaq[0] == pytest.approx(2 * preset.alignment[0] + twice.terms["aq"][0])
+
+
+def test_a_scorer_with_weights_of_its_own_names_what_is_missing(tmp_path):
+    with pytest.raises(ScorerError, match=r"'hps' needs its weights.*choose it as hps_name"):
+        Objective(StandInEncoder(), formula="aq+hps")
+    with pytest.raises(ScorerError, match=r"hps_name: .*none\.pt does not exist"):
+        Objective(StandInEncoder(), formula="aq+hps", files={"hps": tmp_path / "none.pt"})
 
 
 def test_the_description_is_plain_json_and_tells_objectives_apart():

@@ -20,6 +20,7 @@ from qsched_core.scorers import (
     SCORERS,
     Batch,
     ScorerError,
+    Sources,
     build_scorer,
     check_images,
     check_scorer,
@@ -107,8 +108,8 @@ def test_alignment_and_quality_encode_an_image_once_and_a_text_once(encoder, mon
             return _original(x, *args, **kwargs)
 
         monkeypatch.setattr(encoder.model, name, counted)
-    scorers = [build_scorer("open_clip", "alignment", encoder)]
-    scorers += [build_scorer("clip_iqa", "quality", encoder)]
+    scorers = [build_scorer("clip", Sources(encoder))]
+    scorers += [build_scorer("clip_iqa", Sources(encoder))]
     for _ in range(3):
         batch = Batch(pictures(), PROMPTS, encoder)
         for scorer in scorers:
@@ -226,7 +227,8 @@ def test_unknown_scorers_are_told_the_known_ones():
         check_scorer("clip_iqa", "alignment")
     with pytest.raises(ScorerError, match="takes no option"):
         check_scorer("clip_iqa:x", "quality")
-    assert scorer_names("quality") == ["clip_iqa", "pyiqa:METRIC"]
+    assert scorer_names("alignment") == ["clip", "aq"]
+    assert {"clip_iqa", "pyiqa:METRIC", "hps"} <= set(scorer_names("quality"))
 
 
 def test_without_pyiqa_the_reason_has_the_licence_and_the_command(monkeypatch):
@@ -260,7 +262,7 @@ def pyiqa(monkeypatch):
 @pytest.mark.parametrize("metric,sign", [("bright", 1), ("dark", -1)])
 def test_a_pyiqa_metric_is_turned_so_that_higher_is_better(pyiqa, encoder, metric, sign):
     images = pictures(20)
-    scorer = build_scorer(f"pyiqa:{metric}", "quality", encoder)
+    scorer = build_scorer(f"pyiqa:{metric}", Sources(encoder), "quality")
     scores = scorer.score(Batch(images, PROMPTS[:1] * 20, encoder))
     torch.testing.assert_close(scores, sign * images.mean((1, 2, 3)))
     assert scorer.describe()["sign"] == sign
@@ -269,9 +271,9 @@ def test_a_pyiqa_metric_is_turned_so_that_higher_is_better(pyiqa, encoder, metri
 
 def test_a_pyiqa_metric_must_exist_and_be_named(pyiqa, encoder):
     with pytest.raises(ScorerError, match=r"pyiqa:psnr.*choose one of bright, dark"):
-        build_scorer("pyiqa:psnr", "quality", encoder)
+        build_scorer("pyiqa:psnr", Sources(encoder), "quality")
     with pytest.raises(ScorerError, match="names no metric"):
-        build_scorer("pyiqa", "quality", encoder)
+        build_scorer("pyiqa", Sources(encoder), "quality")
 
 
 def test_a_pyiqa_metric_whose_weights_cannot_be_had_is_told(pyiqa, encoder):
@@ -280,7 +282,7 @@ def test_a_pyiqa_metric_whose_weights_cannot_be_had_is_told(pyiqa, encoder):
 
     pyiqa.create_metric = fail
     with pytest.raises(ScorerError, match=r"pyiqa:bright.*no route to host.*network"):
-        build_scorer("pyiqa:bright", "quality", encoder)
+        build_scorer("pyiqa:bright", Sources(encoder), "quality")
 
 
 @pytest.mark.parametrize(
