@@ -10,6 +10,7 @@ paired difference.  ``overhead_share``: time of that search outside model, VAE a
 
 from __future__ import annotations
 
+import logging
 import random
 import statistics
 import tempfile
@@ -215,6 +216,9 @@ def overhead(seconds: float, lab_seconds: Counter) -> BenchRow:
 
 def main() -> None:
     args = options(__doc__, runs=10, groups=("search", "guard"))
+    # what a user is warned of is no news of 200 simulations
+    logging.getLogger("qsched_core").setLevel(logging.ERROR)
+    logging.getLogger("optuna").setLevel(logging.WARNING)
     rows = []
     if "search" in args.only:
         rows += searches(args.runs)

@@ -17,7 +17,7 @@ import torch
 
 from ..qsched_core.files import safe_name
 from ..qsched_core.precondition import ScalarCorrection
-from ..qsched_core.prompts import PromptSet
+from ..qsched_core.prompts import PromptError, PromptSet
 from ..qsched_core.rollout import EvaluationMemo, rollout
 from ..qsched_core.runner import Batches
 from ..qsched_core.schedule import QSchedule, ScheduleError
@@ -66,6 +66,18 @@ def new_schedule_path(name: str) -> Path:
         raise ScheduleError(str(error)) from None
     if not path.is_relative_to(root):  # through a link
         raise ScheduleError(f"name={name!r} must stay inside {root}")
+    return path
+
+
+def input_file(name: str) -> Path:
+    """The file called ``name`` in the input folder; PromptError if it is not there."""
+    root = Path(folder_paths.get_input_directory()).resolve()
+    path = (root / name.strip().replace("\\", "/")).resolve()
+    if not name.strip() or not path.is_relative_to(root) or not path.is_file():
+        raise PromptError(
+            f"file={name[:80]!r} is no file in ComfyUI's input folder; copy it there and write its "
+            "name"
+        )
     return path
 
 

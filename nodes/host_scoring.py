@@ -53,11 +53,12 @@ def weight_files() -> list[str]:
     return folder_paths.get_filename_list(SCORER_FOLDER)
 
 
-def scorer_path(name: str) -> Path:
+def scorer_path(name: str, called: str = "clip_name") -> Path:
+    """Where the weights ``name`` are; ScorerError, naming the input ``called``, if nowhere."""
     found = folder_paths.get_full_path(SCORER_FOLDER, name)
     if found is None:
         raise ScorerError(
-            f"clip_name={name!r} is not in models/{SCORER_FOLDER}; refresh the list, or copy it there"
+            f"{called}={name!r} is not in models/{SCORER_FOLDER}; refresh the list, or copy it there"
         )
     return Path(found)
 

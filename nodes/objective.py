@@ -113,6 +113,9 @@ class QSchedJAQObjective(io.ComfyNode):
                     raise ScorerError(
                         f"formula={formula!r}: {term.spec} needs its weights; choose {term.spec}_name"
                     )
+            for key, name in names.items():
+                if name != NONE:
+                    host_scoring.scorer_path(name, f"{key}_name")
         except ScorerError as error:
             return str(error)
         return True

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import json
+
 from comfy_api.latest import io
 
-from ..qsched_core.prompts import CalibrationPrompts, PromptError, bundled_prompts, parse_prompts
+from ..qsched_core.prompts import (
+    CalibrationPrompts,
+    PromptError,
+    bundled_prompts,
+    categories,
+    parse_prompts,
+    read_prompts,
+)
+from . import host
 from .types import MAX_SEED, Prompts
 
-SOURCES = ("bundled", "text")
+SOURCES = ("bundled", "text", "file")
 
 
 class QSchedCalibrationPrompts(io.ComfyNode):
@@ -26,7 +36,8 @@ class QSchedCalibrationPrompts(io.ComfyNode):
                 io.Combo.Input(
                     "source",
                     options=list(SOURCES),
-                    tooltip="bundled: 20 + 64 general prompts. text: your own, below.",
+                    tooltip="bundled: 20 + 64 general prompts. text: your own, below. file: your own, in "
+                    "ComfyUI's input folder.",
                 ),
                 io.String.Input(
                     "calibration",
@@ -41,30 +52,69 @@ class QSchedCalibrationPrompts(io.ComfyNode):
                     tooltip=f"{text_tooltip} 32 or more tell small gains from chance.",
                 ),
                 io.Int.Input("seed", default=0, min=0, max=MAX_SEED),
+                io.String.Input(
+                    "categories",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Of the bundled prompts, separated by commas; all if empty: "
+                    f"{', '.join(categories())}.",
+                ),
+                io.String.Input(
+                    "file",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="In the input folder, when source is file: JSON with the lists "
+                    "calibration and heldout, or text with one prompt a line and a line [heldout] "
+                    "between them.",
+                ),
             ],
             outputs=[Prompts.Output(display_name="prompts")],
+            is_input_list=True,
         )
 
     @classmethod
-    def validate_inputs(cls, source, calibration, heldout):
-        if None in (source, calibration, heldout):  # wired: checked when it runs
+    def validate_inputs(cls, source, calibration, heldout, categories="", file=""):
+        values = [_one(value) for value in (source, calibration, heldout, categories, file)]
+        if None in values:  # wired: checked when it runs
             return True
         try:
-            _prompts(source, calibration, heldout, 0)
+            _prompts(*values, 0)
         except PromptError as error:
             return str(error)
         return True
 
     @classmethod
-    def execute(cls, source, calibration, heldout, seed) -> io.NodeOutput:
-        return io.NodeOutput(_prompts(source, calibration, heldout, seed))
+    def fingerprint_inputs(cls, source, file="", **inputs):
+        source, file = _one(source), _one(file)
+        if source != "file":
+            return source
+        facts = host.input_file(file).stat()
+        return f"{facts.st_size} {facts.st_mtime_ns}"
+
+    @classmethod
+    def execute(cls, source, calibration, heldout, seed, categories="", file="") -> io.NodeOutput:
+        values = [_one(value) for value in (source, calibration, heldout, categories, file, seed)]
+        return io.NodeOutput(_prompts(*values))
 
 
-def _prompts(source: str, calibration: str, heldout: str, seed: int) -> CalibrationPrompts:
+def _one(value):
+    """The only value of a list input; a list of several texts as a JSON list."""
+    if not isinstance(value, list):
+        return value
+    return value[0] if len(value) == 1 else json.dumps(value)
+
+
+def _prompts(
+    source: str, calibration: str, heldout: str, chosen: str, file: str, seed: int
+) -> CalibrationPrompts:
     if source not in SOURCES:
         raise PromptError(f"source={source!r} is unknown; choose one of {', '.join(SOURCES)}")
     if source == "bundled":
-        return bundled_prompts(seed)
+        return bundled_prompts(seed, [name.strip() for name in chosen.split(",") if name.strip()])
+    if source == "file":
+        return CalibrationPrompts.of(*read_prompts(host.input_file(file)), seed)
     return CalibrationPrompts.of(
         parse_prompts(calibration, "calibration"), parse_prompts(heldout, "heldout"), seed
     )

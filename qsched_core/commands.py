@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ import torch
 from .evaluation import EvaluationError
 from .evaluation.study import check_folder
 from .objective import QUALITY_WEIGHT, Objective
-from .prompts import CalibrationPrompts, bundled_prompts, parse_prompts
+from .prompts import CalibrationPrompts, bundled_prompts, parse_prompts, read_prompts
 from .scorers import SCORERS, Placement, ScorerError, load_file, load_named
 
 FAILED, STOPPED = 1, 130
@@ -41,8 +40,8 @@ def parser(program: str, description: str) -> argparse.ArgumentParser:
         "--prompts",
         type=Path,
         metavar="FILE",
-        help='JSON {"calibration": [...], "heldout": [...]}, or text with one calibration prompt a '
-        "line and --heldout beside it",
+        help='JSON {"calibration": [...], "heldout": [...]}, or text with one prompt a line: the '
+        "held-out ones after a line [heldout], or in --heldout",
     )
     group.add_argument(
         "--heldout", type=Path, metavar="FILE", help="text, one held-out prompt a line"
@@ -122,27 +121,13 @@ def prompts_of(arguments: argparse.Namespace) -> CalibrationPrompts:
         if arguments.heldout is not None:
             raise ValueError("--heldout needs --prompts, the calibration prompts")
         return bundled_prompts(seed)
-    text = _read(arguments.prompts)
-    if arguments.prompts.suffix != ".json":
-        if arguments.heldout is None:
-            raise ValueError(
-                f"{arguments.prompts} has calibration prompts; give the held-out ones by --heldout, "
-                "or both in one JSON file"
-            )
-        heldout = parse_prompts(_read(arguments.heldout), str(arguments.heldout))
-        return CalibrationPrompts.of(parse_prompts(text, str(arguments.prompts)), heldout, seed)
-    if arguments.heldout is not None:
+    if arguments.heldout is None:
+        return CalibrationPrompts.of(*read_prompts(arguments.prompts), seed)
+    if arguments.prompts.suffix.lower() == ".json":
         raise ValueError(f"{arguments.prompts} has both lists; leave --heldout out")
-    try:
-        content = json.loads(text)
-        parts = [content[name] for name in ("calibration", "heldout")]
-        for part in parts:
-            if not isinstance(part, list) or not all(isinstance(p, str) for p in part):
-                raise TypeError("its lists must hold text")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f'{arguments.prompts} must be JSON {{"calibration": [...], "heldout": [...]}} ({error})'
-        ) from None
+    parts = [
+        parse_prompts(_read(path), str(path)) for path in (arguments.prompts, arguments.heldout)
+    ]
     return CalibrationPrompts.of(*parts, seed)
 
 

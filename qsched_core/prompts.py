@@ -109,12 +109,12 @@ def _seeds(seed: int, count: int, role: int) -> tuple[int, ...]:
 
 
 def parse_prompts(text: str, name: str = "prompts", distinct: bool = True) -> tuple[str, ...]:
-    """One prompt a line; blank lines and lines that start with # are left out.
+    """One prompt a line, or a JSON list of them; blank ones and those that start with # are left out.
 
     Raises PromptError, naming ``name``, when nothing is left or, if they have to be ``distinct``,
     when a line is there twice.
     """
-    lines = [line.strip() for line in text.splitlines()]
+    lines = [line.strip() for line in _listed(text) or text.splitlines()]
     prompts = tuple(line for line in lines if line and not line.startswith("#"))
     if not prompts:
         raise PromptError(f"{name} has no prompts; write one a line (lines with # are comments)")
@@ -126,11 +126,84 @@ def parse_prompts(text: str, name: str = "prompts", distinct: bool = True) -> tu
     return prompts
 
 
-def bundled_prompts(seed: int = 0) -> CalibrationPrompts:
-    """The general set written for this project: 20 calibration and 64 held-out prompts."""
-    categories = json.loads(BUNDLED.read_text(encoding="utf-8"))
+def _listed(text: str) -> list[str] | None:
+    """The prompts of a JSON list of strings, None for any other text."""
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if found and all(isinstance(prompt, str) for prompt in found) else None
+
+
+HELDOUT_LINE = "[heldout]"
+
+
+def read_prompts(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Calibration and held-out prompts of a file; PromptError names it and what is wrong.
+
+    JSON is {"calibration": [...], "heldout": [...]}; in text, one prompt a line, the held-out ones
+    follow a line ``[heldout]``.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{path.name} is not text in UTF-8 ({error})") from None
+    except OSError as error:
+        raise PromptError(f"{path.name} can't be read: {error.strerror}") from None
+    if path.suffix.lower() == ".json":
+        return _parts_of_json(text, path.name)
+    lines = [line.strip() for line in text.splitlines()]
+    if HELDOUT_LINE not in lines:
+        raise PromptError(
+            f"{path.name} has no line {HELDOUT_LINE}; write it between the calibration prompts and "
+            "the held-out ones"
+        )
+    border = lines.index(HELDOUT_LINE)
+    return (
+        parse_prompts("\n".join(lines[:border]), f"{path.name}, calibration"),
+        parse_prompts("\n".join(lines[border + 1 :]), f"{path.name}, held-out"),
+    )
+
+
+def _parts_of_json(text: str, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    try:
+        content = json.loads(text)
+        parts = [content[part] for part in ("calibration", "heldout")]
+        for part in parts:
+            if not isinstance(part, list) or not all(isinstance(p, str) for p in part):
+                raise TypeError("its lists must hold text")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise PromptError(
+            f'{name} must be JSON {{"calibration": [...], "heldout": [...]}} ({error})'
+        ) from None
+    return tuple(parts[0]), tuple(parts[1])
+
+
+def categories() -> tuple[str, ...]:
+    """What the bundled prompts are sorted by."""
+    return tuple(json.loads(BUNDLED.read_text(encoding="utf-8")))
+
+
+def bundled_prompts(seed: int = 0, chosen: Sequence[str] = ()) -> CalibrationPrompts:
+    """The general set written for this project: 20 calibration and 64 held-out prompts.
+
+    Of the ``chosen`` categories, or of all where none is.  PromptError for an unknown one.
+    """
+    content = json.loads(BUNDLED.read_text(encoding="utf-8"))
+    unknown = [name for name in chosen if name not in content]
+    if unknown:
+        raise PromptError(
+            f"categories has {unknown[0]!r}, which is not one; choose from {', '.join(content)}"
+        )
     calibration, heldout = (
-        [prompt for category in categories.values() for prompt in category[part]]
+        [
+            prompt
+            for name, category in content.items()
+            if not chosen or name in chosen
+            for prompt in category[part]
+        ]
         for part in ("calibration", "heldout")
     )
     return CalibrationPrompts.of(calibration, heldout, seed)
