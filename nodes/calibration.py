@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from io import BytesIO
 from pathlib import Path
@@ -31,6 +32,7 @@ from ..qsched_core.search import (
     calibrate,
     check_storage,
 )
+from ..qsched_core.search.precheck import compared
 from ..qsched_core.search.report import Sample, report_picture, report_text, typical
 from . import host, host_scoring
 from .options import OWN, check_options, chosen_options, option_inputs
@@ -39,6 +41,7 @@ from .trajectory import negative_input, objective_and_runner, trajectory_inputs
 from .types import MAX_SEED, Schedule
 
 PREVIEWS = 12
+logger = logging.getLogger(__name__)
 
 
 class QSchedJAQCalibrator(io.ComfyNode):
@@ -224,7 +227,7 @@ def _reference(model, trajectory: tuple, quantized, objective, prompts: Calibrat
     reference = Reference(
         scored,
         host_scoring.graph_provenance(model, clip, vae, runner, objective),
-        lambda: host_scoring.compared(quantized, runner, prompts.calibration),
+        lambda: compared(quantized, runner, prompts.calibration, sigmas.tolist()),
     )
     return reference, scored.count
 
@@ -279,9 +282,11 @@ def _report(
     result: CalibrationResult, scored: host_scoring.ScoredRunner, prompts: CalibrationPrompts
 ) -> Image.Image:
     """The report's picture; kept beside the journal, so that a finished study makes no images."""
-    path = result.journal.with_suffix(
-        f".{'guarded' if result.verdict.keep_identity else 'free'}.png"
+    kind = "guarded" if result.verdict.keep_identity else "free"
+    known = "".join(
+        f".{name}" for name in ("control", "precheck") if getattr(result, name) is not None
     )
+    path = result.journal.with_suffix(f".{kind}{known}.png")
     before, after = result.baseline.correction, result.winner.correction
     gains = np.subtract(result.heldout_after.jaq, result.heldout_before.jaq).tolist()
     chosen = typical(gains)
@@ -320,7 +325,11 @@ def _report(
 def _keep(picture: Image.Image, path: Path) -> None:
     buffer = BytesIO()
     picture.save(buffer, "PNG")
-    write_atomic(path, buffer.getvalue())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, buffer.getvalue())
+    except OSError as error:  # it would only have saved drawing it again
+        logger.warning("the report's picture could not be kept: %s", error)
 
 
 NODES = (QSchedJAQCalibrator,)

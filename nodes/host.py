@@ -21,6 +21,7 @@ from ..qsched_core.prompts import PromptError, PromptSet
 from ..qsched_core.rollout import EvaluationMemo, rollout
 from ..qsched_core.runner import Batches
 from ..qsched_core.schedule import QSchedule, ScheduleError
+from ..qsched_core.search.precheck import observed
 from ..qsched_core.solvers import ModelFacts, check_sigmas, get_solver
 
 logger = logging.getLogger(__name__)
@@ -332,26 +333,30 @@ class TrajectoryRunner:
         At the given ``latents``, one a step, or along this model's own trajectory.  All prompts are
         one batch.
         """
-        seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-        entry = get_solver(self.solver)
+        found = ([], [])
 
         def sample(model, x, sigmas, extra_args=None, callback=None, disable=None):
-            def watched(at, sigma, **extra):
-                comfy.model_management.throw_exception_if_processing_interrupted()
-                out = model(at, sigma, **extra)
-                self.model_evaluations += len(at)
-                seen.append((at.cpu(), out.cpu()))
-                return out
+            nonlocal found
 
-            if latents is None:
-                arguments = entry.bind(self.facts, **self.options)
-                return entry.function(watched, x, sigmas, extra_args=extra_args, **arguments)
-            for at, sigma in zip(latents, sigmas, strict=False):  # the last sigma has no step
-                watched(at.to(x), sigma.expand(len(x)), **(extra_args or {}))
+            def counted(at, sigma, **extra):
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                self.model_evaluations += len(at)
+                return model(at, sigma, **extra)
+
+            found = observed(
+                counted,
+                x,
+                sigmas,
+                solver=self.solver,
+                facts=self.facts,
+                options=self.options,
+                latents=latents,
+                extra_args=extra_args,
+            )
             return x
 
         self._sampled(prompts, 1, sample)
-        return [x for x, _ in seen], [denoised for _, denoised in seen]
+        return found
 
 
 def _stack_conditioning(rows: Sequence[list]) -> list:

@@ -15,7 +15,6 @@ from ..qsched_core.objective import Objective, Scores
 from ..qsched_core.precondition import ScalarCorrection
 from ..qsched_core.prompts import PromptSet
 from ..qsched_core.scorers import DualEncoder, ScorerError, load_file, load_named
-from ..qsched_core.search.precheck import precheck
 from .host import SCORER_FOLDER, TrajectoryRunner
 
 BY_NAME = "(by open_clip's name)"
@@ -100,20 +99,6 @@ def graph_provenance(model, clip, vae, runner: TrajectoryRunner, objective: Obje
         "sampling": runner.parameters(),
         "objective": objective.describe(),
     }
-
-
-PRECHECK_PROMPTS = 8
-
-
-def compared(quantized: TrajectoryRunner, reference: TrajectoryRunner, prompts: PromptSet):
-    """The pre-check of two models on the first prompts, along the reference's trajectory."""
-    few = prompts.part(0, min(len(prompts), PRECHECK_PROMPTS, quantized.max_batch))
-    latents, exact = reference.outputs(few)
-    steps = len(quantized.sigmas) - 1
-    if len(latents) != steps:  # a solver that evaluates twice a step
-        latents, exact = latents[::2][:steps], exact[::2][:steps]
-    _, ours = quantized.outputs(few, latents)
-    return precheck(latents, ours, exact, quantized.sigmas.tolist())
 
 
 class ScoredRunner:

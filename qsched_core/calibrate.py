@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .commands import check_outputs, device_of, objective_of, parser, prompts_of, run, say
 from .files import write_atomic
+from .objective import Objective
 from .optional import require
 from .precondition import ScalarCorrection
 from .prompts import PromptSet
@@ -17,18 +18,26 @@ from .search import (
     FIDELITIES,
     STRATEGIES,
     CalibrationSettings,
+    Evaluate,
     Progress,
+    Reference,
     calibrate,
     check_storage,
 )
+from .search.precheck import compared
 from .search.report import report_picture, report_text
-from .task import TaskRunner, load_task
+from .task import TaskError, TaskRunner, load_task
 
 
 def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     made = parser("calibrate", "Learn the coefficients of a quantized few-step model.")
     made.add_argument("--out", type=Path, required=True, metavar="SCHEDULE.json")
     made.add_argument("--picture", type=Path, metavar="FILE.png", help="the report as a picture")
+    made.add_argument(
+        "--reference-task",
+        metavar="MODULE:FUNCTION",
+        help="the same model, not quantized: control and pre-check",
+    )
     group = made.add_argument_group("search")
     group.add_argument("--search", default="gp", choices=STRATEGIES)
     group.add_argument("--budget", type=int, default=0, help="candidates; 0: the search's own")
@@ -77,14 +86,22 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     objective = objective_of(arguments, device)
     task = load_task(arguments.task, device)
     runner = TaskRunner(task)
-
-    def evaluate(corrections: Sequence[ScalarCorrection], chosen: PromptSet):
-        return [
-            objective.score(images, chosen.prompts) for images in runner.images(chosen, corrections)
-        ]
-
+    reference, runners = None, [runner]
+    if arguments.reference_task:
+        exact = load_task(arguments.reference_task, device)
+        if list(exact.sigmas) != list(task.sigmas):
+            raise TaskError(
+                f"reference-task samples at {list(exact.sigmas)} and task at {list(task.sigmas)}; "
+                "give the same model, not quantized"
+            )
+        runners.append(TaskRunner(exact))
+        reference = Reference(
+            scored(runners[1], objective),
+            exact.describe() | {"objective": objective.describe()},
+            lambda: compared(runner, runners[1], prompts.calibration, list(task.sigmas)),
+        )
     result = calibrate(
-        evaluate,
+        scored(runner, objective),
         list(task.sigmas),
         task.facts.flow,
         task.solver,
@@ -93,9 +110,10 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         task.describe() | {"objective": objective.describe()},
         arguments.folder,
         on_trial=_tell,
-        count_evaluations=lambda: runner.model_evaluations,
+        count_evaluations=lambda: sum(each.model_evaluations for each in runners),
         storage=arguments.storage,
         study=arguments.study,
+        reference=reference,
     )
     result.schedule.save(arguments.out)
     if arguments.picture is not None:
@@ -103,6 +121,17 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         report_picture(result).save(buffer, "PNG")
         write_atomic(arguments.picture, buffer.getvalue())
     say(f"{report_text(result)}\nschedule: {arguments.out}")
+
+
+def scored(runner: TaskRunner, objective: Objective) -> Evaluate:
+    """What ``calibrate`` calls: pictures of the task, scored."""
+
+    def evaluate(corrections: Sequence[ScalarCorrection], chosen: PromptSet):
+        return [
+            objective.score(images, chosen.prompts) for images in runner.images(chosen, corrections)
+        ]
+
+    return evaluate
 
 
 def _tell(progress: Progress) -> None:

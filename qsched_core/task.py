@@ -17,6 +17,7 @@ from .precondition import ScalarCorrection
 from .prompts import PromptSet
 from .rollout import EvaluationMemo, rollout, tile
 from .runner import Batches
+from .search.precheck import observed
 from .solvers import ModelFacts, check_sigmas, get_solver
 
 
@@ -111,8 +112,8 @@ class TaskRunner:
             lambda part, few: self._images_of(part, few, on_step), prompts, corrections
         )
 
-    @torch.no_grad()
-    def _images_of(self, prompts: PromptSet, corrections, on_step) -> torch.Tensor:
+    def _start(self, prompts: PromptSet):
+        """Initial latents, and the model with the prompts' conditioning."""
         task, count = self.task, len(prompts)
         x = task.initial(prompts.seeds)
         if len(x) != count:
@@ -127,10 +128,36 @@ class TaskRunner:
             }
             return task.denoise(x, sigma, **spread)
 
+        return x, model
+
+    def _sigmas(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tensor(list(self.task.sigmas), dtype=torch.float32, device=x.device)
+
+    @torch.no_grad()
+    def outputs(
+        self, prompts: PromptSet, latents: Sequence[torch.Tensor] | None = None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Latents and predictions of every step, as :func:`~.search.precheck.observed`."""
+        x, model = self._start(prompts)
+
+        def counted(at, sigma):
+            self.model_evaluations += len(at)
+            return model(at, sigma)
+
+        task = self.task
+        return observed(
+            counted, x, self._sigmas(x), solver=task.solver, facts=task.facts,
+            options=task.options, latents=latents,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def _images_of(self, prompts: PromptSet, corrections, on_step) -> torch.Tensor:
+        task, count = self.task, len(prompts)
+        x, model = self._start(prompts)
         result = rollout(
             model,
             x,
-            torch.tensor(list(task.sigmas), dtype=torch.float32, device=x.device),
+            self._sigmas(x),
             corrections,
             solver=task.solver,
             facts=task.facts,

@@ -7,13 +7,16 @@ known reference are a least-squares fit, without a search.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-MIN_PROMPTS = 2
+from ..prompts import PromptSet
+from ..solvers import ModelFacts, get_solver
+
+MIN_PROMPTS, COMPARED_PROMPTS = 2, 8
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,61 @@ def precheck(
     total = 1 - left / all_energy if all_energy else 0.0
     count = len(latents[0])
     return PreCheck(tuple(shares), total, tuple(errors), count, 2 * steps * count)
+
+
+class Observable(Protocol):
+    """A runner whose model can be looked at: its noise levels, and :func:`observed` of it."""
+
+    max_batch: int
+
+    def outputs(
+        self, prompts: PromptSet, latents: Sequence[torch.Tensor] | None = None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]: ...
+
+
+def compared(
+    quantized: Observable, reference: Observable, prompts: PromptSet, sigmas: Sequence[float]
+) -> PreCheck:
+    """The pre-check of two models on the first prompts, along the reference's trajectory."""
+    few = prompts.part(0, min(len(prompts), COMPARED_PROMPTS, quantized.max_batch))
+    latents, exact = reference.outputs(few)
+    _, ours = quantized.outputs(few, latents)
+    return precheck(latents, ours, exact, sigmas)
+
+
+def observed(
+    model,
+    x: torch.Tensor,
+    sigmas: torch.Tensor,
+    *,
+    solver: str,
+    facts: ModelFacts,
+    options: Mapping[str, float] | None = None,
+    latents: Sequence[torch.Tensor] | None = None,
+    extra_args: dict | None = None,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Latents and the model's predictions of the clean ones, [prompts, ...] a step, on the CPU.
+
+    At the given ``latents``, or along the model's own trajectory from x.  Of a step with two
+    evaluations the first is taken.
+    """
+    seen: dict[float, tuple[torch.Tensor, torch.Tensor]] = {}
+    levels = {float(sigma) for sigma in sigmas}
+
+    def watched(at, sigma, **extra):
+        out = model(at, sigma, **extra)
+        if float(sigma[0]) in levels:
+            seen.setdefault(float(sigma[0]), (at.cpu(), out.cpu()))
+        return out
+
+    if latents is None:
+        entry = get_solver(solver)
+        arguments = entry.bind(facts, **(options or {}))
+        entry.function(watched, x, sigmas, extra_args=extra_args, **arguments)
+    else:
+        for at, sigma in zip(latents, sigmas, strict=False):  # the last sigma has no step
+            watched(at.to(x), sigma.expand(len(x)), **(extra_args or {}))
+    return [at for at, _ in seen.values()], [out for _, out in seen.values()]
 
 
 def _cross_fitted(columns: torch.Tensor, target: torch.Tensor) -> float:

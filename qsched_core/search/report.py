@@ -15,7 +15,7 @@ WIDTH, MARGIN, GAP = 1024, 32, 20
 INK, GREY, LIGHT, PAPER = (30, 32, 36), (120, 124, 132), (225, 228, 232), (255, 255, 255)
 BLUE, ORANGE, GREEN = (37, 99, 200), (214, 106, 18), (22, 130, 80)
 PLOT_HEIGHT = 260
-SAMPLE_SIZE = 150
+SAMPLE_SIZE, NOTE_HEIGHT = 150, 17
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,14 @@ def report_text(result: CalibrationResult) -> str:
 
 def report_picture(result: CalibrationResult, samples: Sequence[Sample] = ()) -> Image.Image:
     """Objective by trial, coefficients by step, and the samples' images; RGB, 1024 wide."""
-    height = MARGIN + 84 + PLOT_HEIGHT + 2 * GAP + 30
+    notes = _notes(result)
+    height = MARGIN + 84 + NOTE_HEIGHT * len(notes) + PLOT_HEIGHT + 2 * GAP + 30
     rows = [sample.after.height * SAMPLE_SIZE // sample.after.width for sample in samples]
     if samples:
         height += 30 + max(rows) + 58
     image = Image.new("RGB", (WIDTH, height + MARGIN), PAPER)
     draw = ImageDraw.Draw(image)
-    y = _title(draw, result)
+    y = _title(draw, result, notes)
     half = (WIDTH - 2 * MARGIN - 2 * GAP) // 2
     _objective_plot(draw, (MARGIN, y, MARGIN + half, y + PLOT_HEIGHT), result)
     _coefficient_plot(draw, (WIDTH - MARGIN - half, y, WIDTH - MARGIN, y + PLOT_HEIGHT), result)
@@ -107,7 +108,14 @@ def _wrap(draw: ImageDraw.ImageDraw, text: str, width: float, size: int) -> list
     return lines
 
 
-def _title(draw: ImageDraw.ImageDraw, result: CalibrationResult) -> int:
+def _notes(result: CalibrationResult) -> list[str]:
+    """What control and pre-check say, in lines that fit."""
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    found = (part.text for part in (result.control, result.precheck) if part is not None)
+    return [line for text in found for line in _wrap(measure, text, WIDTH - 2 * MARGIN, 13)]
+
+
+def _title(draw: ImageDraw.ImageDraw, result: CalibrationResult, notes: Sequence[str]) -> int:
     kind = result.verdict.kind
     colour = {"helps": GREEN, "overfitted": ORANGE}.get(kind, GREY)
     draw.text((MARGIN, MARGIN - 8), f"Q-Sched calibration: {kind}", colour, _font(26))
@@ -115,7 +123,10 @@ def _title(draw: ImageDraw.ImageDraw, result: CalibrationResult) -> int:
     lines = _wrap(draw, body, WIDTH - 2 * MARGIN, 15)[:3]
     for index, line in enumerate(lines):
         draw.text((MARGIN, MARGIN + 28 + 19 * index), line, INK, _font(15))
-    return MARGIN + 28 + 19 * 3 + 12
+    below = MARGIN + 28 + 19 * 3
+    for index, line in enumerate(notes):
+        draw.text((MARGIN, below + NOTE_HEIGHT * index), line, GREY, _font(13))
+    return below + NOTE_HEIGHT * len(notes) + 12
 
 
 class _Axes:
@@ -162,10 +173,11 @@ def _objective_plot(draw, box, result: CalibrationResult) -> None:
     for x in range(int(axes.left), int(axes.right), 8):
         draw.line((x, y, x + 4, y), GREY, 1)
     best, path = values[0], []
-    for index, value in enumerate(values):
-        best = max(best, value)
+    for index, (value, trial) in enumerate(zip(values, result.trials, strict=True)):
+        best = best if trial.pruned else max(best, value)
         path.append((axes.x(index), axes.y(best)))
-        axes.dot(index, max(value, low), BLUE if value >= low else LIGHT)
+        pale = trial.pruned or value < low  # given up early, or far below
+        axes.dot(index, max(value, low), LIGHT if pale else BLUE)
     if len(path) > 1:
         draw.line(path, ORANGE, 2)
     for index in sorted({0, (len(values) - 1) // 2, len(values) - 1}):
