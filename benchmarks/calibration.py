@@ -29,7 +29,7 @@ from qsched_core.objective import Objective, Scores
 from qsched_core.precondition import ScalarCorrection
 from qsched_core.prompts import CalibrationPrompts, PromptSet
 from qsched_core.scorers.open_clip import load_file
-from qsched_core.search import CalibrationSettings, best_of, calibrate
+from qsched_core.search import CalibrationSettings, Trial, best_of, calibrate
 from qsched_core.search.engine import Search
 from qsched_core.search.guard import paired_interval
 from qsched_core.search.journal import Journal
@@ -135,16 +135,20 @@ def to_grid_best(lab: Lab, target: float, seeds: int, prompts: PromptSet, grid: 
     )
 
 
-def heldout(lab: Lab, grid, steps, spent: int, base: ScalarCorrection, prompts: PromptSet):
+def heldout(lab: Lab, grid: Trial, trials: list[Trial], spent: int, prompts: PromptSet):
     """The per-step search's winner against the grid's on prompts that neither saw."""
-    one, ours, theirs = (
-        scores for c in (base, steps, grid) for scores in lab([c.correction], prompts)
+    ramp = best_of([trial for trial in trials if trial.stage == "ramp"])
+    one, ours, theirs, ramped = (
+        scores
+        for trial in (trials[0], best_of(trials), grid, ramp)
+        for scores in lab([trial.correction], prompts)
     )
     difference = paired_interval(theirs.jaq, ours.jaq)
     return BenchRow(
         "heldout_vs_grid",
         f"{PER_STEP} ({spent} evaluations) minus the grid's best {difference}; gains over c = 1: "
-        f"{paired_interval(one.jaq, ours.jaq)} and {paired_interval(one.jaq, theirs.jaq)}",
+        f"{paired_interval(one.jaq, ours.jaq)} and {paired_interval(one.jaq, theirs.jaq)}; minus the "
+        f"best of its own ramp {paired_interval(ramped.jaq, ours.jaq)}",
         ours.mean(),
         theirs.mean(),
         difference.low,
@@ -241,8 +245,7 @@ def searches(seeds: int) -> list[BenchRow]:
         run.stages(len(SIGMAS) - 1)
         seconds, spent = time.perf_counter() - started, lab.count()
     rows.append(overhead(seconds, lab.seconds.copy()))
-    steps = best_of(run.trials)
-    rows.append(heldout(lab, grid, steps, spent, run.trials[0], prompts.heldout))
+    rows.append(heldout(lab, grid, run.trials, spent, prompts.heldout))
     return rows
 
 

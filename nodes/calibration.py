@@ -227,7 +227,7 @@ def _reference(model, trajectory: tuple, quantized, objective, prompts: Calibrat
     reference = Reference(
         scored,
         host_scoring.graph_provenance(model, clip, vae, runner, objective),
-        lambda: compared(quantized, runner, prompts.calibration, sigmas.tolist()),
+        lambda: compared(quantized, runner, prompts.calibration, float(sigmas[-1])),
     )
     return reference, scored.count
 

@@ -21,7 +21,7 @@ from ..qsched_core.prompts import PromptError, PromptSet
 from ..qsched_core.rollout import EvaluationMemo, rollout
 from ..qsched_core.runner import Batches
 from ..qsched_core.schedule import QSchedule, ScheduleError
-from ..qsched_core.search.precheck import observed
+from ..qsched_core.search.precheck import Observed, observed
 from ..qsched_core.solvers import ModelFacts, check_sigmas, get_solver
 
 logger = logging.getLogger(__name__)
@@ -325,38 +325,32 @@ class TrajectoryRunner:
             pictures = pictures[:, 0]
         return pictures.float().cpu().clamp(0, 1).unflatten(0, (candidates, size))
 
-    def outputs(
-        self, prompts: PromptSet, latents: Sequence[torch.Tensor] | None = None
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Latents and guided clean predictions [prompts, ...] of every step, on the CPU.
-
-        At the given ``latents``, one a step, or along this model's own trajectory.  All prompts are
-        one batch.
-        """
-        found = ([], [])
+    def observed(self, prompts: PromptSet, at: Observed | None = None) -> Observed:
+        """The model at given latents, or along its own trajectory; all prompts are one batch."""
+        found: list[Observed] = []
 
         def sample(model, x, sigmas, extra_args=None, callback=None, disable=None):
-            nonlocal found
-
-            def counted(at, sigma, **extra):
+            def counted(x, sigma, **extra):
                 comfy.model_management.throw_exception_if_processing_interrupted()
-                self.model_evaluations += len(at)
-                return model(at, sigma, **extra)
+                self.model_evaluations += len(x)
+                return model(x, sigma, **extra)
 
-            found = observed(
-                counted,
-                x,
-                sigmas,
-                solver=self.solver,
-                facts=self.facts,
-                options=self.options,
-                latents=latents,
-                extra_args=extra_args,
+            found.append(
+                observed(
+                    counted,
+                    x,
+                    sigmas,
+                    solver=self.solver,
+                    facts=self.facts,
+                    options=self.options,
+                    at=at,
+                    extra_args=extra_args,
+                )
             )
             return x
 
         self._sampled(prompts, 1, sample)
-        return found
+        return found[0]
 
 
 def _stack_conditioning(rows: Sequence[list]) -> list:

@@ -98,7 +98,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         reference = Reference(
             scored(runners[1], objective),
             exact.describe() | {"objective": objective.describe()},
-            lambda: compared(runner, runners[1], prompts.calibration, list(task.sigmas)),
+            lambda: compared(runner, runners[1], prompts.calibration, task.sigmas[-1]),
         )
     result = calibrate(
         scored(runner, objective),

@@ -17,7 +17,7 @@ from .precondition import ScalarCorrection
 from .prompts import PromptSet
 from .rollout import EvaluationMemo, rollout, tile
 from .runner import Batches
-from .search.precheck import observed
+from .search.precheck import Observed, observed
 from .solvers import ModelFacts, check_sigmas, get_solver
 
 
@@ -134,20 +134,18 @@ class TaskRunner:
         return torch.tensor(list(self.task.sigmas), dtype=torch.float32, device=x.device)
 
     @torch.no_grad()
-    def outputs(
-        self, prompts: PromptSet, latents: Sequence[torch.Tensor] | None = None
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Latents and predictions of every step, as :func:`~.search.precheck.observed`."""
+    def observed(self, prompts: PromptSet, at: Observed | None = None) -> Observed:
+        """The model at given latents, or along its own trajectory; all prompts are one batch."""
         x, model = self._start(prompts)
-
-        def counted(at, sigma):
-            self.model_evaluations += len(at)
-            return model(at, sigma)
-
         task = self.task
+
+        def counted(x, sigma):
+            self.model_evaluations += len(x)
+            return model(x, sigma)
+
         return observed(
             counted, x, self._sigmas(x), solver=task.solver, facts=task.facts,
-            options=task.options, latents=latents,
+            options=task.options, at=at,
         )  # fmt: skip
 
     @torch.no_grad()

@@ -98,24 +98,34 @@ def precheck(
     return PreCheck(tuple(shares), total, tuple(errors), count, 2 * steps * count)
 
 
+@dataclass(frozen=True)
+class Observed:
+    """A model along a trajectory: noise levels [steps], and latents and predictions at them.
+
+    Tensors [prompts, ...], one a step, on the CPU; predictions are of the guided clean latents.
+    """
+
+    sigmas: tuple[float, ...]
+    latents: tuple[torch.Tensor, ...]
+    outputs: tuple[torch.Tensor, ...]
+
+
 class Observable(Protocol):
-    """A runner whose model can be looked at: its noise levels, and :func:`observed` of it."""
+    """A runner whose model can be looked at, see :func:`observed`."""
 
     max_batch: int
 
-    def outputs(
-        self, prompts: PromptSet, latents: Sequence[torch.Tensor] | None = None
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]: ...
+    def observed(self, prompts: PromptSet, at: Observed | None = None) -> Observed: ...
 
 
 def compared(
-    quantized: Observable, reference: Observable, prompts: PromptSet, sigmas: Sequence[float]
+    quantized: Observable, reference: Observable, prompts: PromptSet, last_sigma: float
 ) -> PreCheck:
     """The pre-check of two models on the first prompts, along the reference's trajectory."""
     few = prompts.part(0, min(len(prompts), COMPARED_PROMPTS, quantized.max_batch))
-    latents, exact = reference.outputs(few)
-    _, ours = quantized.outputs(few, latents)
-    return precheck(latents, ours, exact, sigmas)
+    exact = reference.observed(few)
+    ours = quantized.observed(few, exact)
+    return precheck(exact.latents, ours.outputs, exact.outputs, (*exact.sigmas, last_sigma))
 
 
 def observed(
@@ -126,31 +136,30 @@ def observed(
     solver: str,
     facts: ModelFacts,
     options: Mapping[str, float] | None = None,
-    latents: Sequence[torch.Tensor] | None = None,
+    at: Observed | None = None,
     extra_args: dict | None = None,
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Latents and the model's predictions of the clean ones, [prompts, ...] a step, on the CPU.
+) -> Observed:
+    """The model at the levels and latents of ``at``, or along its own trajectory from x.
 
-    At the given ``latents``, or along the model's own trajectory from x.  Of a step with two
-    evaluations the first is taken.
+    Of a step with two evaluations the first is taken.
     """
-    seen: dict[float, tuple[torch.Tensor, torch.Tensor]] = {}
-    levels = {float(sigma) for sigma in sigmas}
+    seen: dict[int, tuple[float, torch.Tensor, torch.Tensor]] = {}
+    ends = sigmas[1:].tolist()
 
-    def watched(at, sigma, **extra):
-        out = model(at, sigma, **extra)
-        if float(sigma[0]) in levels:
-            seen.setdefault(float(sigma[0]), (at.cpu(), out.cpu()))
+    def watched(x, sigma, **extra):
+        out, level = model(x, sigma, **extra), float(sigma[0])
+        step = next(i for i, end in enumerate(ends) if level > end)
+        seen.setdefault(step, (level, x.cpu(), out.cpu()))
         return out
 
-    if latents is None:
+    if at is None:
         entry = get_solver(solver)
         arguments = entry.bind(facts, **(options or {}))
         entry.function(watched, x, sigmas, extra_args=extra_args, **arguments)
     else:
-        for at, sigma in zip(latents, sigmas, strict=False):  # the last sigma has no step
-            watched(at.to(x), sigma.expand(len(x)), **(extra_args or {}))
-    return [at for at, _ in seen.values()], [out for _, out in seen.values()]
+        for level, latents in zip(at.sigmas, at.latents, strict=True):
+            watched(latents.to(x), sigmas.new_full((len(x),), level), **(extra_args or {}))
+    return Observed(*zip(*(seen[step] for step in sorted(seen)), strict=True))
 
 
 def _cross_fitted(columns: torch.Tensor, target: torch.Tensor) -> float:

@@ -56,6 +56,10 @@ def full(device):
     return task(0.1, "full")
 
 
+def other_steps(device):
+    return task(0.1, "full", sigmas=(1.0, 0.5, 0.0))
+
+
 def broken(device):
     return "no task"
 

@@ -99,6 +99,22 @@ def test_a_calibration_killed_half_way_continues_to_the_same_schedule(inputs, tm
     assert made.provenance["model"] == {"model": "quantized"}
 
 
+def test_a_reference_gives_control_and_pre_check(inputs, tmp_path, capsys):
+    controlled = [
+        *inputs, "--search", "grid", "--budget", "16", "--no-guard", "--folder", str(tmp_path),
+        "--reference-task", f"{FILE}:full", "--picture", str(tmp_path / "report.png"),
+    ]  # fmt: skip
+    assert calibrate.main([*controlled, "--out", str(tmp_path / "schedule.json")]) == 0
+    text = capsys.readouterr().out
+    assert "control: " in text and "pre-check: the best two scalars a step remove 100.0%" in text
+    provenance = QSchedule.load(tmp_path / "schedule.json").provenance
+    assert provenance["control"]["lost"]["n"] == 20
+    assert provenance["precheck"]["total"] == pytest.approx(1, abs=1e-4)
+    wrong = [*controlled, "--reference-task", f"{FILE}:other_steps"]
+    assert calibrate.main([*wrong, "--out", str(tmp_path / "x.json")]) == 1
+    assert "reference-task samples at [1.0, 0.5, 0.0]" in capsys.readouterr().err
+
+
 def test_a_shared_study_is_searched_once(inputs, tmp_path, capsys):
     shared = [
         *inputs, "--search", "grid", "--budget", "4", "--folder", str(tmp_path),

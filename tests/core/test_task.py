@@ -12,6 +12,8 @@ import torch
 from qsched_core.precondition import ScalarCorrection
 from qsched_core.prompts import PromptSet
 from qsched_core.rollout import rollout
+from qsched_core.search.precheck import compared
+from qsched_core.solvers import ModelFacts
 from qsched_core.task import Task, TaskError, TaskRunner, load_task
 
 FILE = Path(plain_task.__file__)
@@ -87,3 +89,21 @@ def test_shapes_that_don_t_fit_are_named(change, reason):
     task = replace(plain_task.quantized("cpu"), **change)
     with pytest.raises(TaskError, match=reason):
         TaskRunner(task).images(PROMPTS, [task.identity()])
+
+
+@pytest.mark.parametrize("solver", ["euler", "euler_ancestral", "dpmpp_2m", "dpmpp_sde"])
+def test_two_models_are_compared_step_by_step_along_the_references_way(solver):
+    """This task's quantized velocity is a fixed share of the reference's: scalars remove it all."""
+    runners = [
+        TaskRunner(replace(task("cpu"), solver=solver, facts=ModelFacts(True, first_sigma=0.9999)))
+        for task in (plain_task.quantized, plain_task.full)
+    ]
+    exact = runners[1].observed(PROMPTS)
+    assert len(exact.latents) == len(exact.outputs) == 3
+    assert exact.sigmas == pytest.approx(runners[0].task.sigmas[:-1], abs=1e-3)
+    again = runners[0].observed(PROMPTS, exact)
+    assert all(torch.equal(a, b) for a, b in zip(again.latents, exact.latents, strict=True))
+    found = compared(*runners, PROMPTS, 0.0)
+    assert found.prompts == 5 and found.model_evaluations == 2 * 3 * 5
+    assert found.total == pytest.approx(1, abs=1e-5)
+    assert all(error > 0.05 for error in found.error)
