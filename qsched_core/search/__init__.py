@@ -2,12 +2,12 @@
 
 from .calibrate import CalibrationResult, calibrate
 from .control import Control, Reference
+from .database import check_storage
 from .engine import Evaluate, Progress, Trial, best_of
 from .errors import CalibrationError
 from .fidelity import FIDELITIES
 from .precheck import PreCheck, precheck
 from .settings import CalibrationSettings
-from .shared import check_storage
 from .strategies import STRATEGIES, get_strategy
 
 __all__ = [

@@ -17,7 +17,8 @@ from test_search import PROMPTS, SIGMAS, World, outcome
 
 from qsched_core.search import CalibrationError, CalibrationSettings, calibrate, check_storage
 from qsched_core.search import engine as engine_module
-from qsched_core.search.shared import SharedStore, differing, hidden, resolve
+from qsched_core.search.database import hidden, resolve
+from qsched_core.search.shared import SharedStore, differing
 from qsched_core.search.space import RampSpace
 
 pytest.importorskip("sqlalchemy", reason="shared studies need sqlalchemy")
