@@ -154,7 +154,7 @@ def calibrate(
         candidates = list(dict.fromkeys((identity.correction(), winner.correction)))
         heldout = run.judged("heldout", candidates, prompts.heldout)
         controls = []
-        if reference is not None:
+        if reference is not None and winner is not run.trials[0]:
             named = f"control {fingerprint(reference.provenance)[:24]}"
             controls = run.judged(named, candidates, prompts.heldout, reference.evaluate)
     trials = tuple(run.trials)
@@ -167,7 +167,7 @@ def calibrate(
         ]
     verdict = judge(*gains, settings.guard)
     control = None
-    if controls and winner is not trials[0]:
+    if controls:
         scores = [record.scores for record in controls]
         control = Control.of(*scores, (before, after), settings.seed)
     costs = [*trials, *heldout, *controls]
