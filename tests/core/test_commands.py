@@ -219,8 +219,12 @@ def test_prompts_from_text_files_and_from_the_bundle(inputs, tmp_path):
     assert prompts.calibration.prompts == ("a one thing", "another one")
     assert prompts.heldout.prompts == ("a two thing", "another two")
     assert prompts_of(asked(["--task", "x:y", "--prompt-seed", "4"])) == bundled_prompts(4)
-    with pytest.raises(ValueError, match="give the held-out ones"):
+    with pytest.raises(ValueError, match=r"has no line \[heldout\]"):
         prompts_of(asked(["--task", "x:y", *files[:2]]))
+    both = tmp_path / "both.txt"
+    both.write_text("a one thing\nanother one\n[heldout]\na two thing\nanother two\n")
+    one_file = prompts_of(asked(["--task", "x:y", "--prompts", str(both), "--prompt-seed", "4"]))
+    assert one_file == prompts
     bad = tmp_path / "bad.json"
     bad.write_text('{"calibration": "a"}')
     with pytest.raises(ValueError, match=r"bad\.json must be JSON"):

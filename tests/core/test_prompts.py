@@ -11,7 +11,9 @@ from qsched_core.prompts import (
     PromptError,
     PromptSet,
     bundled_prompts,
+    categories,
     parse_prompts,
+    read_prompts,
 )
 
 seeds = st.integers(0, 2**53)
@@ -102,3 +104,46 @@ def test_the_hash_depends_on_prompts_seeds_and_order():
     assert one.hash == PromptSet(["a", "b"], [1, 2]).hash
     assert len({one.hash, *(other.hash for other in others)}) == 5
     assert one.part(1, 9) == PromptSet(("b",), (2,))
+
+
+def test_a_json_list_is_a_list_of_prompts():
+    assert parse_prompts('["a cat", " a dog ", "# no"]') == ("a cat", "a dog")
+    assert parse_prompts("[photo] a cat\n[1, 2") == ("[photo] a cat", "[1, 2")
+    with pytest.raises(PromptError, match="twice"):
+        parse_prompts('["a cat", "a cat"]')
+
+
+def test_categories_choose_from_the_bundled_prompts():
+    everything = bundled_prompts(3)
+    names = categories()
+    people = bundled_prompts(3, names[:1])
+    assert set(people.calibration.prompts) < set(everything.calibration.prompts)
+    parts = [bundled_prompts(3, [name]) for name in names]
+    assert sum(len(part.heldout) for part in parts) == len(everything.heldout)
+    with pytest.raises(PromptError, match="categories has 'weather'"):
+        bundled_prompts(3, ["weather"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.txt", "one\ntwo", r"a\.txt has no line \[heldout\]"),
+        ("a.txt", "[heldout]\ntwo", r"a\.txt, calibration has no prompts"),
+        ("a.json", "{", r"a\.json must be JSON"),
+        ("a.json", '{"calibration": ["a"]}', "heldout"),
+        ("a.json", '{"calibration": ["a"], "heldout": [1]}', "must hold text"),
+        ("a.json", "[" * 100_000, "must be JSON"),
+    ],
+)
+def test_prompt_files_that_are_none_are_named(tmp_path, name, content, says):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(PromptError, match=says):
+        read_prompts(tmp_path / name)
+
+
+def test_a_prompt_file_that_is_not_text_is_named(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(PromptError, match="not text in UTF-8"):
+        read_prompts(tmp_path / "a.txt")
+    with pytest.raises(PromptError, match=r"none\.txt can't be read"):
+        read_prompts(tmp_path / "none.txt")

@@ -227,7 +227,7 @@ def test_how_many_are_evaluated_together_changes_nothing_but_the_batches(togethe
     world = World()
     settings = CalibrationSettings("gp", 11, together=together)
     result = run(world, tmp_path / "a", settings)
-    assert max(world.calls[:-1]) == min(together, 9)  # the last are the held-out prompts
+    assert max(world.calls[:-1]) == min(together, 5)  # the last are the held-out prompts
     assert outcome(result) == outcome(run(World(), tmp_path / "b", replace(settings, together=4)))
 
 
