@@ -35,7 +35,7 @@ class Control:
     """Held-out scores of the unquantized model at c = 1 and with the best coefficients.
 
     ``gain`` is its own gain, ``repair`` the quantized model's gain minus that, ``lost`` what
-    quantization cost at c = 1: all paired by prompt, in JAQ.
+    quantization cost at c = 1, ``own`` the quantized model's gain: all paired by prompt, in JAQ.
     """
 
     before: Scores
@@ -43,6 +43,7 @@ class Control:
     gain: Interval
     repair: Interval
     lost: Interval
+    own: Interval
 
     @classmethod
     def of(
@@ -56,12 +57,13 @@ class Control:
             paired_interval(before.jaq, after.jaq, seed),
             paired_interval(*gains, seed),
             paired_interval(quantized[0].jaq, before.jaq, seed),
+            paired_interval(quantized[0].jaq, quantized[1].jaq, seed),
         )
 
     @property
     def kind(self) -> str:
         """ "repair", "sharpening" (no more than any model gains) or "unclear"."""
-        if self.repair.low > 0:
+        if self.repair.low > 0 and self.own.low > 0:
             return "repair"
         return "sharpening" if self.gain.low > 0 else "unclear"
 
@@ -70,8 +72,8 @@ class Control:
         said = {
             "repair": "the gain is more than the unquantized model's: repair",
             "sharpening": (
-                "the unquantized model gains as much: no repair of the quantization can be told "
-                "from what these coefficients do to any picture"
+                "the unquantized model gains too, and the difference can't be told from 0: no repair "
+                "can be told from what these coefficients do to any picture"
             ),
             "unclear": "whether this is repair can't be told on these prompts",
         }[self.kind]

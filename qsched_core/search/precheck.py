@@ -122,7 +122,9 @@ def compared(
     quantized: Observable, reference: Observable, prompts: PromptSet, last_sigma: float
 ) -> PreCheck:
     """The pre-check of two models on the first prompts, along the reference's trajectory."""
-    few = prompts.part(0, min(len(prompts), COMPARED_PROMPTS, quantized.max_batch))
+    few = prompts.part(
+        0, min(len(prompts), COMPARED_PROMPTS, max(MIN_PROMPTS, quantized.max_batch))
+    )
     exact = reference.observed(few)
     ours = quantized.observed(few, exact)
     return precheck(exact.latents, ours.outputs, exact.outputs, (*exact.sigmas, last_sigma))
