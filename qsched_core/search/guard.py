@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
 
 import numpy as np
 
 RESAMPLES = 10_000
+BLOCK = 2**20  # draws held at a time: 16 MB with their values
 LEVEL = 0.95
 MIN_PROMPTS = 6  # below, even the smallest of all resampled means is above 0 too often by chance
 
@@ -50,8 +51,7 @@ def paired_interval(
         raise ValueError(
             f"{len(before)} scores before and {len(after)} after; give the same number, at least 2"
         )
-    rng = np.random.default_rng(seed)
-    means = gains[rng.integers(n, size=(resamples, n))].mean(axis=1)
+    means = resampled(gains, lambda rows: rows.mean(axis=1), resamples, seed)
     tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * _student_quantile((1 + level) / 2, n - 1))
     low, high = np.quantile(means, [tail, 1 - tail])
     return Interval(float(gains.mean()), float(low), float(high), n)
@@ -62,6 +62,20 @@ def mean_interval(values: Sequence[float], seed: int = 0) -> Interval:
     if len(values) == 1:
         return Interval(float(values[0]), float(values[0]), float(values[0]), 1)
     return paired_interval([0.0] * len(values), values, seed)
+
+
+def resampled(
+    values: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], resamples: int, seed: int
+) -> np.ndarray:
+    """``statistic`` of ``resamples`` bootstrap resamples of ``values`` [n], in bounded memory.
+
+    ``statistic`` takes resamples as rows [m, n] and gives [m] or [m, k].  The same seed gives the
+    same resamples, however many fit into a block.
+    """
+    rng, n = np.random.default_rng(seed), len(values)
+    rows = max(1, BLOCK // n)
+    blocks = (min(rows, resamples - start) for start in range(0, resamples, rows))
+    return np.concatenate([statistic(values[rng.integers(n, size=(m, n))]) for m in blocks])
 
 
 def _student_quantile(p: float, freedom: int) -> float:

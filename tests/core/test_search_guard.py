@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qsched_core.search import guard
 from qsched_core.search.guard import (
     MIN_PROMPTS,
     Interval,
@@ -92,3 +95,24 @@ def test_the_verdict_says_what_the_numbers_say(calibration, heldout, guard, kind
 def test_too_few_or_unpaired_scores_are_told(before, after):
     with pytest.raises(ValueError, match="give the same number, at least 2"):
         paired_interval(before, after)
+
+
+def test_any_number_of_prompts_is_resampled_in_bounded_memory():
+    gains = np.random.default_rng(0).normal(0.1, 1.0, 30_000)
+    tracemalloc.start()
+    try:
+        found = paired_interval(np.zeros(len(gains)), gains, resamples=300)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 48e6  # at once they are 144 MB
+    assert found.low < 0.1 < found.high
+
+
+@pytest.mark.parametrize("block", [1, 100, 101, 2**20])
+def test_a_seed_s_resamples_do_not_depend_on_the_blocks(block, monkeypatch):
+    values = np.random.default_rng(1).normal(size=33)
+    whole = values[np.random.default_rng(5).integers(33, size=(101, 33))].mean(axis=1)
+    monkeypatch.setattr(guard, "BLOCK", block)
+    found = guard.resampled(values, lambda rows: rows.mean(axis=1), 101, seed=5)
+    assert np.array_equal(found, whole)
