@@ -176,6 +176,18 @@ def test_w4a8_is_integer_arithmetic():
     assert torch.allclose(form.linear(x, packed), wanted, rtol=1e-5, atol=1e-5)
 
 
+@ALL
+@pytest.mark.parametrize("scale, size", [(0.01, 0.2), (1e-4, 1.0), (1e-6, 10.0), (300.0, 0.02)])
+@pytest.mark.parametrize("rows", [1, 20])
+def test_fp16_products_overflow_only_where_their_result_does(name, scale, size, rows):
+    """4096 columns of one sign: the codes alone would sum to far more than fp16 holds."""
+    form = formats.get(name)
+    x = (gaussian(rows, 4096).sigmoid().add(2) * scale / 3).half()
+    packed = form.quantize(gaussian(32, 4096, seed=1).sigmoid().add(2) * size / 3)
+    wanted = form.linear(x.float(), packed)
+    assert relative(form.linear(x, packed), wanted) < 1e-3
+
+
 @pytest.mark.parametrize("name", ["int8", "w4a8"])
 def test_weight_only_leaves_activations_alone(name):
     form, x = formats.get(name), gaussian(50, 256, seed=1)

@@ -87,6 +87,18 @@ def test_the_blocked_product_is_exact_integer_arithmetic(dtype, rows, bias, monk
     assert relative(form.linear(x, packed, added), exact(x, packed, added)) < step
 
 
+@DTYPES
+@pytest.mark.parametrize("size, weight_size", [(0.01, 0.2), (1e-4, 1.0), (1.0, 1e-3)])
+def test_integers_as_floats_give_the_integer_product(dtype, size, weight_size):
+    """Where torch has no integer product for a device; 4096 columns of one sign."""
+    packed = formats.get("int8").quantize(gaussian(30, 4096, seed=1).abs() * weight_size)
+    x, bias = (gaussian(5, 4096).abs() * size).to(dtype), gaussian(30, seed=2).to(dtype)
+    codes, scale = int8.quantize_tokens(x)
+    found = int8.float_product(codes, scale, packed, bias, dtype)
+    step = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
+    assert relative(found, exact(x, packed, bias)) < step
+
+
 @BOTH
 @DTYPES
 def test_any_layout_of_x_gives_the_rows_of_the_plain_one(name, dtype):
