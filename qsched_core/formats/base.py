@@ -220,7 +220,8 @@ class WeightFormat(ABC):
         if weight_only or not self.low_bit_activations:
             return self._on_values(x, packed, bias)
         codes, scale = quantize_tokens(x)
-        out = self._on_values(codes.to(x.dtype), packed) * scale.to(x.dtype)
+        values, rest = scaled_codes(codes, scale, x.dtype)
+        out = self._on_values(values, packed) * rest
         return out if bias is None else out + bias.to(x.dtype)
 
     def _on_values(self, x, packed: Packed, bias=None) -> torch.Tensor:
@@ -306,6 +307,23 @@ def _quantize_tokens(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale = largest.div_(127).clamp_(min=1e-30)
     # No clamp to +-127: in fp32 the quotient is at most one rounding above 127.
     return (values / scale).round_().to(torch.int8), scale
+
+
+SMALLEST = 2.0**-24  # fp16's least number: an int8 code times it is exact
+
+
+def scaled_codes(
+    codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 codes times scale's power of two, in ``dtype``, and the factor that is left of scale.
+
+    Both are exact in fp16, bf16 and fp32 but for the factor's rounding.  Integers alone would sum
+    past fp16's range, and a small scale would lose its digits there; this way a product overflows
+    only where its result does.
+    """
+    exponent = scale.view(torch.int32) & 0x7F800000  # that of an fp32 number
+    power = exponent.view(torch.float32).clamp(min=SMALLEST)
+    return codes.to(dtype) * power.to(dtype), (scale / power).to(dtype)
 
 
 def in_blocks(

@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .base import HostLayout, Packed, WeightFormat, in_blocks, quantize_tokens, round_to_int
+from .base import (
+    HostLayout,
+    Packed,
+    WeightFormat,
+    in_blocks,
+    quantize_tokens,
+    round_to_int,
+    scaled_codes,
+)
 
 # A CPU scales this much of the product while it is in the cache, so many rows at once.
 BLOCK_ELEMENTS, BLOCK_ROWS = 1 << 19, 1024
@@ -32,13 +40,7 @@ class Int8(WeightFormat):
         return codes.to(torch.int8), {"scale": scale}
 
     def _dequantize_rows(self, packed: Packed, dtype: torch.dtype) -> torch.Tensor:
-        scale = packed.aux["scale"]
-        return in_blocks(
-            lambda part: packed.codes[part].float().mul_(scale[part]),
-            packed,
-            packed.matrix[1],
-            dtype,
-        )
+        return _dequantized(packed, dtype)
 
     def replaces_host(self, device):
         return torch.device(device).type == "cpu"
@@ -96,9 +98,21 @@ def int8_product(
         serves = device == "cpu" and rows > 0
     if serves:
         return scaled_int_mm(codes, scale, packed.codes, packed.aux["scale"], bias, dtype)
-    weight = packed.codes.to(dtype) * packed.aux["scale"].to(dtype)
-    out = F.linear(codes.to(dtype), weight) * scale.to(dtype)
+    return float_product(codes, scale, packed, bias, dtype)
+
+
+def float_product(codes, scale, packed: Packed, bias, dtype: torch.dtype) -> torch.Tensor:
+    """What ``int8_product`` gives, with the integers multiplied as floats of ``dtype``."""
+    values, rest = scaled_codes(codes, scale, dtype)
+    out = F.linear(values, _dequantized(packed, dtype)) * rest
     return out if bias is None else out + bias.to(dtype)
+
+
+def _dequantized(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
+    scale = packed.aux["scale"]
+    return in_blocks(
+        lambda part: packed.codes[part].float().mul_(scale[part]), packed, packed.matrix[1], dtype
+    )
 
 
 def scaled_int_mm(

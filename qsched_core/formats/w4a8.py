@@ -19,8 +19,8 @@ class W4A8(WeightFormat):
 
     One fp32 number brings the whole weight into fp16's range.
 
-    The product is that of int8 activations with int4 weights and group scales; the integers are
-    exact in every float dtype that carries them.
+    The product is that of int8 activations with int4 weights and group scales; the activations are
+    exact in every float dtype.
     """
 
     name = "w4a8"
