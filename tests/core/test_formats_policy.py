@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from qsched_core.formats import FormatError, names
-from qsched_core.formats.files import check_unquantized, read_header
+from qsched_core.formats.files import check_unquantized
+from qsched_core.formats.header import read_header
 from qsched_core.formats.policy import Choice, Policy, parse_overrides
 
 SHAPE = (256, 256)
