@@ -1,28 +1,22 @@
-"""What a weight file's header says, read before anything is loaded."""
+"""A weight file's tensors, mapped rather than read, and whether they are quantized already."""
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
-import struct
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from .base import FormatError
+from .header import Entry, header_of, shown
 
-MAX_HEADER = 100 << 20  # bytes; what the safetensors library itself accepts
-ITEM_BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
-    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
-}  # fmt: skip
 TORCH_NAMES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
@@ -42,60 +36,6 @@ MARKERS = {
 }
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a file: dtype as safetensors writes it, shape, and its place among the data."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * ITEM_BYTES.get(self.dtype, 1)
-
-
-def read_header(path: str | Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Tensors and metadata of a safetensors file.
-
-    FormatError names a file that is empty, cut short or no safetensors file; OSError if it can't
-    be read.
-    """
-    path = Path(path)
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        start = file.read(8)
-        if start[:4] == b"GGUF":
-            raise FormatError(
-                f"{path.name} is a GGUF file, which is quantized already; "
-                "load it with a GGUF loader node, or give the fp16 or bf16 file"
-            )
-        if len(start) < 8:
-            raise FormatError(
-                f"{path.name} is empty or cut short ({size} bytes); download it again"
-            )
-        (length,) = struct.unpack("<Q", start)
-        if not 2 <= length <= MAX_HEADER:
-            raise FormatError(
-                f"{path.name} is not a safetensors file (its header says {length} bytes)"
-            )
-        raw = file.read(length)
-    if len(raw) < length:
-        raise _cut_short(path, size, 8 + length)
-    try:
-        header = json.loads(raw)
-        metadata = header.pop("__metadata__", {}) or {}
-        tensors = {
-            k: Entry(v["dtype"], tuple(v["shape"]), v["data_offsets"][0]) for k, v in header.items()
-        }
-        end = max((v["data_offsets"][1] for v in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise FormatError(f"{path.name} has a damaged safetensors header ({error})") from error
-    if size < 8 + length + end:
-        raise _cut_short(path, size, 8 + length + end)
-    return tensors, metadata
-
-
 class MappedFile:
     """A safetensors file whose tensors lie in a read-only mapping of it.
 
@@ -105,14 +45,13 @@ class MappedFile:
     """
 
     def __init__(self, path: str | Path):
-        self.entries, self.metadata = read_header(path)
+        self._name = Path(path).name
         with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
+            header = header_of(file, self._name)
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._data = 8 + length
+        self.entries, self.metadata, self._data = header.tensors, header.metadata, header.data
         whole = self._view(0, len(self._map), torch.uint8)
         self._start, self._end = whole.data_ptr(), whole.data_ptr() + whole.numel()
-        self._name = Path(path).name
 
     def _view(self, offset: int, count: int, dtype: torch.dtype) -> torch.Tensor:
         with warnings.catch_warnings():
@@ -123,7 +62,9 @@ class MappedFile:
         """Tensor ``key``: a view of the mapping, not to be written to."""
         entry = self.entries[key]
         if entry.dtype not in DTYPES:
-            raise FormatError(f"{self._name}: {key} has the dtype {entry.dtype}, unknown to torch")
+            raise FormatError(
+                f"{self._name}: tensor {shown(key)} has the dtype {entry.dtype}, unknown to torch"
+            )
         dtype, count = DTYPES[entry.dtype], math.prod(entry.shape)
         offset = self._data + entry.start
         if count == 0:
@@ -149,13 +90,6 @@ class MappedFile:
         last = min(start + tensor.numel() * tensor.element_size(), len(self._map)) // page * page
         if last > first:
             self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
-
-
-def _cut_short(path: Path, size: int, wanted: int) -> FormatError:
-    return FormatError(
-        f"{path.name} is cut short: it has {size} bytes, its header promises {wanted}; "
-        "download or copy it again"
-    )
 
 
 def check_unquantized(
