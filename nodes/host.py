@@ -330,18 +330,18 @@ class TrajectoryRunner:
         found: list[Observed] = []
 
         def sample(model, x, sigmas, extra_args=None, callback=None, disable=None):
-            def counted(x, sigma, **extra):
+            def interruptible(x, sigma, **extra):
                 comfy.model_management.throw_exception_if_processing_interrupted()
-                self.model_evaluations += len(x)
                 return model(x, sigma, **extra)
 
             found.append(
                 observed(
-                    counted,
+                    interruptible,
                     x,
                     sigmas,
                     solver=self.solver,
                     facts=self.facts,
+                    seeds=prompts.seeds,
                     options=self.options,
                     at=at,
                     extra_args=extra_args,
@@ -350,6 +350,7 @@ class TrajectoryRunner:
             return x
 
         self._sampled(prompts, 1, sample)
+        self.model_evaluations += found[0].model_evaluations
         return found[0]
 
 

@@ -139,14 +139,12 @@ class TaskRunner:
         x, model = self._start(prompts)
         task = self.task
 
-        def counted(x, sigma):
-            self.model_evaluations += len(x)
-            return model(x, sigma)
-
-        return observed(
-            counted, x, self._sigmas(x), solver=task.solver, facts=task.facts,
-            options=task.options, at=at,
+        found = observed(
+            model, x, self._sigmas(x), solver=task.solver, facts=task.facts,
+            seeds=prompts.seeds, options=task.options, at=at,
         )  # fmt: skip
+        self.model_evaluations += found.model_evaluations
+        return found
 
     @torch.no_grad()
     def _images_of(self, prompts: PromptSet, corrections, on_step) -> torch.Tensor:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from ..prompts import PromptSet
+from ..rollout import per_sample_noise
 from ..solvers import ModelFacts, get_solver
 
 MIN_PROMPTS, COMPARED_PROMPTS = 2, 8
@@ -64,12 +65,14 @@ def precheck(
     quantized: Sequence[torch.Tensor],
     reference: Sequence[torch.Tensor],
     sigmas: Sequence[float],
+    model_evaluations: int | None = None,
 ) -> PreCheck:
     """Fit the scalars of every step at ``latents``, one [prompts, ...] a step.
 
     ``quantized`` and ``reference`` are the two models' guided clean latents there; ``sigmas``
-    [steps + 1].  A step's target is x + (sigma_next - sigma) eps_reference.  ValueError where the
-    shapes differ or there are fewer than 2 prompts.
+    [steps + 1].  A step's target is x + (sigma_next - sigma) eps_reference.
+    ``model_evaluations`` is what all this cost; None: one latent a step, prompt and model.
+    ValueError where the shapes differ or there are fewer than 2 prompts.
     """
     steps = len(sigmas) - 1
     if not len(latents) == len(quantized) == len(reference) == steps:
@@ -95,7 +98,8 @@ def precheck(
         left, all_energy = left + remaining, all_energy + energy
     total = 1 - left / all_energy if all_energy else 0.0
     count = len(latents[0])
-    return PreCheck(tuple(shares), total, tuple(errors), count, 2 * steps * count)
+    spent = 2 * steps * count if model_evaluations is None else model_evaluations
+    return PreCheck(tuple(shares), total, tuple(errors), count, spent)
 
 
 @dataclass(frozen=True)
@@ -103,11 +107,13 @@ class Observed:
     """A model along a trajectory: noise levels [steps], and latents and predictions at them.
 
     Tensors [prompts, ...], one a step, on the CPU; predictions are of the guided clean latents.
+    ``model_evaluations`` counts every latent that went through the model, kept here or not.
     """
 
     sigmas: tuple[float, ...]
     latents: tuple[torch.Tensor, ...]
     outputs: tuple[torch.Tensor, ...]
+    model_evaluations: int
 
 
 class Observable(Protocol):
@@ -127,7 +133,13 @@ def compared(
     )
     exact = reference.observed(few)
     ours = quantized.observed(few, exact)
-    return precheck(exact.latents, ours.outputs, exact.outputs, (*exact.sigmas, last_sigma))
+    return precheck(
+        exact.latents,
+        ours.outputs,
+        exact.outputs,
+        (*exact.sigmas, last_sigma),
+        exact.model_evaluations + ours.model_evaluations,
+    )
 
 
 def observed(
@@ -137,18 +149,23 @@ def observed(
     *,
     solver: str,
     facts: ModelFacts,
+    seeds: Sequence[int],
     options: Mapping[str, float] | None = None,
     at: Observed | None = None,
     extra_args: dict | None = None,
 ) -> Observed:
     """The model at the levels and latents of ``at``, or along its own trajectory from x.
 
-    Of a step with two evaluations the first is taken.
+    Of a step with two evaluations the first is taken.  ``seeds`` has one seed a sample: a stochastic
+    solver draws for each what it draws for its picture.
     """
+    made = 0
     seen: dict[int, tuple[float, torch.Tensor, torch.Tensor]] = {}
     ends = sigmas[1:].tolist()
 
     def watched(x, sigma, **extra):
+        nonlocal made
+        made += len(x)
         out, level = model(x, sigma, **extra), float(sigma[0])
         step = next(i for i, end in enumerate(ends) if level > end)
         seen.setdefault(step, (level, x.cpu(), out.cpu()))
@@ -157,11 +174,13 @@ def observed(
     if at is None:
         entry = get_solver(solver)
         arguments = entry.bind(facts, **(options or {}))
+        if entry.stochastic:
+            arguments["noise_sampler"] = per_sample_noise(entry, x, sigmas, seeds, candidates=1)
         entry.function(watched, x, sigmas, extra_args=extra_args, **arguments)
     else:
         for level, latents in zip(at.sigmas, at.latents, strict=True):
             watched(latents.to(x), sigmas.new_full((len(x),), level), **(extra_args or {}))
-    return Observed(*zip(*(seen[step] for step in sorted(seen)), strict=True))
+    return Observed(*zip(*(seen[step] for step in sorted(seen)), strict=True), made)
 
 
 def _cross_fitted(columns: torch.Tensor, target: torch.Tensor) -> float:

@@ -104,6 +104,31 @@ def test_two_models_are_compared_step_by_step_along_the_references_way(solver):
     again = runners[0].observed(PROMPTS, exact)
     assert all(torch.equal(a, b) for a, b in zip(again.latents, exact.latents, strict=True))
     found = compared(*runners, PROMPTS, 0.0)
-    assert found.prompts == 5 and found.model_evaluations == 2 * 3 * 5
+    along = 5 if solver == "dpmpp_sde" else 3  # its last step has one evaluation
+    assert found.prompts == 5 and found.model_evaluations == (along + 3) * 5
     assert found.total == pytest.approx(1, abs=1e-5)
     assert all(error > 0.05 for error in found.error)
+
+
+@pytest.mark.parametrize("solver", ["euler_ancestral", "dpmpp_sde"])
+def test_the_compared_trajectory_has_the_pictures_own_noise(solver):
+    """It depends on neither torch's global seed nor on the prompts beside, as in a rollout."""
+    facts = ModelFacts(True, first_sigma=0.9999)
+    task = replace(plain_task.full("cpu"), solver=solver, facts=facts)
+    seen = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        seen.append(TaskRunner(task).observed(PROMPTS).latents)
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+    alone = TaskRunner(task).observed(PROMPTS.part(2, 3)).latents
+    for many, one in zip(seen[0], alone, strict=True):
+        torch.testing.assert_close(many[2:3], one)
+    sampled = []
+
+    def denoise(x, sigma, target):
+        sampled.append(x)
+        return task.denoise(x, sigma, target)
+
+    TaskRunner(replace(task, denoise=denoise)).images(PROMPTS, [task.identity()])
+    for latents in seen[0]:
+        assert any(torch.allclose(latents, x, atol=1e-6) for x in sampled)

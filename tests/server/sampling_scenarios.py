@@ -26,6 +26,8 @@ custom = importlib.import_module("comfy_extras.nodes_custom_sampler")
 perp_neg = importlib.import_module("comfy_extras.nodes_perpneg")
 differential = importlib.import_module("comfy_extras.nodes_differential_diffusion")
 host = importlib.import_module("qsched_pack.nodes.host_sampling")
+trajectories = importlib.import_module("qsched_pack.nodes.host")
+prompt_sets = importlib.import_module("qsched_pack.qsched_core.prompts")
 schedules = importlib.import_module("qsched_pack.qsched_core.schedule")
 solvers = importlib.import_module("qsched_pack.qsched_core.solvers")
 save_file = importlib.import_module("safetensors.torch").save_file
@@ -337,3 +339,34 @@ def test_sigmas_that_can_not_be_sampled(sigmas, message, files):
     draw = with_cfg(files)
     with pytest.raises(ValueError, match=message):
         draw(ours(draw, "euler"), torch.tensor(sigmas))
+
+
+class Words:
+    """A text encoder in two methods; prompts are numbers."""
+
+    def tokenize(self, text: str) -> str:
+        return text
+
+    def encode_from_tokens_scheduled(self, tokens: str) -> list:
+        return conditioning(SD15, int(tokens or 0))
+
+
+@pytest.mark.parametrize("solver", ["euler_ancestral", "dpmpp_sde"])
+def test_the_pre_check_sees_the_latents_of_the_pictures(files, solver):
+    """Each prompt has its own noise whatever is beside it, and every evaluation is counted."""
+    model, steps = plain(files, SD15), 2
+    sigmas, _ = host.sampling_facts(model, "simple", steps)
+    prompts = prompt_sets.PromptSet(("1", "2"), (11, 12))
+
+    def seen(part):
+        runner = trajectories.TrajectoryRunner(
+            model, Words(), None, sigmas=sigmas, solver=solver, width=96, height=96
+        )
+        found = runner.observed(part)
+        each = 2 * steps - 1 if solver == "dpmpp_sde" else steps
+        assert found.model_evaluations == runner.model_evaluations == each * len(part)
+        return found
+
+    together, alone = seen(prompts), seen(prompts.part(1, 2))
+    for many, one in zip(together.latents, alone.latents, strict=True):
+        torch.testing.assert_close(many[1:], one, rtol=1e-3, atol=1e-3)
