@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 from scenario_runner import names, run
 
-FILES = ("loading_scenarios.py", "saving_scenarios.py", "text_scenarios.py")
+FILES = (
+    "golden_scenarios.py",
+    "loading_scenarios.py",
+    "saving_scenarios.py",
+    "text_scenarios.py",
+)
 HERE = Path(__file__).parent
 CASES = [
     pytest.param(file, name, device, marks=marks)

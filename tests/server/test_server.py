@@ -33,6 +33,26 @@ def test_every_declared_node_is_served(nodes_of_pack, repo_root):
     assert set(nodes_of_pack) == declared
 
 
+def test_the_nodes_of_an_earlier_version_are_still_there(nodes_of_pack, repo_root):
+    """What it had: the same inputs first and in that order, for workflows store widgets by place."""
+    golden = json.loads((repo_root / "tests/golden/nodes.json").read_text(encoding="utf-8"))
+    assert set(nodes_of_pack) >= set(golden)
+    for name, before in golden.items():
+        node = nodes_of_pack[name]
+        for group in ("required", "optional"):
+            order = node["input_order"].get(group, [])
+            assert order[: len(before[group])] == [i["name"] for i in before[group]], name
+            for wanted in before[group]:
+                kind, *more = node["input"][group][wanted["name"]]
+                options = more[0] if more else {}
+                where = f"{name}.{wanted['name']}"
+                assert kind == wanted["type"], where
+                assert options.get("default") == wanted.get("default"), where
+                assert set(options.get("options", ())) >= set(wanted.get("options", ())), where
+        outputs = [list(pair) for pair in zip(node["output"], node["output_name"], strict=True)]
+        assert outputs[: len(before["outputs"])] == before["outputs"], name
+
+
 def test_every_node_says_what_it_is(nodes_of_pack):
     for name, node in nodes_of_pack.items():
         assert node["category"].split("/")[0] == "QSched", name

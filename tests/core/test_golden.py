@@ -1,0 +1,107 @@
+"""Schedules and studies that an earlier version wrote, read by this one: see tests/golden/README.md."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+from pathlib import Path
+
+import pytest
+from test_search import PROMPTS, SIGMAS, World
+
+from qsched_core.schedule import QSchedule
+from qsched_core.search import CalibrationSettings, calibrate
+from qsched_core.search.journal import Journal
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+SCHEDULES = json.loads((GOLDEN / "schedules.json").read_text(encoding="utf-8"))
+STUDIES = json.loads((GOLDEN / "studies.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(params=SCHEDULES)
+def schedule(request):
+    path = GOLDEN / "schedules" / f"{request.param}.json"
+    return path, QSchedule.load(path), SCHEDULES[request.param]
+
+
+def test_a_schedule_reads_bit_for_bit(schedule):
+    _, found, wanted = schedule
+    assert (found.solver, found.flow) == (wanted["solver"], wanted["flow"])
+    for name in ("sigmas", "c_x", "c_eps"):
+        assert [value.hex() for value in getattr(found, name)] == wanted[name]
+
+
+def test_a_schedule_serves_the_noise_levels_between_its_own_as_before(schedule):
+    _, found, wanted = schedule
+    match = found.at(wanted["between"]["sigmas"])
+    for name in ("c_x", "c_eps"):
+        assert getattr(match.correction, name) == pytest.approx(wanted["between"][name], rel=1e-12)
+    assert found.at(found.sigmas).correction == found.correction()
+
+
+def test_a_schedules_provenance_is_kept_and_it_is_written_as_it_was(schedule):
+    path, found, _ = schedule
+    content = json.loads(path.read_text(encoding="utf-8-sig"))
+    assert found.provenance == content.get("provenance", {})
+    assert json.loads(found.to_json()) == {"provenance": {}} | content
+
+
+def test_every_solver_has_a_schedule_and_one_was_edited():
+    from qsched_core.solvers import SOLVERS
+
+    found = [QSchedule.load(path) for path in (GOLDEN / "schedules").glob("*.json")]
+    assert {path.stem for path in (GOLDEN / "schedules").glob("*.json")} == set(SCHEDULES)
+    assert {s.solver for s in found} >= {s for s in SOLVERS if s in WRITTEN}
+    assert sum(s.provenance.get("source") == "edit" for s in found) == 2
+
+
+# the solvers of the version that wrote the files
+WRITTEN = {"euler", "euler_ancestral", "lcm", "tcd", "ddim", "dpmpp_2m", "dpmpp_sde"}
+
+
+def test_a_study_of_a_comfyui_graph_is_read_record_by_record(tmp_path):
+    wanted = STUDIES["comfyui"]
+    shutil.copy(GOLDEN / "studies" / wanted["file"], tmp_path)
+    with Journal(tmp_path, wanted["name"]) as store:
+        for stage, records in wanted["records"].items():
+            found = store.records(stage).values()
+            assert [
+                [r.slot, dict(r.point), r.scores.mean(), r.model_evaluations] for r in found
+            ] == records
+        for key, value in wanted["notes"].items():
+            assert store.get(key) == value
+
+
+def finished(folder, settings, **more):
+    world = World()
+    result = calibrate(world, SIGMAS, True, "euler", settings, PROMPTS, {"m": 1}, folder, **more)
+    assert world.calls == [], "a finished search evaluates nothing"
+    return result
+
+
+def same_result(result, wanted) -> None:
+    best = {"c_x": list(result.best.c_x), "c_eps": list(result.best.c_eps)}
+    assert best == wanted["best"] and result.verdict.kind == wanted["verdict"]
+    assert [
+        [t.stage, list(t.correction.c_x), list(t.correction.c_eps), t.value] for t in result.trials
+    ] == wanted["trials"]
+    assert result.heldout.to_dict() == pytest.approx(wanted["heldout"], rel=1e-9)
+
+
+def test_a_finished_search_is_not_made_again(tmp_path):
+    wanted = STUDIES["journal"]
+    shutil.copy(GOLDEN / "studies" / wanted["file"], tmp_path)
+    settings = CalibrationSettings("gp+steps", 18, seed=1, low=0.9, high=1.1)
+    same_result(finished(tmp_path, settings), wanted)
+
+
+def test_a_finished_shared_search_is_not_made_again(tmp_path):
+    database = sqlite3.connect(tmp_path / "study.db")
+    database.executescript((GOLDEN / "studies" / "shared.sql").read_text(encoding="utf-8"))
+    database.close()
+    settings = CalibrationSettings("gp", 8, low=0.9, high=1.1)
+    result = finished(
+        tmp_path, settings, storage=f"sqlite:///{tmp_path}/study.db", study="golden"
+    )  # fmt: skip
+    same_result(result, STUDIES["shared"])
