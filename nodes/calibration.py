@@ -27,10 +27,12 @@ from ..qsched_core.search import (
     STRATEGIES,
     CalibrationResult,
     CalibrationSettings,
+    Database,
     Progress,
     Reference,
     calibrate,
-    check_storage,
+    check_shared,
+    workflow_rule,
 )
 from ..qsched_core.search.precheck import compared
 from ..qsched_core.search.report import Sample, report_picture, report_text, typical
@@ -102,8 +104,7 @@ class QSchedJAQCalibrator(io.ComfyNode):
         try:
             if None not in values:  # wired: checked when it runs
                 _settings(*values)
-            if storage:
-                check_storage(storage, study)
+            _database(storage, study)
         except (ValueError, MissingDependencyError) as error:
             return str(error)
         return True
@@ -118,6 +119,7 @@ class QSchedJAQCalibrator(io.ComfyNode):
         settings = _settings(
             search, budget, low, high, radius, ramp_ends, fidelity, proposals, seed, guard
         )
+        database = _database(storage, study)
         trajectory = (
             clip, vae, objective, solver, scheduler, steps, cfg, width, height, negative,
             chosen_options(solver, eta, gamma),
@@ -140,7 +142,7 @@ class QSchedJAQCalibrator(io.ComfyNode):
             host_scoring.studies_folder(),
             on_trial=live.trial_done,
             count_evaluations=lambda: sum(count() for count in counts),
-            storage=storage,
+            storage=database,
             study=study,
             idle=live.waiting,
             reference=reference,
@@ -188,10 +190,9 @@ def search_inputs() -> list:
         ),
         io.String.Input(
             "storage", default="", optional=True, advanced=True,
-            tooltip="Database URL that several servers share, for example "
-            "postgresql://user@host/qsched, or env:VARIABLE for a variable of the servers that has "
-            "it: a URL in the workflow is saved with it, and so into pictures. Empty: this "
-            "machine's own file.",
+            tooltip="Where several queues or servers share one search: env:QSCHED_STORAGE for that "
+            "variable of the servers, which holds a database's URL, or a plain name such as "
+            "my-studies for a file of this machine. Empty: a file for this search alone.",
         ),
         io.String.Input(
             "study", default="", optional=True, advanced=True,
@@ -212,6 +213,16 @@ def _settings(
         strategy=search, budget=budget, seed=seed, guard=guard, low=low or None, high=high or None,
         radius=radius, ends=ramp_ends, fidelity=fidelity, proposals=proposals,
     )  # fmt: skip
+
+
+def _database(storage: str | None, study: str | None) -> Database | None:
+    """The shared database; ValueError for one that no workflow may name.  None: checked later."""
+    if storage is None:
+        return None
+    database = workflow_rule(host_scoring.studies_folder()).database(storage)
+    if database is not None and study is not None:
+        check_shared(database, study)
+    return database
 
 
 def _reference(model, trajectory: tuple, quantized, objective, prompts: CalibrationPrompts):

@@ -15,6 +15,7 @@ from .optional import require
 from .precondition import ScalarCorrection
 from .prompts import PromptSet
 from .search import (
+    COMMAND_LINE,
     FIDELITIES,
     STRATEGIES,
     CalibrationSettings,
@@ -22,7 +23,7 @@ from .search import (
     Progress,
     Reference,
     calibrate,
-    check_storage,
+    check_shared,
 )
 from .search.precheck import compared
 from .search.report import report_picture, report_text
@@ -76,8 +77,9 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         fidelity=arguments.fidelity,
         proposals=arguments.proposals,
     )
-    if arguments.storage:
-        check_storage(arguments.storage, arguments.study)
+    database = COMMAND_LINE.database(arguments.storage)
+    if database is not None:
+        check_shared(database, arguments.study)
     optuna = require("optuna", "the search", "optuna")
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # trials are told here
     check_outputs([arguments.out, arguments.picture])
@@ -111,7 +113,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         arguments.folder,
         on_trial=_tell,
         count_evaluations=lambda: sum(each.model_evaluations for each in runners),
-        storage=arguments.storage,
+        storage=database,
         study=arguments.study,
         reference=reference,
     )

@@ -2,7 +2,7 @@
 
 from .calibrate import CalibrationResult, calibrate
 from .control import Control, Reference
-from .database import check_storage
+from .database import COMMAND_LINE, Database, StorageRule, check_shared, workflow_rule
 from .engine import Evaluate, Progress, Trial, best_of
 from .errors import CalibrationError
 from .fidelity import FIDELITIES
@@ -11,20 +11,24 @@ from .settings import CalibrationSettings
 from .strategies import STRATEGIES, get_strategy
 
 __all__ = [
+    "COMMAND_LINE",
     "FIDELITIES",
     "STRATEGIES",
     "CalibrationError",
     "CalibrationResult",
     "CalibrationSettings",
     "Control",
+    "Database",
     "Evaluate",
     "PreCheck",
     "Progress",
     "Reference",
+    "StorageRule",
     "Trial",
     "best_of",
     "calibrate",
-    "check_storage",
+    "check_shared",
     "get_strategy",
     "precheck",
+    "workflow_rule",
 ]

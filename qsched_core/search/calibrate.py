@@ -14,6 +14,7 @@ from ..prompts import CalibrationPrompts
 from ..schedule import QSchedule
 from .cautions import cautions
 from .control import Control, Reference
+from .database import Database
 from .engine import Evaluate, Progress, Search, Trial, best_of
 from .errors import CalibrationError
 from .guard import Interval, Verdict, judge, paired_interval
@@ -110,7 +111,7 @@ def calibrate(
     folder: str | Path,
     on_trial: Callable[[Progress], None] | None = None,
     count_evaluations: Callable[[], int] = lambda: 0,
-    storage: str = "",
+    storage: Database | None = None,
     study: str = "",
     idle: Callable[[], None] = lambda: None,
     reference: Reference | None = None,
@@ -143,7 +144,7 @@ def calibrate(
         "provenance": dict(provenance),
     }
     name = fingerprint(content)
-    place = SharedStore(storage, study, content) if storage.strip() else Journal(folder, name)
+    place = Journal(folder, name) if storage is None else SharedStore(storage, study, content)
     with place as store:
         run = Search(
             store, evaluate, settings, prompts.calibration, on_trial, count_evaluations, idle

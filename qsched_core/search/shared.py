@@ -18,8 +18,9 @@ from contextlib import suppress
 from typing import Any
 
 from ..optional import require
-from .database import DRIVERS, check_storage, hidden, resolve
+from .database import DRIVERS, Database, check_shared
 from .errors import CalibrationError
+from .failures import failure
 from .journal import distributions, fingerprint
 from .space import Point, Space
 from .store import Record
@@ -30,30 +31,31 @@ BEAT_SECONDS = 3.0
 GRACE_VARIABLE, GRACE_SECONDS = "QSCHED_GRACE_SECONDS", 30.0
 CONNECT_SECONDS = 10
 PATIENCE = (0.5, 1, 2, 4, 8, 16)  # seconds between tries of a database that does not answer
+# SQLAlchemy's pools log what a driver says about a connection that breaks: ours go unheard.
+POOLS, POOL_NAME = ("QueuePool", "NullPool", "SingletonThreadPool", "StaticPool"), "qsched"
 
 
 class SharedStore:
-    """The study ``name`` in the database ``storage``; a context manager.
+    """The study ``name`` in ``database``; a context manager.
 
     ``content`` is what the study is about, plain JSON: another's is refused.  ``grace`` is how many
-    seconds a worker may be silent.  CalibrationError for a URL or driver that can't be used, a
-    database that does not answer, and a study of that name that is about something else.
+    seconds a worker may be silent.  CalibrationError for a database that can't be used or does not
+    answer, and a study of that name that is about something else.
     """
 
     shared = True
 
     def __init__(
         self,
-        storage: str,
+        database: Database,
         name: str,
         content: Mapping[str, Any],
         grace: float | None = None,
     ):
-        check_storage(storage, name)
-        self.name, self.content = name.strip(), dict(content)
-        self.url = resolve(storage)
+        self.name, self.content = check_shared(database, name), dict(content)
+        self.database = database
         self.grace = _grace() if grace is None else grace
-        self.where = f"study {self.name!r} in {hidden(self.url)}"
+        self.where = f"study {self.name!r} in {database.label}"
         self._studies: dict[str, int] = {}
         self._beats: dict[
             int, tuple[int, float]
@@ -61,7 +63,11 @@ class SharedStore:
 
     def __enter__(self) -> SharedStore:
         self._storage = self._connect()
-        self._check_content()
+        try:
+            self._check_content()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exception) -> None:
@@ -74,24 +80,24 @@ class SharedStore:
         from sqlalchemy.engine import make_url
         from sqlalchemy.exc import SQLAlchemyError
 
-        backend = make_url(self.url).get_backend_name()
-        options: dict[str, Any] = {"pool_pre_ping": True}
-        if backend in DRIVERS:
-            options["connect_args"] = {"connect_timeout": CONNECT_SECONDS}
+        for pool in POOLS:
+            logging.getLogger(f"sqlalchemy.pool.impl.{pool}.{POOL_NAME}").disabled = True
+        options: dict[str, Any] = {"pool_pre_ping": True, "pool_logging_name": POOL_NAME}
+        url = self.database.url.replace("{", "{{").replace("}", "}}")  # Optuna fills in a template
         try:
+            if make_url(self.database.url).get_backend_name() in DRIVERS:
+                options["connect_args"] = {"connect_timeout": CONNECT_SECONDS}
+            if self.database.file is not None:
+                self.database.file.parent.mkdir(parents=True, exist_ok=True)
             # Workers that make the tables of a new database at once get in each other's way.
             return _patiently(
-                lambda: optuna.storages.RDBStorage(self.url, engine_kwargs=options),
+                lambda: optuna.storages.RDBStorage(url, engine_kwargs=options),
                 (SQLAlchemyError, optuna.exceptions.StorageInternalError),
                 PATIENCE[:3],
             )
-        except ImportError as error:
+        except Exception as error:  # whatever a driver raises: its text may hold secrets
             raise CalibrationError(
-                f"storage={hidden(self.url)!r} has no driver here: {error}"
-            ) from None
-        except (SQLAlchemyError, optuna.exceptions.StorageInternalError, RuntimeError) as error:
-            raise CalibrationError(
-                f"storage={hidden(self.url)!r} can't be used: {_line(error, self.url)}"
+                f"storage: can't connect to {self.database.label}: {failure(error)}"
             ) from None
 
     def _check_content(self) -> None:
@@ -123,13 +129,15 @@ class SharedStore:
 
     def _call(self, call: Callable[[], Any]) -> Any:
         """Ask the database, again if it does not answer."""
-        optuna = require("optuna", "the search", "optuna")
+        from sqlalchemy.exc import SQLAlchemyError
+
+        internal = require("optuna", "the search", "optuna").exceptions.StorageInternalError
         try:
-            return _patiently(call, (optuna.exceptions.StorageInternalError,), PATIENCE)
-        except optuna.exceptions.StorageInternalError as error:
+            return _patiently(call, (internal,), PATIENCE)
+        except (internal, SQLAlchemyError) as error:
             raise CalibrationError(
-                f"{self.where}: the database does not answer ({_line(error, self.url)}); what was "
-                "finished is kept in it: run this again when it does"
+                f"{self.where}: the database does not answer: {failure(error)}. What was finished "
+                "is kept in it: run this again when it does"
             ) from None
 
     def _study(self, stage: str) -> int:
@@ -179,7 +187,7 @@ class SharedStore:
         logger.warning(
             "%s: a worker (%s) fell silent; its trial is free again",
             self.where,
-            trial.user_attrs.get("worker", "unknown"),
+            _short(trial.user_attrs.get("worker", "unknown")),
         )
         self.fail(trial._trial_id)
         return False
@@ -295,7 +303,7 @@ class _Claim:
                     self.store.beat(trial, count)
                 except Exception as error:
                     # finished in this moment, or a database that is away: the next beat tells
-                    logger.debug("no beat: %s", error)
+                    logger.debug("no beat: %s", type(error).__name__)
 
 
 def differing(one: Any, other: Any, path: str = "") -> list[str]:
@@ -306,11 +314,11 @@ def differing(one: Any, other: Any, path: str = "") -> list[str]:
             for key in sorted({*one, *other})
             for line in differing(one.get(key), other.get(key), f"{path}.{key}".lstrip("."))
         ]
-    return [] if one == other else [f"{path}: {_short(one)}, here {_short(other)}"]
+    return [] if one == other else [f"{_short(path)}: {_short(one)}, here {_short(other)}"]
 
 
 def _short(value: Any, most: int = 60) -> str:
-    text = str(value)
+    text = "".join(c if c.isprintable() else "?" for c in str(value)[: most + 1])
     return text if len(text) <= most else f"{text[:most]}..."
 
 
@@ -325,7 +333,7 @@ def _grace() -> float:
     except ValueError:
         seconds = 0.0
     if not 1 <= seconds < 86400:
-        raise CalibrationError(f"{GRACE_VARIABLE}={text!r} must be seconds, at least 1")
+        raise CalibrationError(f"{GRACE_VARIABLE} must be seconds, at least 1")
     return seconds
 
 
@@ -337,15 +345,3 @@ def _patiently(call: Callable[[], Any], errors: tuple, waits) -> Any:
             logger.info("the study's database: %s; trying again", type(error).__name__)
             time.sleep(seconds)
     return call()
-
-
-def _line(error: BaseException, url: str) -> str:
-    """The error's own first line, without the password."""
-    from sqlalchemy.engine import make_url
-
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(getattr(error, "orig", None) or error).strip().splitlines()
-    text = lines[0] if lines else type(error).__name__
-    password = make_url(url).password
-    return text.replace(str(password), "***") if password else text

@@ -14,9 +14,14 @@ import pytest
 from postgres import PASSWORD, postgres, why_not
 from test_search import PROMPTS, SIGMAS, World, outcome
 
-from qsched_core.search import CalibrationError, CalibrationSettings, calibrate, check_storage
+from qsched_core.search import (
+    COMMAND_LINE,
+    CalibrationError,
+    CalibrationSettings,
+    calibrate,
+    check_shared,
+)
 from qsched_core.search import engine as engine_module
-from qsched_core.search.database import hidden, resolve
 from qsched_core.search.shared import SharedStore, differing
 from qsched_core.search.space import RampSpace
 
@@ -37,8 +42,8 @@ def postgresql():
 @pytest.fixture(params=["sqlite", "postgresql"])
 def storage(request, tmp_path):
     if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/study.db"
-    return request.getfixturevalue("postgresql")
+        return COMMAND_LINE.database(f"sqlite:///{tmp_path}/study.db")
+    return COMMAND_LINE.database(request.getfixturevalue("postgresql"))
 
 
 @pytest.fixture
@@ -114,10 +119,10 @@ class Killed(t.World):
             os.kill(os.getpid(), signal.SIGKILL)
         return super().__call__(corrections, prompts)
 settings = t.CalibrationSettings("gp", 12, together=1)
-t.work(Killed(), sys.argv[1], sys.argv[2], sys.argv[3], settings)
+t.work(Killed(), sys.argv[1], t.COMMAND_LINE.database(sys.argv[2]), sys.argv[3], settings)
 """
     done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path), storage, study],
+        [sys.executable, "-c", script, str(tmp_path), storage.url, study],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -203,27 +208,28 @@ def test_who_waits_can_be_stopped(storage, study, tmp_path):
 def test_the_password_is_nowhere(postgresql, study, tmp_path, caplog):
     assert PASSWORD in postgresql
     caplog.set_level("DEBUG")
-    result = work(World(), tmp_path, postgresql, study)
-    assert PASSWORD not in result.where and "***" in result.where
+    result = work(World(), tmp_path, COMMAND_LINE.database(postgresql), study)
+    assert result.where == f"study {study!r} in postgresql://127.0.0.1/studies"
     assert PASSWORD not in json.dumps(result.to_dict())
     wrong = postgresql.replace(PASSWORD, "not-the-word")
-    with pytest.raises(CalibrationError, match="password authentication failed") as refused:
-        work(World(), tmp_path, wrong, study)
+    with pytest.raises(CalibrationError, match="password was not accepted") as refused:
+        work(World(), tmp_path, COMMAND_LINE.database(wrong), study)
     assert "not-the-word" not in str(refused.value)
     assert PASSWORD not in caplog.text and "not-the-word" not in caplog.text
 
 
 def test_a_database_that_is_not_there_is_said_at_once(tmp_path):
     started, world = time.monotonic(), World()
-    with pytest.raises(CalibrationError, match=r"can't be used.*refused"):
-        work(world, tmp_path, "postgresql://nobody:pw@127.0.0.1:9/none", "x")
+    database = COMMAND_LINE.database("postgresql://nobody:pw@127.0.0.1:9/none")
+    with pytest.raises(CalibrationError, match=r"can't connect to .*/none: .*refused"):
+        work(world, tmp_path, database, "x")
     assert time.monotonic() - started < 20 and world.calls == []
 
 
 @pytest.mark.parametrize(
     ("storage", "study", "says"),
     [
-        ("nonsense", "x", "'nonsense' is no database URL"),
+        ("nonsense", "x", "no database URL"),
         ("redis://host", "x", "no database URL"),
         ("env:QSCHED_NOT_SET", "x", "QSCHED_NOT_SET is not set"),
         ("sqlite:///x.db", "  ", "study is empty"),
@@ -232,14 +238,14 @@ def test_a_database_that_is_not_there_is_said_at_once(tmp_path):
 )
 def test_what_can_not_be_a_shared_study_is_refused(storage, study, says):
     with pytest.raises(CalibrationError, match=says) as refused:
-        check_storage(storage, study)
+        check_shared(COMMAND_LINE.database(storage), study)
     assert "pw" not in str(refused.value).replace("pip", "")
 
 
 def test_a_url_may_come_from_the_environment(monkeypatch):
     monkeypatch.setenv("QSCHED_TEST_URL", "postgresql://a:b@c/d")
-    assert resolve("env:QSCHED_TEST_URL") == "postgresql+psycopg://a:b@c/d"
-    assert hidden("postgresql://a:b@c/d") == "postgresql://a:***@c/d"
+    database = COMMAND_LINE.database("env:QSCHED_TEST_URL")
+    assert database.url == "postgresql+psycopg://a:b@c/d"
 
 
 def test_differences_are_named_by_their_path():

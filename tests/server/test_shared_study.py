@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_calibration import coefficients, graph, report_of
+from test_calibration import coefficients, graph, node, report_of
 
 from devtools.server import ComfyServer, ServerError, device_args
 
@@ -95,10 +95,13 @@ def test_two_servers_share_a_search_and_one_may_be_killed(start, storage, server
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"storage": "nonsense", "study": "x"}, "no database URL"),
+        ({"storage": "../nonsense", "study": "x"}, "no plain name"),
+        ({"storage": "env:PATH", "study": "x"}, "begins with QSCHED_"),
+        ({"storage": "sqlite:////tmp/x.db", "study": "x"}, "may not write out a database's URL"),
+        ({"storage": "mine", "study": "x\x1b[2J"}, "control characters"),
         ({"storage": "env:QSCHED_UNKNOWN", "study": "x"}, "QSCHED_UNKNOWN is not set"),
-        ({"storage": "sqlite:///x.db", "study": ""}, "study is empty"),
-        ({"storage": "postgresql://u:w@127.0.0.1:9/x", "study": "x"}, "can't be used"),
+        ({"storage": "mine", "study": ""}, "study is empty"),
+        ({"storage": "postgresql://u:w@127.0.0.1:9/x", "study": "x"}, "QSCHED_ALLOW_STORAGE_URLS"),
         ({"fidelity": "low"}, "fidelity"),
         ({"high": 0.9}, "1, the base solver"),
     ],
@@ -108,3 +111,13 @@ def test_what_can_not_be_shared_is_named(server, change, says):
     prompt["4"]["inputs"] |= change
     with pytest.raises(ServerError, match=says):
         server.run(prompt)
+
+
+def test_a_wired_storage_is_judged_when_it_runs(server, tmp_path):
+    prompt = graph()
+    file = tmp_path / "evil.py"
+    prompt["9"] = node("PrimitiveString", value=f"sqlite:///{file}")
+    prompt["4"]["inputs"] |= {"storage": ["9", 0], "study": "x"}
+    with pytest.raises(ServerError, match="may not write out a database's URL"):
+        server.run(prompt)
+    assert not file.exists()
