@@ -106,6 +106,9 @@ class Search:
         self.on_trial, self.count, self.idle = on_trial, count_evaluations, idle
         self.fidelity = get_fidelity(settings.fidelity)
         self.trials: list[Trial] = []
+        # The scores of c = 1, slot 0 of the first stage.  While a stage runs, trials are in the
+        # order of their arrival, and another worker's may come before it.
+        self.base: Scores | None = None
         self.new_trials = 0
         self.total = 1 + settings.budget
 
@@ -126,6 +129,8 @@ class Search:
             done = self.store.records(stage.name)
             for slot in [slot for slot in done if slot not in seen]:
                 seen.add(slot)
+                if started == slot == 0:
+                    self.base = done[slot].scores
                 self._note(stage, done[slot], resumed=slot not in own)
             if len(done) >= stage.trials:
                 break
@@ -175,7 +180,7 @@ class Search:
         return points
 
     def _evaluated(self, stage: Stage, points: Mapping[int, Point], done: Mapping[int, Record]):
-        if self.fidelity.name == "full" or not self.trials:
+        if self.fidelity.name == "full" or self.base is None:
             corrections = [stage.space.correction(point) for point in points.values()]
             measured = self._measure(corrections, self.prompts)
             for (slot, point), cost in zip(points.items(), measured, strict=True):
@@ -201,11 +206,10 @@ class Search:
         return Record(slot, point, Scores.join(scores), sum(seconds), sum(evaluations), pruned)
 
     def _value(self, record: Record) -> float:
-        if not record.pruned or not self.trials:
+        if not record.pruned or self.base is None:
             return record.scores.mean()
-        base = self.trials[0].scores.jaq
-        seen = base[: len(record.scores)]
-        return record.scores.mean() + fmean(base) - fmean(seen)
+        base = self.base.jaq
+        return record.scores.mean() + fmean(base) - fmean(base[: len(record.scores)])
 
     def _trial(self, stage: Stage, record: Record, number: int) -> Trial:
         return Trial(

@@ -8,6 +8,8 @@ and the slot is free again.  Nothing compares clocks of different machines.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 import platform
@@ -31,6 +33,8 @@ BEAT_SECONDS = 3.0
 GRACE_VARIABLE, GRACE_SECONDS = "QSCHED_GRACE_SECONDS", 30.0
 CONNECT_SECONDS = 10
 PATIENCE = (0.5, 1, 2, 4, 8, 16)  # seconds between tries of a database that does not answer
+# MySQL's text columns hold 65 535 bytes; JSON that is quoted in JSON takes at most twice its length.
+PIECE, HEAD = 30_000, "in pieces"
 # SQLAlchemy's pools log what a driver says about a connection that breaks: ours go unheard.
 POOLS, POOL_NAME = ("QueuePool", "NullPool", "SingletonThreadPool", "StaticPool"), "qsched"
 
@@ -162,7 +166,7 @@ class SharedStore:
         found: dict[int, Record] = {}
         for trial in self._trials(stage):
             if trial.state.name == "COMPLETE":
-                record = Record.of(trial.params, trial.user_attrs["record"])
+                record = Record.of(trial.params, _whole(trial.user_attrs, "record"))
                 found.setdefault(record.slot, record)
         return dict(sorted(found.items()))
 
@@ -233,7 +237,8 @@ class SharedStore:
         state = optuna.trial.TrialState.COMPLETE
 
         def write() -> None:
-            self._storage.set_trial_user_attr(trial, "record", record.facts())
+            for key, value in _pieces("record", record.facts()):
+                self._storage.set_trial_user_attr(trial, key, value)
             self._storage.set_trial_state_values(trial, state, [record.scores.mean()])
 
         try:
@@ -246,12 +251,17 @@ class SharedStore:
     def get(self, key: str) -> Any:
         """What was put under ``key``, or None."""
         study = self._study("notes")
-        return self._call(lambda: self._storage.get_study_user_attrs(study)).get(key)
+        return _whole(self._call(lambda: self._storage.get_study_user_attrs(study)), key)
 
     def put(self, key: str, value: Any) -> None:
         """Keep plain JSON beside the trials."""
         study = self._study("notes")
-        self._call(lambda: self._storage.set_study_user_attr(study, key, value))
+
+        def write() -> None:
+            for name, piece in _pieces(key, value):
+                self._storage.set_study_user_attr(study, name, piece)
+
+        self._call(write)
 
 
 class _Claim:
@@ -304,6 +314,29 @@ class _Claim:
                 except Exception as error:
                     # finished in this moment, or a database that is away: the next beat tells
                     logger.debug("no beat: %s", type(error).__name__)
+
+
+def _pieces(key: str, value: Any) -> list[tuple[str, Any]]:
+    """``value`` by key, cut into pieces that every database's columns hold; the head comes last.
+
+    Pieces are named by the content, so that two workers that write at once don't mix theirs.
+    """
+    text = json.dumps(value)
+    if len(text) <= PIECE:
+        return [(key, value)]
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    parts = [text[start : start + PIECE] for start in range(0, len(text), PIECE)]
+    named = [(f"{key} {digest} {i}", part) for i, part in enumerate(parts)]
+    return [*named, (key, {HEAD: [digest, len(parts)]})]
+
+
+def _whole(attributes: Mapping[str, Any], key: str) -> Any:
+    """The inverse of :func:`_pieces`; None where there is nothing under ``key``."""
+    value = attributes.get(key)
+    if not isinstance(value, Mapping) or set(value) != {HEAD}:
+        return value
+    digest, count = value[HEAD]
+    return json.loads("".join(attributes[f"{key} {digest} {i}"] for i in range(count)))
 
 
 def differing(one: Any, other: Any, path: str = "") -> list[str]:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
+from statistics import fmean
+from types import SimpleNamespace
 
 import pytest
 from postgres import PASSWORD, postgres, why_not
 from test_search import PROMPTS, SIGMAS, World, outcome
 
+from qsched_core.objective import Scores
 from qsched_core.search import (
     COMMAND_LINE,
     CalibrationError,
@@ -23,7 +28,8 @@ from qsched_core.search import (
 )
 from qsched_core.search import engine as engine_module
 from qsched_core.search.shared import SharedStore, differing
-from qsched_core.search.space import RampSpace
+from qsched_core.search.space import RampSpace, grid_points
+from qsched_core.search.store import Record
 
 pytest.importorskip("sqlalchemy", reason="shared studies need sqlalchemy")
 SETTINGS = CalibrationSettings("gp", 12)
@@ -187,6 +193,94 @@ def test_another_study_under_the_same_name_is_refused_before_any_work(storage, s
     with pytest.raises(CalibrationError, match=r"search\.budget: 12, here 9"):
         work(world, tmp_path, storage, study, CalibrationSettings("gp", 9))
     assert world.calls == []
+
+
+class Others:
+    """A store whose trials other workers finish, some at each look; the rest they are at, or free."""
+
+    shared, where = True, "elsewhere"
+
+    def __init__(self, arrivals, busy=()):
+        self.arrivals, self.busy, self.done, self.looks = arrivals, dict(busy), {}, 0
+
+    def records(self, stage):
+        for record in self.arrivals.get(self.looks, ()):
+            self.done[record.slot] = record
+            self.busy.pop(record.slot, None)
+        self.looks += 1
+        return dict(sorted(self.done.items()))
+
+    def working(self, stage):
+        return self.busy
+
+    def claim(self, stage, space, points):
+        return nullcontext(SimpleNamespace(points=points, finish=self._finish))
+
+    def _finish(self, record):
+        self.done[record.slot] = record
+
+
+def grid_record(slot, prompts, pruned=False):
+    """A point of the grid of 4 whose candidates differ from one prompt to another."""
+    space = RampSpace(4, low=0.8, high=1.2)
+    points = [space.start, *(p for p in grid_points(space, 2) if p != space.start)]
+    jaq = tuple(1 + slot + (0.5 + slot) * i for i in range(prompts))
+    return Record(slot, points[slot], Scores(jaq, (0.0,) * prompts, jaq), 0.1, 1, pruned)
+
+
+def test_given_up_trials_are_measured_against_c_1_whichever_trial_arrives_first():
+    whole = len(PROMPTS.calibration)
+    pruned = grid_record(2, 3, pruned=True)
+    late = [grid_record(0, whole), pruned, grid_record(3, whole), grid_record(4, whole)]
+    store = Others({0: [grid_record(1, whole)], 1: late}, dict.fromkeys((0, 2, 3, 4), POINT))
+    told = []
+    search = engine_module.Search(
+        store, World(), CalibrationSettings("grid", 4, fidelity="hyperband"), PROMPTS.calibration,
+        on_trial=lambda progress: told.append(progress.trial),
+    )  # fmt: skip
+    search.stages(4)
+    base = grid_record(0, whole).scores.jaq
+    value = fmean(base) + fmean(pruned.scores.jaq) - fmean(base[:3])
+    assert [trial.number for trial in search.trials if trial.pruned] == [2]
+    assert search.trials[2].value == pytest.approx(value)
+    assert next(trial.value for trial in told if trial.pruned) == pytest.approx(value)
+
+
+def test_nothing_is_given_up_before_c_1_is_known():
+    whole, world = len(PROMPTS.calibration), World()
+    seen = []
+
+    def evaluate(corrections, prompts):
+        seen.append((len(store.done), len(prompts)))
+        return world(corrections, prompts)
+
+    store = Others({0: [grid_record(1, whole)], 1: [grid_record(0, whole)]}, {0: POINT})
+    settings = CalibrationSettings("grid", 4, fidelity="hyperband", together=1)
+    engine_module.Search(store, evaluate, settings, PROMPTS.calibration).stages(4)
+    assert seen[0] == (1, whole)  # slot 1 alone is done: every prompt
+    assert seen[1][1] < whole  # c = 1 is there: a few first
+
+
+def test_a_trial_of_thousands_of_prompts_fits_mysqls_columns(tmp_path):
+    prompts = 1500
+    values = tuple(i / 7 for i in range(prompts))
+    scores = Scores(values, values, values, {'odd "name" \\': values, "k\u00e4se": values})
+    record = Record(3, POINT, scores, 0.1, 1)
+    notes = {"deep": ['"' * 20_000, "\u00e4" * 12_000]}
+    file = tmp_path / "study.db"
+    database = COMMAND_LINE.database(f"sqlite:///{file}")
+    with SharedStore(database, "x", {"a": "b" * 70_000}) as store:
+        with store.claim("ramp", RampSpace(4), {3: POINT}) as claim:
+            claim.finish(record)
+        store.put("notes", {"other": 1})
+        store.put("notes", notes)
+    with SharedStore(database, "x", {"a": "b" * 70_000}) as store:
+        assert store.records("ramp") == {3: record} and store.get("notes") == notes
+    with sqlite3.connect(file) as connection:
+        for table in ("trial_user_attributes", "study_user_attributes"):
+            query = f"select max(length(cast(value_json as blob))) from {table}"
+            assert 0 < connection.execute(query).fetchone()[0] < 2**16
+    connection.close()
 
 
 def test_who_waits_can_be_stopped(storage, study, tmp_path):
