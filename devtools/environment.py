@@ -71,7 +71,7 @@ class Environment:
 
         KeyboardInterrupt comes after the child, which has had it too, is done.
         """
-        variables = os.environ | {"COMFYUI_PATH": str(self.comfyui)}
+        variables = os.environ | {"COMFYUI_PATH": str(self.comfyui)} | self._bytecode()
         process = subprocess.Popen([str(self.python), *arguments], cwd=self.root, env=variables)
         try:
             return process.wait()
@@ -86,6 +86,16 @@ class Environment:
             process.terminate()
             process.wait()
             raise
+
+    def _bytecode(self) -> dict[str, str]:
+        """Where nobody may leave compiled files beside the sources: a place of our own for them.
+
+        Without any, each start of ComfyUI compiles torch anew, which takes longer than all else.
+        """
+        if not os.environ.get("PYTHONDONTWRITEBYTECODE"):
+            return {}
+        cache = self.python.parent.parent / "pycache"
+        return {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(cache)}
 
 
 class Setup:

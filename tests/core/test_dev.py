@@ -226,6 +226,22 @@ def test_pips_settings_reach_uv():
     }
 
 
+def test_code_is_compiled_once_where_nobody_may_leave_it_beside_the_sources(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.delenv("PYTHONPYCACHEPREFIX", raising=False)
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    try:
+        python.symlink_to(sys.executable)
+    except OSError as error:
+        pytest.skip(f"no symbolic links here: {error}")
+    (tmp_path / "compiled.py").write_text("", encoding="utf-8")
+    made = environment.Environment(tmp_path, python, tmp_path, False)
+    assert made.run("-c", "import compiled") == 0
+    (found,) = tmp_path.rglob("compiled.*.pyc")
+    assert found.is_relative_to(tmp_path / "venv" / "pycache")
+
+
 # ComfyUI's archive
 
 
