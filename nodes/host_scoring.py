@@ -68,7 +68,7 @@ def load_encoder(
     """The dual encoder of a file in ``models/clip_score``, or of open_clip's name."""
     if name == BY_NAME:
         return load_named(architecture.strip(), allow_download, place)
-    return load_file(scorer_path(name), architecture.strip(), place)
+    return load_file(scorer_path(name), architecture.strip(), place, allow_download)
 
 
 def studies_folder() -> Path:

@@ -68,7 +68,10 @@ class QSchedJAQObjective(io.ComfyNode):
                     default=False,
                     optional=True,
                     advanced=True,
-                    tooltip="Let open_clip download the model that architecture names.",
+                    tooltip=(
+                        "Let open_clip download the model or the tokenizer that architecture names, and "
+                        "pyiqa its metric. Off: nothing is downloaded."
+                    ),
                 ),
                 io.String.Input(
                     "formula",
@@ -142,7 +145,9 @@ class QSchedJAQObjective(io.ComfyNode):
         names = {"hps": hps_name, "pickscore": pickscore_name, "aesthetic": aesthetic_name}
         files = {key: host_scoring.scorer_path(name) for key, name in names.items() if name != NONE}
         return io.NodeOutput(
-            jaq.Objective(encoder, quality.strip(), quality_weight, place, formula, files)
+            jaq.Objective(
+                encoder, quality.strip(), quality_weight, place, formula, files, allow_download
+            )
         )
 
 

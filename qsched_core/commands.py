@@ -56,7 +56,9 @@ def parser(program: str, description: str) -> argparse.ArgumentParser:
         "by name",
     )
     group.add_argument(
-        "--allow-download", action="store_true", help="let open_clip download weights by name"
+        "--allow-download",
+        action="store_true",
+        help="let open_clip and pyiqa download what the scorers named here need",
     )
     group.add_argument("--quality", default="clip_iqa", help="clip_iqa or pyiqa:METRIC")
     group.add_argument("--quality-weight", type=float, default=QUALITY_WEIGHT, help="k of JAQ")
@@ -96,7 +98,9 @@ def objective_of(arguments: argparse.Namespace, device: torch.device) -> Objecti
     """The objective that the arguments name, on ``device``; ScorerError."""
     place = placement(device)
     if arguments.scorer is not None:
-        encoder = load_file(arguments.scorer, arguments.architecture, place)
+        encoder = load_file(
+            arguments.scorer, arguments.architecture, place, arguments.allow_download
+        )
     elif arguments.architecture:
         encoder = load_named(arguments.architecture, arguments.allow_download, place)
     else:
@@ -110,7 +114,13 @@ def objective_of(arguments: argparse.Namespace, device: torch.device) -> Objecti
     }
     files = {name: path for name, path in own.items() if path is not None}
     return Objective(
-        encoder, arguments.quality, arguments.quality_weight, place, arguments.formula, files
+        encoder,
+        arguments.quality,
+        arguments.quality_weight,
+        place,
+        arguments.formula,
+        files,
+        arguments.allow_download,
     )
 
 

@@ -204,8 +204,9 @@ class Objective:
 
     ``formula``, ``quality`` (a quality scorer's name: ``clip_iqa``, ``pyiqa:METRIC``, ...) and
     ``quality_weight``, the k of the definition, are those of :func:`recipe_of`.  ``place`` brings a
-    scorer to its device before use; ``files`` are the weights of scorers that have their own.  Text
-    features are kept, so a prompt is encoded once.  ScorerError for scorers that are unknown or
+    scorer to its device before use; ``files`` are the weights of scorers that have their own;
+    ``allow_download`` lets scorers fetch theirs.  Text features are kept, so a prompt is encoded once.
+    ScorerError for scorers that are unknown or
     unavailable, weights that are missing or broken, and numbers that are out of range.
     """
 
@@ -217,10 +218,11 @@ class Objective:
         place: Placement = stay,
         formula: str = "",
         files: Mapping[str, Path] | None = None,
+        allow_download: bool = False,
     ):
         self.recipe = recipe_of(formula, quality, quality_weight)
         self.encoder, self.quality_weight = encoder, float(self.recipe.quality_weight)
-        sources = Sources(encoder, place, dict(files or {}))
+        sources = Sources(encoder, place, dict(files or {}), allow_download)
         self.alignment, self.quality = (
             [(term.weight, build_scorer(term.spec, sources)) for term in terms]
             for terms in (self.recipe.alignment, self.recipe.quality)

@@ -27,6 +27,15 @@ class ScorerError(ValueError):
     """A scorer that can't be built, or that gave something that is no score."""
 
 
+def agree_to_download(allowed: bool, what: str) -> None:
+    """Asked before anything is fetched: ScorerError, which names ``what``, unless it is allowed."""
+    if not allowed:
+        raise ScorerError(
+            f"{what} would be downloaded from the internet; set allow_download to agree, or put "
+            "weights that need no download into models/clip_score and choose them"
+        )
+
+
 def stay(module: torch.nn.Module) -> torch.device:
     """The placement that moves nothing."""
     return next(module.parameters()).device
@@ -36,12 +45,13 @@ def stay(module: torch.nn.Module) -> torch.device:
 class Sources:
     """What scorers are made of: the encoder they share, and weight files by scorer name.
 
-    ``place`` brings a model to its device before use.
+    ``place`` brings a model to its device before use; ``allow_download`` is the user's consent.
     """
 
     encoder: DualEncoder
     place: Placement = stay
     files: Mapping[str, Path] = field(default_factory=dict)
+    allow_download: bool = False
 
     def file(self, name: str, example: str) -> Path:
         """The file of the scorer ``name``; ScorerError where none was chosen or it is not there."""

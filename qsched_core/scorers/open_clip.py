@@ -5,7 +5,6 @@ CLIPScore: Hessel et al., arXiv 2104.08718, in the scaling of 100 * cosine.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import logging
@@ -25,9 +24,12 @@ from .base import (
     Placement,
     ScorerEntry,
     ScorerError,
+    agree_to_download,
     in_parts,
     stay,
 )
+from .towers import build, checked_config, checked_preprocess, fetched_parts
+from .weights import read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -118,11 +120,17 @@ def _resize(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return F.interpolate(x, (height, width), mode="bicubic", antialias=True, align_corners=False)
 
 
-def load_file(path: str | Path, architecture: str = "", place: Placement = stay) -> DualEncoder:
+def load_file(
+    path: str | Path,
+    architecture: str = "",
+    place: Placement = stay,
+    allow_download: bool = False,
+) -> DualEncoder:
     """Read a dual encoder from a .safetensors, .pt, .pth or .bin file.
 
-    A safetensors file with ``open_clip_config`` in its metadata describes itself; for any other,
-    ``architecture`` is open_clip's name of the model.  Raises ScorerError (a file that can't be
+    A safetensors file with ``open_clip_config`` in its metadata describes itself, in plain numbers;
+    for any other, ``architecture`` is open_clip's name of the model.  Some of those have a tokenizer
+    or a text tower that open_clip fetches: ``allow_download`` must be given for them.  Raises ScorerError (a file that can't be
     read, an architecture that is missing or unknown or does not fit), MissingDependencyError.
     """
     path = Path(path)
@@ -136,8 +144,13 @@ def load_file(path: str | Path, architecture: str = "", place: Placement = stay)
     else:
         _check_architecture(open_clip, architecture, path.name)
         source["architecture"] = architecture
+        for part in fetched_parts(open_clip, architecture):
+            agree_to_download(allow_download, f"architecture={architecture!r}: {part!r}")
         try:
-            model = open_clip.create_model(architecture, pretrained=str(path), weights_only=True)
+            # Absolute: a bare name could be one of the weights that open_clip downloads.
+            model = open_clip.create_model(
+                architecture, pretrained=str(path.resolve()), weights_only=True
+            )
         except Exception as error:
             # open_clip reports unreadable and unfitting files with many exception types
             raise ScorerError(
@@ -167,11 +180,7 @@ def load_named(name: str, allow_download: bool = False, place: Placement = stay)
     if tag not in tags:
         known = ", ".join(f"{architecture}/{t}" for t in tags) or "none for this architecture"
         raise ScorerError(f"architecture={name!r} is not a pretrained model's name; known: {known}")
-    if not allow_download:
-        raise ScorerError(
-            f"architecture={name!r} is downloaded from the internet on first use; set "
-            "allow_download to agree, or put a weights file into models/clip_score and choose it"
-        )
+    agree_to_download(allow_download, f"architecture={name!r}")
     try:
         model = open_clip.create_model(architecture, pretrained=tag, weights_only=True)
     except Exception as error:
@@ -182,24 +191,11 @@ def load_named(name: str, allow_download: bool = False, place: Placement = stay)
 
 
 def _self_described(open_clip, path: Path, config: dict):
-    try:
-        model_cfg, preprocess = config["model_cfg"], dict(config["preprocess_cfg"])
-        model = open_clip.CLIP(**copy.deepcopy(model_cfg))
-        preprocess.setdefault("size", model_cfg["vision_cfg"]["image_size"])
-        tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length)
-    except (KeyError, TypeError) as error:
-        raise ScorerError(
-            f"{path.name}: its {CONFIG_KEY} metadata does not describe an open_clip model ({error}); "
-            "give the architecture instead"
-        ) from error
-    weights = _read_safetensors(path)
-    try:
-        model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-    except RuntimeError as error:
-        raise ScorerError(
-            f"{path.name}: its weights do not fit its {CONFIG_KEY} metadata: {error}"
-        ) from error
-    return model, tokenizer, preprocess
+    model_cfg = checked_config(config.get("model_cfg"), path.name)
+    preprocess = checked_preprocess(config.get("preprocess_cfg"), model_cfg, path.name)
+    weights = read_weights(path)
+    model = build(open_clip, model_cfg, weights, path.name, f"its {CONFIG_KEY} metadata")
+    return model, open_clip.SimpleTokenizer(context_length=model.context_length), preprocess
 
 
 def _named_parts(open_clip, architecture: str, model):
@@ -239,16 +235,11 @@ def _embedded_config(path: Path) -> dict | None:
         config = None if text is None else json.loads(text)
     except (SafetensorError, OSError) as error:
         raise ScorerError(f"{path.name} is not a readable safetensors file: {error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ScorerError(f"{path.name}: its {CONFIG_KEY} metadata is not JSON: {error}") from error
     if config is not None and not isinstance(config, dict):
         raise ScorerError(f"{path.name}: its {CONFIG_KEY} metadata must be an object")
     return config
-
-
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def _sha256(path: Path) -> str:

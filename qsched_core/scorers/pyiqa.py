@@ -7,7 +7,16 @@ from typing import Any
 import torch
 
 from ..optional import missing, require
-from .base import Batch, Placement, ScorerEntry, ScorerError, Sources, in_parts, stay
+from .base import (
+    Batch,
+    Placement,
+    ScorerEntry,
+    ScorerError,
+    Sources,
+    agree_to_download,
+    in_parts,
+    stay,
+)
 
 LICENCE = "PolyForm-Noncommercial-1.0.0 (no commercial use); metrics' weights have their own"
 FEATURE, INSTALL = f"a pyiqa metric (licence {LICENCE})", "pyiqa"
@@ -17,11 +26,12 @@ IMAGE_BATCH = 8
 class PyiqaMetric:
     """A no-reference metric [n] in its own scale; one where lower is better is negated.
 
-    Raises ScorerError for a name pyiqa does not have, for a metric that needs a reference, or when
-    its weights can't be obtained; MissingDependencyError without pyiqa.
+    pyiqa downloads a metric's weights on first use, so ``allow_download`` must be given.  Raises
+    ScorerError for a name pyiqa does not have, for a metric that needs a reference, or when its
+    weights can't be obtained; MissingDependencyError without pyiqa.
     """
 
-    def __init__(self, metric: str, place: Placement = stay):
+    def __init__(self, metric: str, place: Placement = stay, allow_download: bool = False):
         pyiqa = require("pyiqa", FEATURE, INSTALL)
         known = pyiqa.list_models(metric_mode="NR")
         if metric not in known:
@@ -29,6 +39,7 @@ class PyiqaMetric:
                 f"quality='pyiqa:{metric}' is not a no-reference metric of pyiqa; "
                 f"choose one of {', '.join(known)}"
             )
+        agree_to_download(allow_download, f"the weights of quality='pyiqa:{metric}'")
         try:
             self.model = pyiqa.create_metric(metric, device=torch.device("cpu"))
         except Exception as error:
@@ -65,7 +76,7 @@ class PyiqaMetric:
 def _build(option: str, sources: Sources) -> PyiqaMetric:
     if not option:
         raise ScorerError("quality='pyiqa' names no metric; write for example 'pyiqa:musiq'")
-    return PyiqaMetric(option, sources.place)
+    return PyiqaMetric(option, sources.place, sources.allow_download)
 
 
 ENTRY = ScorerEntry(

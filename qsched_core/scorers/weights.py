@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,11 @@ import torch
 from safetensors import safe_open
 
 from .base import Placement, ScorerError, stay
+from .towers import VOCABULARY, build, checked_config, head_counts
 
 # CLIP's own normalisation, which LAION's models, HPS and PickScore kept
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-HEAD_WIDTH, HUGE_WIDTH, HUGE_HEAD_WIDTH = 64, 1280, 80  # ViT-H has wider heads than all others
 WRAPPERS = ("state_dict", "model")
 
 Weights = dict[str, torch.Tensor]
@@ -46,46 +47,79 @@ def read_weights(path: Path) -> Weights:
         raise ScorerError(f"{path.name} holds no state dict; use a file of plain weights")
     found = {name.removeprefix("module."): value for name, value in weights.items()}
     for name, value in found.items():
+        if not _is_stored(value):
+            raise ScorerError(f"{path.name}: {name} is larger than what is stored of it")
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise ScorerError(f"{path.name}: {name} has NaN or infinite values; get the file again")
     return found
 
 
-def clip_config(weights: Weights, file: str) -> dict[str, Any]:
+def _is_stored(value: torch.Tensor) -> bool:
+    """Whether every element of ``value`` is in the file: a small file can claim a huge tensor."""
+    if value.layout != torch.strided or value.device.type != "cpu":
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+
+
+def clip_config(open_clip, weights: Weights, file: str) -> dict[str, Any]:
     """open_clip's configuration of the ViT dual encoder whose weights these are, by their shapes.
 
-    ScorerError, naming ``file``, where they are another model's.
+    The number of heads is what open_clip's models of that width have.  ScorerError, naming ``file``,
+    for another model's weights, and for a width that no model of open_clip has.
     """
     try:
-        patches = weights["visual.conv1.weight"]
-        places = weights["visual.positional_embedding"]
+        width, _, patch, _ = weights["visual.conv1.weight"].shape
+        places = weights["visual.positional_embedding"].shape[0]
         context, text_width = weights["positional_embedding"].shape
         vocabulary = weights["token_embedding.weight"].shape[0]
         embed = weights["text_projection"].shape[1]
+        ratios = [
+            _ratio(weights[f"{tower}transformer.resblocks.0.mlp.c_fc.weight"].shape)
+            for tower in ("visual.", "")
+        ]
     except (KeyError, IndexError, ValueError) as error:
         raise ScorerError(
             f"{file} is no CLIP model with a vision transformer in open_clip's keys ({error} is "
             "missing); check that it is the scorer's own file"
         ) from None
-    width, _, patch, _ = patches.shape
-    grid = round((places.shape[0] - 1) ** 0.5)
-    return {
+    vision_heads, text_heads = head_counts(open_clip)
+    for tower, found, known in (("image", width, vision_heads), ("text", text_width, text_heads)):
+        if found not in known:
+            raise ScorerError(
+                f"{file}: its {tower} tower is {found} wide, and its weights don't show how many "
+                f"heads it has; the widths of known models are {', '.join(map(str, sorted(known)))}"
+            )
+    if vocabulary != VOCABULARY:
+        raise ScorerError(
+            f"{file} has a vocabulary of {vocabulary} tokens; CLIP's own tokenizer has {VOCABULARY}: "
+            "use a file that was made with it"
+        )
+    config = {
         "embed_dim": embed,
         "vision_cfg": {
-            "image_size": grid * patch,
+            "image_size": math.isqrt(max(0, places - 1)) * patch,
             "layers": _layers(weights, "visual.transformer.resblocks."),
             "width": width,
             "patch_size": patch,
-            "head_width": HUGE_HEAD_WIDTH if width == HUGE_WIDTH else min(HEAD_WIDTH, width),
+            "head_width": width // vision_heads[width],
+            "mlp_ratio": ratios[0],
         },
         "text_cfg": {
             "context_length": context,
             "vocab_size": vocabulary,
             "width": text_width,
-            "heads": max(1, text_width // HEAD_WIDTH),
+            "heads": text_heads[text_width],
             "layers": _layers(weights, "transformer.resblocks."),
+            "mlp_ratio": ratios[1],
         },
     }
+    return checked_config(config, file)
+
+
+def _ratio(shape) -> float:
+    """The ratio of a [hidden, width] matrix that open_clip rounds down to these whole numbers."""
+    hidden, width = shape
+    return (hidden + 0.5) / width
 
 
 def _layers(weights: Weights, prefix: str) -> int:
@@ -99,19 +133,8 @@ def encoder_of(weights: Weights, source: dict[str, Any], file: str, place: Place
     from .open_clip import FEATURE, INSTALL, DualEncoder
 
     open_clip = require("open_clip", FEATURE, INSTALL)
-    config = clip_config(weights, file)
-    model = open_clip.CLIP(**config)
-    try:
-        missing, unknown = model.load_state_dict(
-            {name: value.float() for name, value in weights.items()}, strict=False
-        )
-    except RuntimeError as error:
-        line = str(error).strip().splitlines()[-1].strip()
-        raise ScorerError(f"{file} does not fit the model its shapes name: {line}") from None
-    if missing:
-        raise ScorerError(f"{file} lacks {len(missing)} weights, such as {missing[0]}")
-    if [name for name in unknown if not name.endswith("position_ids")]:
-        raise ScorerError(f"{file} has {len(unknown)} weights of no CLIP model: {unknown[0]}")
+    config = clip_config(open_clip, weights, file)
+    model = build(open_clip, config, weights, file, "the model its shapes name")
     size = config["vision_cfg"]["image_size"]
     tokenizer = open_clip.SimpleTokenizer(context_length=config["text_cfg"]["context_length"])
     preprocess = {"size": size, "mean": CLIP_MEAN, "std": CLIP_STD}

@@ -190,7 +190,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
         ("[]", "must be an object"),
         ("{}", "does not describe"),
         (json.dumps({"model_cfg": {"embed_dim": 1}, "preprocess_cfg": {}}), "does not describe"),
-        (json.dumps(CONFIG).replace('"width": 32', '"width": 64'), "do not fit"),
+        (json.dumps(CONFIG).replace('"width": 32', '"width": 64'), "does not fit"),
     ],
 )
 def test_a_broken_description_is_told(model, tmp_path, metadata, reason):
@@ -262,7 +262,7 @@ def pyiqa(monkeypatch):
 @pytest.mark.parametrize("metric,sign", [("bright", 1), ("dark", -1)])
 def test_a_pyiqa_metric_is_turned_so_that_higher_is_better(pyiqa, encoder, metric, sign):
     images = pictures(20)
-    scorer = build_scorer(f"pyiqa:{metric}", Sources(encoder), "quality")
+    scorer = build_scorer(f"pyiqa:{metric}", Sources(encoder, allow_download=True), "quality")
     scores = scorer.score(Batch(images, PROMPTS[:1] * 20, encoder))
     torch.testing.assert_close(scores, sign * images.mean((1, 2, 3)))
     assert scorer.describe()["sign"] == sign
@@ -282,6 +282,12 @@ def test_a_pyiqa_metric_whose_weights_cannot_be_had_is_told(pyiqa, encoder):
 
     pyiqa.create_metric = fail
     with pytest.raises(ScorerError, match=r"pyiqa:bright.*no route to host.*network"):
+        build_scorer("pyiqa:bright", Sources(encoder, allow_download=True), "quality")
+
+
+def test_a_pyiqa_metric_is_downloaded_with_consent_alone(pyiqa, encoder):
+    pyiqa.create_metric = lambda name, device: pytest.fail("went to the network")
+    with pytest.raises(ScorerError, match=r"pyiqa:bright.*allow_download"):
         build_scorer("pyiqa:bright", Sources(encoder), "quality")
 
 

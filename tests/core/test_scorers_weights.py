@@ -20,10 +20,11 @@ from qsched_core.scorers.open_clip import DualEncoder
 from qsched_core.scorers.weights import from_huggingface, read_weights
 
 PROMPTS = ("a red circle on a blue square", "two green rings", "a cat")
+# Widths of published models: weights alone don't say how many heads a tower has.
 TINY = {
     "embed_dim": 24,
-    "vision_cfg": {"image_size": 32, "layers": 2, "width": 128, "head_width": 64, "patch_size": 8},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 128, "heads": 2, "layers": 2},
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 384, "head_width": 64, "patch_size": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 256, "heads": 4, "layers": 1},
 }
 
 
@@ -72,12 +73,13 @@ def test_hps_is_the_cosine_of_its_own_open_clip_weights(tuned, encoder, tmp_path
 def test_pickscore_in_transformers_keys_gives_transformers_own_numbers(encoder, tmp_path):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(2)
-    common = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2,
-              "num_attention_heads": 2, "hidden_act": "gelu"}  # fmt: skip
+    text = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 1,
+            "num_attention_heads": 4, "hidden_act": "gelu"}  # fmt: skip
+    vision = {**text, "hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 6}
     config = transformers.CLIPConfig(
-        text_config={**common, "vocab_size": 49408, "max_position_embeddings": 77,
+        text_config={**text, "vocab_size": 49408, "max_position_embeddings": 77,
                      "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 0},
-        vision_config={**common, "image_size": 32, "patch_size": 8},
+        vision_config={**vision, "image_size": 32, "patch_size": 8},
         projection_dim=24,
     )  # fmt: skip
     model = transformers.CLIPModel(config).eval()
@@ -151,9 +153,9 @@ def test_files_that_are_something_else_are_named(tuned, encoder, tmp_path):
     save_file(state, tmp_path / "whole.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "whole.safetensors").read_bytes()[:999])
     lacking = {k: v for k, v in state.items() if k != "ln_final.bias"}
-    broken = {**state, "ln_final.bias": torch.full((128,), torch.nan)}
+    broken = {**state, "ln_final.bias": torch.full((256,), torch.nan)}
     other = {**state, "extra.weight": torch.zeros(1)}
-    narrow = {**state, "visual.proj": torch.zeros(128, 23)}
+    narrow = {**state, "visual.proj": torch.zeros(384, 23)}
     hugging = {"text_model.encoder.layers.0.nonsense.weight": torch.zeros(1)}
     for name, path, says in (
         ("hps", tmp_path / "cut.safetensors", "cut.safetensors can't be read"),

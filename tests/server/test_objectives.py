@@ -14,8 +14,8 @@ from devtools.server import ServerError
 
 TINY = {
     "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "head_width": 64, "patch_size": 8},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1},
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 384, "head_width": 64, "patch_size": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 256, "heads": 4, "layers": 1},
 }
 PICTURES = "a red circle and a blue square\na yellow ring"
 
