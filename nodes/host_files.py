@@ -15,6 +15,7 @@ import torch
 
 from ..qsched_core.formats import FormatError
 from ..qsched_core.formats.files import DTYPES, Entry, MappedFile, check_unquantized
+from ..qsched_core.formats.layer_entry import SUFFIX, read_entry
 from ..qsched_core.formats.policy import Policy, parse_overrides
 from . import quant_layouts
 
@@ -82,7 +83,7 @@ def read_file(path: str, weight_format: str, layers: str) -> WeightFile:
     if _check_tensors(entries, metadata, weight_format, layers, name, sd.get):
         kept = [v.dtype for v in sd.values() if v.dtype in (torch.float32, *HALF) and v.ndim == 1]
         dtype = Counter(kept).most_common(1)[0][0] if kept else torch.float16
-        quant_layouts.restore_saved(sd, dtype)
+        quant_layouts.restore_saved(sd, dtype, name)
     return WeightFile(name, sd, metadata, _prefix(sd), mapped)
 
 
@@ -133,8 +134,16 @@ def _check_tensors(
     """Whether the diffusion model was saved in our formats; FormatError if it can't be loaded."""
     prefix = _prefix(tensors)
     part = {key: entry for key, entry in tensors.items() if key.startswith(prefix)}
-    confs = [quant_layouts.read_conf(tensor(key)) for key in part if key.endswith(".comfy_quant")]
-    formats = {quant_layouts.saved_format(conf) for conf in confs}
+    entries = {key: read_entry(tensor(key), key, name) for key in part if key.endswith(SUFFIX)}
+    known = {key: quant_layouts.saved_format(entry) for key, entry in entries.items()}
+    formats = set(known.values())
+    if None in formats and len(formats) > 1:
+        odd = next(key for key, found in known.items() if found is None)
+        raise FormatError(
+            f"{name}: layer {odd.removesuffix(SUFFIX)} is in format "
+            f"{str(entries[odd].get('format', ''))[:60]!r}, unknown here; open the file with ComfyUI's "
+            "own loader, or give the fp16 or bf16 file"
+        )
     if not formats or None in formats:
         check_unquantized(part, metadata, name)
         return False

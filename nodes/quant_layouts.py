@@ -7,7 +7,6 @@ use the host's layout.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +24,7 @@ from comfy_kitchen.tensor import (
 
 from ..qsched_core.formats import FormatError, Packed, WeightFormat, get, names
 from ..qsched_core.formats.files import MappedFile
+from ..qsched_core.formats.layer_entry import SUFFIX, check_stored, read_entry
 from ..qsched_core.formats.policy import Choice
 
 
@@ -284,26 +284,38 @@ def saved_format(entry: Mapping) -> str | None:
     return None
 
 
-def restore_saved(sd: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+def restore_saved(sd: dict[str, torch.Tensor], dtype: torch.dtype, file: str) -> None:
     """Replace the packed tensors of a saved file by quantized tensors of the logical shape.
 
     The host's model detection and loading then see an ordinary state dict of ``dtype``.
-    FormatError names a layer whose tensors are not all there, or whose format is unknown.
+    FormatError names the file and a layer whose tensors are not all there or do not go together, or
+    whose format is unknown.
     """
-    for key in [k for k in sd if k.endswith(".comfy_quant")]:
-        name, entry = key.removesuffix(".comfy_quant"), read_conf(sd.pop(key))
+    for key in [k for k in sd if k.endswith(SUFFIX)]:
+        name, entry = key.removesuffix(SUFFIX), read_entry(sd.pop(key), key, file)
         form = saved_format(entry)
         if form is None:
-            raise FormatError(f"layer {name} is in format {entry.get('format')!r}, unknown here")
+            raise FormatError(
+                f"{file}: layer {name} is in format {entry.get('format')!r}, unknown here"
+            )
         try:
             packed = _restore(sd, name, get(form), entry)
+            check_stored(packed, key, file, get(form).host is None)
+            stored = Stored.from_entry(form, entry)
+            tensor = quantized_tensor(packed, stored.choice, dtype)
+        except FormatError:
+            raise
         except KeyError as error:
             raise FormatError(
-                f"layer {name} ({form}) has no tensor {error.args[0]!r}: the file is incomplete; "
+                f"{file}: layer {name} ({form}) has no tensor {error.args[0]!r}: the file is incomplete; "
                 "save it again"
             ) from None
-        stored = Stored.from_entry(form, entry)
-        tensor = quantized_tensor(packed, stored.choice, dtype)
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            # the host's tensors refuse values that do not go together in these ways
+            raise FormatError(
+                f"{file}: layer {name} ({form}) has tensors that do not go together: {error}; get the file "
+                "again"
+            ) from error
         tensor.qsched = stored
         sd[f"{name}.weight"] = tensor
 
@@ -319,8 +331,3 @@ def _restore(sd: dict, name: str, form: WeightFormat, entry: Mapping) -> Packed:
     options = {**(entry.get("params") or {}), **entry}
     options = {k: v for k, v in options.items() if k in wanted}
     return Packed(codes, aux, tuple(entry.get("shape", codes.shape)), options)
-
-
-def read_conf(tensor: torch.Tensor) -> dict:
-    """The JSON that a "comfy_quant" tensor holds."""
-    return json.loads(tensor.numpy().tobytes())

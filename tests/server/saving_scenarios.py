@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -203,3 +204,26 @@ def test_the_report_takes_models_that_others_quantized(plain, file, tmp_path):
     assert "TensorWiseINT8Layout" in kinds
     assert {r.format for r in info.layer_rows(plain.model.diffusion_model)} == {"float32"}
     chart.draw([], "empty")
+
+
+JUNK_ENTRIES = {
+    "no JSON": b"\xffjunk",
+    "a list": b"[1]",
+    "params that are a text": b'{"format": "qsched_int2", "params": "x"}',
+    "a shape that does not fit": b'{"format": "qsched_int2", "shape": [8, 1000000000]}',
+    "an unknown format": b'{"format": "banana"}',
+}
+
+
+@pytest.mark.parametrize("case", JUNK_ENTRIES)
+def test_a_junk_entry_names_its_file_and_layer(case, file, tmp_path):
+    saving.save_model(loading.load_diffusion_model(file, Request("int2")), tmp_path / "good.sft")
+    with safetensors.safe_open(tmp_path / "good.sft", framework="pt") as opened:
+        state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    key = next(key for key in state if key.endswith(".comfy_quant"))
+    state[key] = torch.frombuffer(bytearray(JUNK_ENTRIES[case]), dtype=torch.uint8)
+    path = tmp_path / "junk.safetensors"
+    save_file(state, path)
+    layer = re.escape(key.removesuffix(".comfy_quant"))
+    with pytest.raises(formats.FormatError, match=rf"junk\.safetensors.*{layer}"):
+        loading.load_diffusion_model(str(path), Request("int2"))
