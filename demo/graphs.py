@@ -13,6 +13,7 @@ TRAJECTORY = {
     "height": SIZE,
 }  # fmt: skip
 UNQUANTIZED = "unquantized"
+PARTS = "parts"  # the node that loads what is not quantized
 
 
 def shipped() -> dict:
@@ -30,9 +31,21 @@ def loader(weight_format: str) -> dict:
     }
 
 
+def shared_parts(graph: dict) -> dict:
+    """``graph`` with text encoder and VAE from one loader, the same in every graph of the demo.
+
+    ComfyUI then keeps both from graph to graph, and the pack the prompts that were encoded.
+    """
+    for node in graph.values():
+        for name, link in node["inputs"].items():
+            if name in ("clip", "vae") and link[0] == "1":
+                node["inputs"][name] = [PARTS, link[1]]
+    return graph | {PARTS: loader(UNQUANTIZED)}
+
+
 def learn(weight_format: str, search: str, guard: bool, name: str) -> dict:
     """The shipped workflow: learn a schedule, save it under ``name``, sample a picture with it."""
-    graph = shipped()
+    graph = shared_parts(shipped())
     graph["1"] = loader(weight_format) | {"_meta": graph["1"]["_meta"]}
     graph["4"]["inputs"] |= {"search": search, "guard": guard}
     graph["5"]["inputs"]["name"] = name
@@ -80,4 +93,4 @@ def evaluate(
     if schedule is not None:
         graph["7"] = {"class_type": "QSchedLoadSchedule", "inputs": {"schedule_name": schedule}}
         graph["4"]["inputs"]["schedule"] = ["7", 0]
-    return graph
+    return shared_parts(graph)

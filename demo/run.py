@@ -12,6 +12,8 @@ import io
 import json
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -31,6 +33,7 @@ FORMATS = ("nf4", "int2")
 CONTROLLED = "int2"  # the format whose gain is held against the control's
 SEARCH = "gp"  # on 20 prompts, refining every step on its own finds what does not carry over
 TEST_SEED = 20_000
+FAST_BF16 = ("amx_bf16", "avx512_bf16")  # torch's names for the instructions
 SHOWN = 8
 CELL = 144
 
@@ -41,6 +44,7 @@ class Row:
 
     name: str
     weight_bytes: int
+    computes_in: str
     calibration_jaq: float
     test: dict  # per-prompt "jaq", "alignment", "quality"
     model_evaluations: int
@@ -80,9 +84,11 @@ class Demo:
     def row(self, name, weight_format, schedule, calibration_jaq, spent=0, seconds=0.0) -> Row:
         prefix = name.replace(" ", "_").replace("+", "with")
         content, pictures = self.score(weight_format, schedule, prefix)
+        model = content["provenance"]["model"]
         return Row(
             name,
-            content["provenance"]["model"]["weight_bytes"],
+            model["weight_bytes"],
+            model["compute_dtype"],
             calibration_jaq,
             content["scores"],
             spent,
@@ -91,13 +97,21 @@ class Demo:
         )
 
 
+def vae_arguments(capabilities: Mapping[str, object]) -> tuple[str, ...]:
+    """ComfyUI's argument for a VAE in bf16, where a CPU has instructions for it.
+
+    ComfyUI's own choice on every CPU is fp32, which takes 3 to 5 times as long there.
+    """
+    return ("--bf16-vae",) if any(capabilities.get(name) for name in FAST_BF16) else ()
+
+
 def server_options() -> tuple[tuple[str, ...], dict[str, str]]:
     """Arguments and environment that make the server quick on this machine."""
     import torch
 
     arguments = device_args()
-    if "--cpu" in arguments and torch.cpu.get_capabilities().get("amx_bf16"):
-        arguments += ("--bf16-vae",)
+    if "--cpu" in arguments:
+        arguments += vae_arguments(torch.cpu.get_capabilities())
     # glibc gives big blocks back to the system at once; faulting them in again takes long
     return arguments, {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
 
@@ -129,8 +143,9 @@ def run(demo: Demo, say) -> tuple[list[Row], dict]:
         after.gain = paired_interval(before.test["jaq"], after.test["jaq"]).to_dict()
         rows += [before, after]
     say("scoring the control")
-    controlled, _ = demo.score(UNQUANTIZED, "demo-control.json", "control")
+    # the quantized model first: it is still loaded
     transferred, _ = demo.score(CONTROLLED, "demo-control.json", "control_on_quantized")
+    controlled, _ = demo.score(UNQUANTIZED, "demo-control.json", "control")
     learned, _ = demo.score(UNQUANTIZED, f"demo-{CONTROLLED}.json", "learned_on_unquantized")
     base = {row.name: row.test["jaq"] for row in rows}
     gain = next(row.gain for row in rows if row.name == f"{CONTROLLED} + Q-Sched")
@@ -189,6 +204,13 @@ def table(rows: list[Row], details: dict) -> str:
     return "\n".join(lines)
 
 
+def precisions(rows: list[Row], arguments: Sequence[str]) -> str:
+    """What the models computed in, as they say themselves, and the VAE."""
+    models = ", ".join(f"{row.name} {row.computes_in}" for row in rows if row.gain is None)
+    vae = "bfloat16" if "--bf16-vae" in arguments else "as ComfyUI chooses (float32 on a CPU)"
+    return f"computed in: {models}; VAE {vae}"
+
+
 def contact_sheet(rows: list[Row], prompts: tuple[str, ...]) -> bytes:
     """PNG: a row of pictures a model, the same prompts and seeds in every row."""
     label, caption = 150, 66
@@ -234,15 +256,16 @@ def main() -> int:
         print(f"[{time.monotonic() - started:5.0f} s] {text}", flush=True)
 
     try:
-        say("building the demo checkpoint")
-        build_models(args.base / "models")
-        say("starting ComfyUI")
-        arguments, environment = server_options()
-        with ComfyServer(
-            args.comfyui, args.base, extra_args=arguments, environment=environment
-        ) as server:
-            demo = Demo(server)
-            rows, details = run(demo, say)
+        say("building the demo checkpoint, and starting ComfyUI")
+        with ThreadPoolExecutor(1) as beside:
+            built = beside.submit(build_models, args.base / "models")
+            arguments, environment = server_options()
+            with ComfyServer(
+                args.comfyui, args.base, extra_args=arguments, environment=environment
+            ) as server:
+                built.result()
+                demo = Demo(server)
+                rows, details = run(demo, say)
     except (ServerError, OSError) as error:
         print(f"the demo failed: {error}", file=sys.stderr)
         return 1
@@ -255,6 +278,7 @@ def main() -> int:
         ],
         "prompts": asdict(demo.prompts),
         "seconds": seconds,
+        "server_arguments": arguments,
         **details,
     }
     write_atomic(args.out / "report.json", json.dumps(report, indent=1))
@@ -262,7 +286,9 @@ def main() -> int:
     for weight_format in FORMATS:
         schedule = details[weight_format]["schedule"]
         write_atomic(args.out / f"schedule-{weight_format}.json", schedule)
-    print(f"\n{table(rows, details)}\n\n{seconds:.0f} s in all; files are in {args.out}")
+    print(
+        f"\n{table(rows, details)}\n\n{precisions(rows, arguments)}\n{seconds:.0f} s in all; files are in {args.out}"
+    )
     return 0
 
 

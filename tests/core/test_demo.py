@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from demo import graphs, run
 from demo.degrade import TRAINED, UNSEEN, degrade
 from demo.prompts import SIZES, demo_prompts
 from demo.shapes import COLOURS, KIND_WEIGHTS, all_scenes, render, sample_scenes, split
@@ -77,3 +78,44 @@ def test_the_shipped_weights_stay_below_40_mb(repo_root):
     files = list((repo_root / "demo" / "weights").iterdir())
     assert {f.name for f in files} == {f"{n}.safetensors" for n in ("mmdit", "vae", "scorer")}
     assert sum(f.stat().st_size for f in files) < 40e6
+
+
+@pytest.mark.parametrize("weight_format", ["unquantized", "nf4", "int2"])
+def test_every_graph_of_the_demo_shares_text_encoder_and_vae(weight_format):
+    """ComfyUI keeps the outputs of a node that the next graph has too, and drops all others."""
+    made = (
+        graphs.learn(weight_format, "gp", True, "name"),
+        graphs.evaluate(weight_format, "name.json", ("a",), 0, 1, "prefix"),
+    )
+    for graph in made:
+        links = [
+            node["inputs"][name]
+            for node in graph.values()
+            for name in ("clip", "vae")
+            if name in node["inputs"]
+        ]
+        assert len(links) >= 2
+        for node, _ in links:
+            assert graph[node] == graphs.loader("unquantized")
+        assert graph["4"]["inputs"]["model"] == ["1", 0]
+        assert graph["1"]["class_type"] == graphs.loader(weight_format)["class_type"]
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "arguments"),
+    [
+        ({"amx_bf16": True, "avx512_bf16": True}, ("--bf16-vae",)),
+        ({"amx_bf16": False, "avx512_bf16": True}, ("--bf16-vae",)),
+        ({"amx_bf16": False, "avx512_bf16": False, "avx512_f": True}, ()),
+        ({}, ()),
+    ],
+)
+def test_the_demos_vae_is_in_bf16_where_the_cpu_has_the_instructions(capabilities, arguments):
+    assert run.vae_arguments(capabilities) == arguments
+
+
+def test_the_demo_says_what_each_model_computed_in():
+    row = run.Row("nf4", 1, "bfloat16", 0.0, {}, 0, 0.0)
+    text = run.precisions([row], ("--cpu", "--bf16-vae"))
+    assert "nf4 bfloat16" in text and "VAE bfloat16" in text
+    assert "float32 on a CPU" in run.precisions([row], ("--cpu",))

@@ -27,6 +27,8 @@ perp_neg = importlib.import_module("comfy_extras.nodes_perpneg")
 differential = importlib.import_module("comfy_extras.nodes_differential_diffusion")
 host = importlib.import_module("qsched_pack.nodes.host_sampling")
 trajectories = importlib.import_module("qsched_pack.nodes.host")
+encodings = importlib.import_module("qsched_pack.nodes.host_encoding")
+precondition = importlib.import_module("qsched_pack.qsched_core.precondition")
 prompt_sets = importlib.import_module("qsched_pack.qsched_core.prompts")
 schedules = importlib.import_module("qsched_pack.qsched_core.schedule")
 solvers = importlib.import_module("qsched_pack.qsched_core.solvers")
@@ -370,3 +372,73 @@ def test_the_pre_check_sees_the_latents_of_the_pictures(files, solver):
     together, alone = seen(prompts), seen(prompts.part(1, 2))
     for many, one in zip(together.latents, alone.latents, strict=True):
         torch.testing.assert_close(many[1:], one, rtol=1e-3, atol=1e-3)
+
+
+class Counted(Words):
+    """Says how many texts it encoded."""
+
+    def __init__(self):
+        self.encoded: list[str] = []
+
+    def encode_from_tokens_scheduled(self, tokens: str) -> list:
+        self.encoded.append(tokens)
+        return super().encode_from_tokens_scheduled(tokens)
+
+
+def test_a_prompt_is_encoded_once_however_many_nodes_use_it(files):
+    """A search, its control and an evaluation each have a runner of their own."""
+    model, clip = plain(files, SD15), Counted()
+    sigmas, _ = host.sampling_facts(model, "simple", 2)
+
+    def observe(text_encoder, *prompts):
+        trajectories.TrajectoryRunner(
+            model, text_encoder, None, sigmas=sigmas, solver="euler", width=96, height=96
+        ).observed(prompt_sets.PromptSet(prompts, tuple(range(len(prompts)))))
+
+    observe(clip, "1", "2")
+    observe(clip, "2", "3")
+    assert clip.encoded == ["1", "2", "3"]
+    other = Counted()
+    observe(other, "1")
+    assert other.encoded == ["1"], "what another text encoder gave is not this one's"
+    clip.layer_idx = -2
+    observe(clip, "1")
+    assert clip.encoded == ["1", "2", "3", "1"], "it would give something else now"
+
+
+def test_kept_encodings_stay_within_their_bytes():
+    row = [[torch.zeros(1, 77, 768), {"pooled_output": torch.zeros(1, 768)}]]
+    size = 4 * 78 * 768
+    kept = encodings.Encodings(max_bytes=2 * size)
+    for key in "ab":
+        kept.put(key, row)
+    assert kept.get("a") is row
+    kept.put("c", row)
+    assert [kept.get(key) is not None for key in "abc"] == [True, False, True]
+    encodings.Encodings(max_bytes=size - 1).put("larger than all", row)
+
+
+class Decoder:
+    """A VAE of one convolution on the CPU, and what it was given."""
+
+    device = torch.device("cpu")
+
+    def __init__(self):
+        self.convolution = torch.nn.Conv2d(4, 3, 3, padding=1).requires_grad_(False)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        self.latents, self.made = latents, self.convolution(latents.to(self.device))
+        return self.made.movedim(1, -1).sigmoid()
+
+
+def test_a_vae_on_the_cpu_decodes_channels_last_to_the_same_pictures(files):
+    model, vae = plain(files, SD15), Decoder()
+    sigmas, _ = host.sampling_facts(model, "simple", 2)
+    runner = trajectories.TrajectoryRunner(
+        model, Words(), vae, sigmas=sigmas, solver="euler", width=96, height=96
+    )
+    identity = precondition.ScalarCorrection((1.0,) * 2, (1.0,) * 2)
+    found = runner.images(prompt_sets.PromptSet(("1", "2"), (11, 12)), [identity])[0]
+    assert vae.made.is_contiguous(memory_format=torch.channels_last)
+    wanted = vae.decode(vae.latents.contiguous())
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
