@@ -71,8 +71,7 @@ def look_up(data: torch.Tensor, levels: tuple[float, ...], bits: int) -> torch.T
     return words.index_select(0, index.view(-1)).view(torch.float32).view(data.shape[0], -1)
 
 
-@torch.library.custom_op("qsched::group_values", mutates_args=())
-def group_values(
+def _group_values(
     data: torch.Tensor,
     levels: Sequence[float],
     bits: int,
@@ -81,11 +80,7 @@ def group_values(
     columns: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The first ``columns`` values [rows, columns] of packed codes: scale * level + low.
-
-    ``scale`` and ``low`` (None: 0) are [rows, groups], fp32, as is the arithmetic.  An operator, so
-    that compilers see one; inside it takes some rows at a time.
-    """
+    """``group_values``, some rows at a time."""
     levels, groups = tuple(levels), scale.shape[1]
 
     def some(part: slice) -> torch.Tensor:
@@ -97,9 +92,25 @@ def group_values(
     return fill_in_blocks(out, some)
 
 
-@group_values.register_fake
-def _(data, levels, bits, scale, low, columns, dtype):
+def _group_values_shape(data, levels, bits, scale, low, columns, dtype):
     return data.new_empty((data.shape[0], columns), dtype=dtype)
+
+
+# Not torch.library.custom_op, which looks for its caller's source in every module that is loaded: in
+# ComfyUI that was half of the pack's start-up.
+_library = torch.library.Library("qsched", "FRAGMENT")
+if not hasattr(torch.ops.qsched, "group_values"):  # this file may be imported under two names
+    _library.define(
+        "group_values(Tensor data, float[] levels, SymInt bits, Tensor scale, Tensor? low, "
+        "SymInt columns, ScalarType dtype) -> Tensor"
+    )
+    _library.impl("group_values", _group_values, "CompositeExplicitAutograd")
+    _library.impl("group_values", _group_values_shape, "Meta")
+
+# group_values(data, levels, bits, scale, low, columns, dtype): the first ``columns`` values
+# [rows, columns] of packed codes, scale * level + low.  ``scale`` and ``low`` (None: 0) are
+# [rows, groups], fp32, as is the arithmetic.  An operator, so that compilers see one.
+group_values = torch.ops.qsched.group_values.default
 
 
 def block_rows(columns: int, device: torch.device) -> int:

@@ -18,6 +18,7 @@ import pytest
 from devtools import environment, host
 from devtools.console import SetupError, explain, run_stage
 from devtools.environment import PYTHON_NEWEST, PYTHON_OLDEST, Setup, check_python, uv_variables
+from devtools.imports import imports_of
 from devtools.server import PACK_ROOT, ComfyServer, ServerError, link_pack
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -358,3 +359,26 @@ def test_options_of_pytest_pass_through_in_order():
     options, more = dev.arguments(["demo", "--out", "here", "--seed", "3"])
     assert options.out == Path("here")
     assert more == ["--seed", "3"]
+
+
+def test_what_a_module_imported_is_read_from_pythons_own_log():
+    """A line stands after the lines of what the module imported; other output is between them."""
+    log = "\n".join(
+        [
+            "import time: self [us] | cumulative | imported package",
+            "import time:        10 |         10 | comfy.sd",
+            "a line of ComfyUI's",
+            "import time:       100 |        100 |     sqlalchemy",
+            "import time:       200 |        300 |   optuna",
+            "import time:        50 |        350 | /base/custom_nodes/Pack.nodes.calibration",
+            "import time:         5 |          5 | Pack.nodes.late",
+        ]
+    )
+    first, last = imports_of(log, "Pack")
+    assert [module.name.split("/")[-1] for module in first.all()] == [
+        "Pack.nodes.calibration",
+        "optuna",
+        "sqlalchemy",
+    ]
+    assert first.seconds == pytest.approx(350e-6)
+    assert last.children == ()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from demo.build import build_models
+from devtools import imports
 from devtools.server import ComfyServer, device_args
 
 
@@ -59,8 +60,10 @@ def _place(source: Path, target: Path) -> None:
 
 @pytest.fixture(scope="session")
 def server(comfyui_path, server_base) -> Iterator[ComfyServer]:
-    """One running ComfyUI for the whole session."""
-    with ComfyServer(comfyui_path, server_base, extra_args=device_args()) as running:
+    """One running ComfyUI for the whole session; its log says who imported what."""
+    with ComfyServer(
+        comfyui_path, server_base, extra_args=device_args(), environment=imports.VARIABLE
+    ) as running:
         yield running
 
 

@@ -6,10 +6,12 @@ import asyncio
 import json
 import re
 import socket
+import sys
 
 import aiohttp
 import pytest
 
+from devtools.imports import imports_of
 from devtools.server import PACK_NAME, ComfyServer, ServerError
 
 
@@ -23,6 +25,27 @@ def test_pack_is_imported_whole(server):
     assert PACK_NAME in log
     assert "IMPORT FAILED" not in log
     assert re.findall(r"the \w+ nodes are off.*", log) == []
+
+
+def test_the_pack_imports_nothing_heavy_at_start(server):
+    """What ComfyUI has not imported itself (optuna, open_clip, bitsandbytes, ...) waits for its use."""
+    log = server.log.read_text(encoding="utf-8", errors="replace")
+    began = log.split("To see the GUI go to")[0]
+    found = imports_of(began, PACK_NAME)
+    modules = {module.name for root in found for module in root.all()}
+    assert any(
+        name.endswith("nodes.calibration") or "qsched_core.search" in name for name in modules
+    )
+    packages = {name.partition(".")[0] for name in modules if PACK_NAME not in name}
+    ours = {
+        "comfy",
+        "comfy_api",
+        "comfy_extras",
+        "comfyui_version",
+        "folder_paths",
+        "latent_preview",
+    }
+    assert packages - set(sys.stdlib_module_names) <= ours
 
 
 def test_every_declared_node_is_served(nodes_of_pack, repo_root):
