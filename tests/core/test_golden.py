@@ -11,7 +11,7 @@ import pytest
 from test_search import PROMPTS, SIGMAS, World
 
 from qsched_core.schedule import QSchedule
-from qsched_core.search import CalibrationSettings, calibrate
+from qsched_core.search import COMMAND_LINE, CalibrationSettings, calibrate
 from qsched_core.search.journal import Journal
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -102,6 +102,6 @@ def test_a_finished_shared_search_is_not_made_again(tmp_path):
     database.close()
     settings = CalibrationSettings("gp", 8, low=0.9, high=1.1)
     result = finished(
-        tmp_path, settings, storage=f"sqlite:///{tmp_path}/study.db", study="golden"
+        tmp_path, settings, storage=COMMAND_LINE.database(f"sqlite:///{tmp_path}/study.db"), study="golden"
     )  # fmt: skip
     same_result(result, STUDIES["shared"])
