@@ -163,14 +163,14 @@ def calibrate(
     gains = [None, None]
     if winner is not trials[0]:
         gains = [
-            paired_interval(trials[0].scores.jaq, winner.scores.jaq, settings.seed),
-            paired_interval(before.jaq, after.jaq, settings.seed),
+            paired_interval(trials[0].scores.jaq, winner.scores.jaq),
+            paired_interval(before.jaq, after.jaq),
         ]
     verdict = judge(*gains, settings.guard)
     control = None
     if controls:
         scores = [record.scores for record in controls]
-        control = Control.of(*scores, (before, after), settings.seed)
+        control = Control.of(*scores, (before, after))
     costs = [*trials, *heldout, *controls]
     seconds = sum(cost.seconds for cost in costs)
     evaluations = sum(cost.model_evaluations for cost in costs)
@@ -202,7 +202,7 @@ def calibrate(
         "seconds": round(seconds, 1),
     }
     chosen = identity.correction() if verdict.keep_identity else winner.correction
-    warnings = tuple(cautions(trials, (before, after), prompts, settings.seed))
+    warnings = tuple(cautions(trials, (before, after), prompts))
     for warning in warnings:
         logger.warning(warning)
     return CalibrationResult(

@@ -17,7 +17,7 @@ FAR_BELOW = 0.35  # in log CLIPScore: 70 % of what it was
 
 
 def cautions(
-    trials: Sequence[Trial], heldout: tuple[Scores, Scores], prompts: CalibrationPrompts, seed: int
+    trials: Sequence[Trial], heldout: tuple[Scores, Scores], prompts: CalibrationPrompts
 ) -> Iterator[str]:
     """Warnings with their numbers and what to do; ``heldout`` are scores before and after."""
     first, winner = trials[0], best_of(trials)
@@ -33,7 +33,7 @@ def cautions(
                 "a wider range (low, high, radius) may hold a better one"
             )
         yield from _quality(trials)
-        yield from _gaming(heldout, prompts.heldout, seed)
+        yield from _gaming(heldout, prompts.heldout)
     for name, members in (("calibration", prompts.calibration), ("held-out", prompts.heldout)):
         if len(members) < FEW_PROMPTS:
             yield f"{len(members)} {name} prompts are few; about 20 are usual"
@@ -64,9 +64,9 @@ def _quality(trials: Sequence[Trial]) -> Iterator[str]:
         )
 
 
-def _gaming(heldout: tuple[Scores, Scores], prompts: PromptSet, seed: int) -> Iterator[str]:
+def _gaming(heldout: tuple[Scores, Scores], prompts: PromptSet) -> Iterator[str]:
     before, after = heldout
-    change = paired_interval(before.alignment, after.alignment, seed)
+    change = paired_interval(before.alignment, after.alignment)
     gain = after.mean() - before.mean()
     if change.high < 0 and gain > 0:
         yield (

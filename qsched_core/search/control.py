@@ -46,18 +46,16 @@ class Control:
     own: Interval
 
     @classmethod
-    def of(
-        cls, before: Scores, after: Scores, quantized: tuple[Scores, Scores], seed: int
-    ) -> Control:
+    def of(cls, before: Scores, after: Scores, quantized: tuple[Scores, Scores]) -> Control:
         """From the reference's scores, and the quantized model's before and after."""
         gains = [np.subtract(b.jaq, a.jaq).tolist() for a, b in ((before, after), quantized)]
         return cls(
             before,
             after,
-            paired_interval(before.jaq, after.jaq, seed),
-            paired_interval(*gains, seed),
-            paired_interval(quantized[0].jaq, before.jaq, seed),
-            paired_interval(quantized[0].jaq, quantized[1].jaq, seed),
+            paired_interval(before.jaq, after.jaq),
+            paired_interval(*gains),
+            paired_interval(quantized[0].jaq, before.jaq),
+            paired_interval(quantized[0].jaq, quantized[1].jaq),
         )
 
     @property

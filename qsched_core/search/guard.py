@@ -1,18 +1,15 @@
-"""Does it help?  A paired bootstrap interval over prompts, and the guard that acts on it."""
+"""Does it help?  An interval of the paired gain over prompts, and the guard that acts on it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from statistics import NormalDist
 
 import numpy as np
 
-RESAMPLES = 10_000
-BLOCK = 2**20  # draws held at a time: 16 MB with their values
 LEVEL = 0.95
-MIN_PROMPTS = 6  # below, even the smallest of all resampled means is above 0 too often by chance
+MIN_PROMPTS = 6  # fewer show too little of how skewed their gains are
 
 
 @dataclass(frozen=True)
@@ -31,19 +28,14 @@ class Interval:
         return asdict(self)
 
 
-def paired_interval(
-    before: Sequence[float],
-    after: Sequence[float],
-    seed: int = 0,
-    resamples: int = RESAMPLES,
-    level: float = LEVEL,
-) -> Interval:
-    """Bootstrap interval of the mean of ``after - before``, resampling prompts.
+def paired_interval(before: Sequence[float], after: Sequence[float]) -> Interval:
+    """95 % interval of the mean of ``after - before``, one score a prompt in each.
 
-    The expanded percentile interval (Hesterberg, "What teachers should know about the bootstrap",
-    arXiv 1411.5279, section 5.3): percentiles widened so that for normal data the interval is as
-    wide as Student's t, which matters below some thirty prompts.  A pure function of its arguments.
-    Raises ValueError when lengths differ or are below 2.
+    Student's interval corrected for skewness: the means that Johnson's modified t test (JASA 73,
+    1978, "Modified t tests and confidence intervals for asymmetrical populations") does not reject.
+    Where a few prompts lose far more than the others gain, Student's interval and the percentile
+    bootstrap lie above 0 by chance much more often than they say.  ValueError when lengths differ
+    or are below 2.
     """
     gains = np.asarray(after, dtype=float) - np.asarray(before, dtype=float)
     n = len(gains)
@@ -51,37 +43,36 @@ def paired_interval(
         raise ValueError(
             f"{len(before)} scores before and {len(after)} after; give the same number, at least 2"
         )
-    means = resampled(gains, lambda rows: rows.mean(axis=1), resamples, seed)
-    tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * _student_quantile((1 + level) / 2, n - 1))
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return Interval(float(gains.mean()), float(low), float(high), n)
+    mean, spread = float(gains.mean()), float(gains.std())
+    if not spread:
+        return Interval(mean, mean, mean, n)
+    skewness = float((((gains - mean) / spread) ** 3).mean())
+    # without the bias that it has in few normal samples; two have none
+    skewness = skewness * math.sqrt(n * (n - 1)) / (n - 2) if n > 2 else 0.0
+    error = spread / math.sqrt(n - 1)
+    low = mean - error * _johnson_quantile(skewness, n)
+    high = mean + error * _johnson_quantile(-skewness, n)
+    return Interval(mean, low, high, n)
 
 
-def mean_interval(values: Sequence[float], seed: int = 0) -> Interval:
-    """Bootstrap interval of the mean of ``values``, as :func:`paired_interval`; one has no width."""
+def mean_interval(values: Sequence[float]) -> Interval:
+    """Interval of the mean of ``values``, as :func:`paired_interval`; of one it has no width."""
     if len(values) == 1:
         return Interval(float(values[0]), float(values[0]), float(values[0]), 1)
-    return paired_interval([0.0] * len(values), values, seed)
+    return paired_interval([0.0] * len(values), values)
 
 
-def resampled(
-    values: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], resamples: int, seed: int
-) -> np.ndarray:
-    """``statistic`` of ``resamples`` bootstrap resamples of ``values`` [n], in bounded memory.
+def _johnson_quantile(skewness: float, n: int) -> float:
+    """Standard errors from the mean of n values to the lower end of its interval.
 
-    ``statistic`` takes resamples as rows [m, n] and gives [m] or [m, k].  The same seed gives the
-    same resamples, however many fit into a block.
+    The t that solves t + A t^2 + A / 2 = q, with A = skewness / (3 sqrt(n)) and q Student's
+    quantile.  A long left tail may leave none; the last t there was, about 2 q, is taken then.
     """
-    rng, n = np.random.default_rng(seed), len(values)
-    rows = max(1, BLOCK // n)
-    blocks = (min(rows, resamples - start) for start in range(0, resamples, rows))
-    return np.concatenate([statistic(values[rng.integers(n, size=(m, n))]) for m in blocks])
+    from scipy.special import stdtrit
 
-
-def _student_quantile(p: float, freedom: int) -> float:
-    from scipy.stats import t
-
-    return float(t.ppf(p, freedom))
+    bend = skewness / (3 * math.sqrt(n))
+    rest = float(stdtrit(n - 1, (1 + LEVEL) / 2)) - bend / 2
+    return 2 * rest / (1 + math.sqrt(max(0.0, 1 + 4 * bend * rest)))
 
 
 @dataclass(frozen=True)
