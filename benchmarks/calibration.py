@@ -6,6 +6,8 @@ against the grid's 100 x 20 x 4.  ``heldout_vs_grid``: JAQ on prompts that no se
 per-step search and at the grid's best point; the ratio is the lower end of the 95 % interval of the
 paired difference.  ``overhead_share``: time of that search outside model, VAE and scorer.
 ``guard_false_gain``: share of simulated calibrations on pure noise that return something else than 1.
+``guard_false_losses``, ``guard_power``: the guard alone, on drawn gains (``--only interval``, a few
+seconds): of mean 0 with lognormal losses, and the demo's size, both against Student's t test.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
+import numpy as np
 import torch
+from scipy.stats import ttest_1samp
 
 from demo.build import weights_dir
 from demo.prompts import demo_prompts
@@ -31,7 +35,7 @@ from qsched_core.prompts import CalibrationPrompts, PromptSet
 from qsched_core.scorers.open_clip import load_file
 from qsched_core.search import CalibrationSettings, Trial, best_of, calibrate
 from qsched_core.search.engine import Search
-from qsched_core.search.guard import paired_interval
+from qsched_core.search.guard import judge, paired_interval
 from qsched_core.search.journal import Journal
 from qsched_core.search.samplers import propose
 from qsched_core.search.space import RampSpace
@@ -202,6 +206,68 @@ def guard_false_gain(simulations: int) -> BenchRow:
     )
 
 
+def lognormal_losses(sigma: float, runs: int, prompts: int) -> np.ndarray:
+    """Gains [runs, prompts] of mean 0 and deviation 1: many small ones, few large losses."""
+    draws = np.random.default_rng(0).lognormal(0, sigma, (runs, prompts))
+    deviation = np.exp(sigma**2 / 2) * np.sqrt(np.expm1(sigma**2))
+    return (np.exp(sigma**2 / 2) - draws) / deviation
+
+
+def passed(gains: np.ndarray) -> tuple[float, float]:
+    """Share of the rows of gains [runs, prompts] that pass the guard, and a t test at its level."""
+    zeros = np.zeros(gains.shape[1])
+    found = [paired_interval(zeros, row) for row in gains]
+    ours = np.mean([not judge(each, each, True).keep_identity for each in found])
+    student = ttest_1samp(gains, 0, axis=1, alternative="greater").pvalue < 0.025
+    return float(ours), float(student.mean())
+
+
+def guard_false_losses(runs: int, prompts: int, sigma: float) -> BenchRow:
+    ours, other = passed(lognormal_losses(sigma, runs, prompts))
+    return BenchRow(
+        "guard_false_losses",
+        f"drawn gains of mean 0 with losses lognormal({sigma:g}) on {prompts} prompts that pass; "
+        "other: Student's t",
+        ours,
+        other,
+        ours,
+        "of all",
+        runs,
+        machine(),
+        "<= 0.05" if prompts >= 64 and sigma <= 1 else "",
+    )
+
+
+def guard_power(runs: int, prompts: int, kind: str) -> BenchRow:
+    """Gains of the mean and deviation that the demo's 2-bit model has, in three shapes."""
+    draws = {
+        "normal": lambda: np.random.default_rng(0).normal(size=(runs, prompts)),
+        "left": lambda: lognormal_losses(0.35, runs, prompts),
+        "right": lambda: -lognormal_losses(0.35, runs, prompts),
+    }
+    ours, other = passed(0.14 + 0.46 * draws[kind]())
+    return BenchRow(
+        "guard_power",
+        f"drawn gains of .14 +- .46 on {prompts} prompts ({kind}) that pass; other: Student's t",
+        ours,
+        other,
+        ours / other,
+        "of all",
+        runs,
+        machine(),
+        ">= 0.8",
+    )
+
+
+def interval(runs: int) -> list[BenchRow]:
+    """The rows that need neither a model nor a search."""
+    losses = [(20, 1.0), (64, 0.5), (64, 1.0), (64, 1.5), (128, 1.0)]
+    return [
+        *(guard_false_losses(runs, *case) for case in losses),
+        *(guard_power(runs, 64, kind) for kind in ("normal", "left", "right")),
+    ]
+
+
 def overhead(seconds: float, lab_seconds: Counter) -> BenchRow:
     inside = lab_seconds.total()
     each = ", ".join(f"{name} {value:.1f} s" for name, value in lab_seconds.items())
@@ -219,7 +285,7 @@ def overhead(seconds: float, lab_seconds: Counter) -> BenchRow:
 
 
 def main() -> None:
-    args = options(__doc__, runs=10, groups=("search", "guard"))
+    args = options(__doc__, runs=10, groups=("search", "guard", "interval"))
     # what a user is warned of is no news of 200 simulations
     logging.getLogger("qsched_core").setLevel(logging.ERROR)
     logging.getLogger("optuna").setLevel(logging.WARNING)
@@ -228,6 +294,8 @@ def main() -> None:
         rows += searches(args.runs)
     if "guard" in args.only:
         rows.append(guard_false_gain(200))
+    if "interval" in args.only:
+        rows += interval(20_000)
     report(rows, args.json)
 
 

@@ -3,7 +3,7 @@
 All ways fill the same tables, so they take the same bits.  A way is chosen by the JAQ of the demo's
 held-out prompts; its score on the test prompts, which chose nothing, is the unbiased one.  Rows:
 ``jaq`` and ``jaq_test`` are mean scores (the difference to the format's own rounding in
-``gain``, with its paired bootstrap interval), ``weight`` and ``velocity`` relative errors.
+``gain``, with its paired interval), ``weight`` and ``velocity`` relative errors.
 """
 
 from __future__ import annotations

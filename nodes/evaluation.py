@@ -33,7 +33,7 @@ class QSchedEvaluate(io.ComfyNode):
             description=(
                 "Score a model, with or without a schedule, on the held-out prompts, beside the "
                 "unquantized model where it is connected: every image's terms, means and paired gains "
-                "with 95 % bootstrap intervals, Frechet distances. A run that was stopped continues "
+                "with 95 % intervals, Frechet distances. A run that was stopped continues "
                 "where it was when the same graph is queued again."
             ),
             inputs=[
