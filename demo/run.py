@@ -100,7 +100,7 @@ class Demo:
 def vae_arguments(capabilities: Mapping[str, object]) -> tuple[str, ...]:
     """ComfyUI's argument for a VAE in bf16, where a CPU has instructions for it.
 
-    ComfyUI's own choice on every CPU is fp32, which takes 3 to 5 times as long there.
+    ComfyUI's own choice on every CPU is fp32, which takes 2 to 5 times as long there.
     """
     return ("--bf16-vae",) if any(capabilities.get(name) for name in FAST_BF16) else ()
 
