@@ -38,7 +38,7 @@ class CalibrationSettings:
 
     def __post_init__(self):
         strategy, fidelity = get_strategy(self.strategy), get_fidelity(self.fidelity)
-        object.__setattr__(self, "budget", strategy.budget(self.budget))
+        object.__setattr__(self, "budget", strategy.budget(self.budget, self.ends))
         for name, default in zip(("low", "high"), strategy.box, strict=True):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)

@@ -67,6 +67,7 @@ class Strategy:
     """A registry entry; budgets count trials beside the first one, which is at c = 1.
 
     ``box`` is where ramps are searched by default, ``ramp`` whether they are at all.
+    ``min_budget_ends`` is the least budget where the ramps' ends are free, 0 if that asks no more.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Strategy:
     sampler: str = ""
     box: tuple[float, float] = WIDE
     ramp: bool = True
+    min_budget_ends: int = 0
 
     def available(self) -> str | None:
         """Why this strategy can't run here, with the fix, or None."""
@@ -84,14 +86,16 @@ class Strategy:
             return SAMPLERS[self.sampler].available()
         return missing("optuna", f"search {self.name!r}", "optuna")
 
-    def budget(self, asked: int) -> int:
+    def budget(self, asked: int, ends: bool = False) -> int:
         """Trials beside c = 1 for ``asked`` (0: the default); CalibrationError if too few."""
         if asked == 0:
             return self.default_budget
-        if asked < self.min_budget:
+        least = max(self.min_budget, self.min_budget_ends if ends else 0)
+        if asked < least:
+            free = " with the ramps' ends free" if ends else ""
             raise CalibrationError(
-                f"budget={asked} is too small for search {self.name!r}; give at least "
-                f"{self.min_budget}, or 0 for its default of {self.default_budget}"
+                f"budget={asked} is too small for search {self.name!r}{free}; give at least "
+                f"{least}, or 0 for its default of {self.default_budget}"
             )
         return asked
 
@@ -165,6 +169,7 @@ def _grid() -> Strategy:
         4,
         lambda plan: (_grid_stage,),
         box=PAPER,
+        min_budget_ends=2**4,  # two values in each of four dimensions
     )
 
 

@@ -168,6 +168,18 @@ def test_settings_that_can_not_work_are_refused_by_name(change, says):
 # Search
 
 
+@pytest.mark.parametrize("budget", [4, 15])
+def test_a_grid_with_free_ends_needs_two_values_in_each_of_four_dimensions(budget):
+    with pytest.raises(CalibrationError, match=f"budget={budget} .*ends free.* at least 16"):
+        CalibrationSettings("grid", budget, ends=True)
+    assert CalibrationSettings("grid", budget).budget == budget
+
+
+def test_the_smallest_grid_with_free_ends_runs(tmp_path):
+    result = run(World(), tmp_path, CalibrationSettings("grid", 16, ends=True))
+    assert len(result.trials) == 1 + 16
+
+
 @pytest.mark.parametrize("name", list(STRATEGIES))
 def test_a_strategy_makes_its_budget_of_trials_from_1_on_and_helps(name, tmp_path):
     seen = []
