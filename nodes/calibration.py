@@ -35,7 +35,7 @@ from ..qsched_core.search import (
     workflow_rule,
 )
 from ..qsched_core.search.precheck import compared
-from ..qsched_core.search.report import Sample, report_picture, report_text, typical
+from ..qsched_core.search.report import Sample, report_path, report_picture, report_text, typical
 from . import host, host_scoring
 from .options import OWN, check_options, chosen_options, option_inputs
 from .pictures import as_tensor
@@ -293,11 +293,7 @@ def _report(
     result: CalibrationResult, scored: host_scoring.ScoredRunner, prompts: CalibrationPrompts
 ) -> Image.Image:
     """The report's picture; kept beside the journal, so that a finished study makes no images."""
-    kind = "guarded" if result.verdict.keep_identity else "free"
-    known = "".join(
-        f".{name}" for name in ("control", "precheck") if getattr(result, name) is not None
-    )
-    path = result.journal.with_suffix(f".{kind}{known}.png")
+    path = report_path(result, prompts.heldout)
     before, after = result.baseline.correction, result.winner.correction
     gains = np.subtract(result.heldout_after.jaq, result.heldout_before.jaq).tolist()
     chosen = typical(gains)

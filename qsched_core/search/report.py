@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
+
+from ..prompts import PromptSet
+from .journal import fingerprint
 
 if TYPE_CHECKING:
     from .calibrate import CalibrationResult
@@ -73,6 +77,22 @@ def report_text(result: CalibrationResult) -> str:
         f"study: {result.where}",
     ]
     return "\n".join(lines)
+
+
+def report_path(result: CalibrationResult, heldout: PromptSet) -> Path:
+    """Where the report's picture is kept: beside the journal, named by everything it shows.
+
+    The journal's name stands for model, objective, search and the searched prompts.
+    """
+    shown = {
+        "verdict": [result.verdict.text, result.verdict.keep_identity],
+        "notes": [part and part.text for part in (result.control, result.precheck)],
+        "trials": [[trial.value, trial.pruned] for trial in result.trials],
+        "best": [result.best.c_x, result.best.c_eps],
+        "heldout": heldout.hash,
+        "scores": [list(s.jaq) for s in (result.heldout_before, result.heldout_after)],
+    }
+    return result.journal.with_suffix(f".{fingerprint(shown)[:16]}.png")
 
 
 def report_picture(result: CalibrationResult, samples: Sequence[Sample] = ()) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,13 @@ from PIL import Image
 
 from qsched_core.objective import Scores
 from qsched_core.precondition import ScalarCorrection
+from qsched_core.prompts import PromptSet
 from qsched_core.schedule import QSchedule
 from qsched_core.search import CalibrationResult, Trial, best_of
+from qsched_core.search.control import Control
 from qsched_core.search.guard import judge, paired_interval
-from qsched_core.search.report import Sample, report_picture, report_text, typical
+from qsched_core.search.precheck import PreCheck
+from qsched_core.search.report import Sample, report_path, report_picture, report_text, typical
 
 
 def scores(mean, n=8):
@@ -97,3 +101,28 @@ def test_typical_samples_are_the_worst_the_median_and_the_best():
     assert typical([0.3, -0.2, 0.1, 0.9, 0.0]) == [1, 2, 3]
     assert typical([0.3, 0.1]) == [1, 0]
     assert typical([0.3]) == [0]
+
+
+def test_a_kept_picture_is_found_again_by_what_it_shows_alone():
+    """Other held-out prompts, seeds or another reference make another picture of one journal."""
+    made = result()
+    prompts = PromptSet(tuple(f"thing {i}" for i in range(8)), tuple(range(8)))
+    before = (scores(5.0), scores(5.1))
+    controls = [Control.of(scores(5.0 + e), scores(5.1), before) for e in (0.0, 0.05)]
+    checks = [PreCheck((share,), share, (0.2,), 8, 16) for share in (0.1, 0.4)]
+    shown = [
+        (made, prompts),
+        (made, PromptSet(prompts.prompts, tuple(range(8, 16)))),
+        (made, PromptSet(tuple(f"other {i}" for i in range(8)), prompts.seeds)),
+        (result(heldout_gain=0.2), prompts),
+        (result(guard=False, heldout_gain=-0.1), prompts),
+        (result(guard=True, heldout_gain=-0.1), prompts),
+        (result(values=(5.0, 4.5, 5.2)), prompts),
+        *((replace(made, control=control), prompts) for control in controls),
+        *((replace(made, precheck=check), prompts) for check in checks),
+    ]
+    paths = [report_path(*each) for each in shown]
+    assert len(set(paths)) == len(shown)
+    assert all(path.name.startswith("study.") and path.suffix == ".png" for path in paths)
+    again = replace(result(), new_trials=0, seconds=9.0)  # the same study, taken up again
+    assert report_path(again, PromptSet(prompts.prompts, prompts.seeds)) == paths[0]
