@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import comfy.model_management
@@ -23,11 +24,13 @@ from ..qsched_core.runner import Batches
 from ..qsched_core.schedule import QSchedule, ScheduleError
 from ..qsched_core.search.precheck import Observed, observed
 from ..qsched_core.solvers import ModelFacts, check_sigmas, get_solver
+from ..qsched_core.text import markup_free, plain, shown
 from .host_encoding import encode
 
 logger = logging.getLogger(__name__)
 
 SCHEDULERS = comfy.samplers.SCHEDULER_NAMES
+MOST_NAME = 1024  # characters of a file name with its folders
 SCHEDULE_FOLDER, SCORER_FOLDER = "qsched", "clip_score"
 
 
@@ -45,12 +48,14 @@ def schedule_files() -> list[str]:
 
 def schedule_path(name: str) -> Path:
     """Where the schedule file ``name`` is; ScheduleError if there is none."""
-    found = folder_paths.get_full_path(SCHEDULE_FOLDER, name)
-    if found is None:  # a workflow may come from Windows
+    found = None
+    if len(name) <= MOST_NAME:
+        found = folder_paths.get_full_path(SCHEDULE_FOLDER, name)
+    if found is None and len(name) <= MOST_NAME:  # a workflow may come from Windows
         found = folder_paths.get_full_path(SCHEDULE_FOLDER, name.replace("\\", "/"))
     if found is None or not found.lower().endswith(".json"):
         raise ScheduleError(
-            f"schedule_name={name[:80]!r} is no schedule in models/{SCHEDULE_FOLDER}; refresh the "
+            f"schedule_name={shown(name)} is no schedule in models/{SCHEDULE_FOLDER}; refresh the "
             "list, or copy the file there"
         )
     return Path(found)
@@ -67,17 +72,20 @@ def new_schedule_path(name: str) -> Path:
     except (ValueError, OSError) as error:
         raise ScheduleError(str(error)) from None
     if not path.is_relative_to(root):  # through a link
-        raise ScheduleError(f"name={name!r} must stay inside {root}")
+        raise ScheduleError(f"name={shown(name)} must stay inside {root}")
     return path
 
 
 def input_file(name: str) -> Path:
     """The file called ``name`` in the input folder; PromptError if it is not there."""
     root = Path(folder_paths.get_input_directory()).resolve()
-    path = (root / name.strip().replace("\\", "/")).resolve()
-    if not name.strip() or not path.is_relative_to(root) or not path.is_file():
+    path = None
+    if name.strip() and len(name) <= MOST_NAME:
+        with suppress(OSError, ValueError):  # a name that no file system can hold
+            path = (root / name.strip().replace("\\", "/")).resolve()
+    if path is None or not path.is_relative_to(root) or not path.is_file():
         raise PromptError(
-            f"file={name[:80]!r} is no file in ComfyUI's input folder; copy it there and write its "
+            f"file={shown(name)} is no file in ComfyUI's input folder; copy it there and write its "
             "name"
         )
     return path
@@ -85,17 +93,20 @@ def input_file(name: str) -> Path:
 
 def report(node_id: str | None, text: str) -> None:
     """Say something to the user: in the log, and on the node while it runs."""
-    logger.warning(text)
+    logger.warning(plain(text))
     progress_text(node_id, text)
 
 
 def progress_text(node_id: str | None, text: str) -> None:
-    """Show ``text`` on the running node, where there is a server to show it."""
+    """Show ``text`` on the running node, where there is a server to show it.
+
+    The page takes it for HTML: what would be a tag is escaped.
+    """
     from server import PromptServer
 
     server = getattr(PromptServer, "instance", None)
     if server is not None and node_id is not None:
-        server.send_progress_text(text, node_id)
+        server.send_progress_text(markup_free(text), node_id)
 
 
 def model_sampling(model):
@@ -113,7 +124,7 @@ def sampling_facts(
     """Sigmas [steps + 1] (CPU) that KSampler would use, and whether the model is a flow."""
     if scheduler not in SCHEDULERS:
         raise ScheduleError(
-            f"scheduler={scheduler!r} is unknown; choose one of {', '.join(SCHEDULERS)}"
+            f"scheduler={shown(scheduler)} is unknown; choose one of {', '.join(SCHEDULERS)}"
         )
     if steps < 1:
         raise ScheduleError(f"steps={steps} must be at least 1")

@@ -13,6 +13,7 @@ from ..qsched_core.evaluation import Arm, EvaluationError, Progress
 from ..qsched_core.evaluation.run import source_hash
 from ..qsched_core.files import safe_name
 from ..qsched_core.precondition import ScalarCorrection
+from ..qsched_core.text import shown
 from . import host, host_scoring
 from .host_info import UNQUANTIZED
 
@@ -32,7 +33,7 @@ def output_path(name: str, extension: str) -> Path:
     except (ValueError, OSError) as error:
         raise EvaluationError(f"csv_name: {error}") from None
     if not path.is_relative_to(root):  # through a link
-        raise EvaluationError(f"csv_name={name!r} must stay inside the output folder")
+        raise EvaluationError(f"csv_name={shown(name)} must stay inside the output folder")
     return path
 
 

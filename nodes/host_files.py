@@ -16,7 +16,9 @@ import torch
 from ..qsched_core.formats import FormatError
 from ..qsched_core.formats.files import DTYPES, Entry, MappedFile, check_unquantized
 from ..qsched_core.formats.layer_entry import SUFFIX, read_entry
+from ..qsched_core.formats.overrides import EARLY_WORK
 from ..qsched_core.formats.policy import Policy, parse_overrides
+from ..qsched_core.text import plain, shown
 from . import quant_layouts
 
 HALF = (torch.float16, torch.bfloat16)
@@ -28,7 +30,7 @@ def model_path(folder: str, name: str, label: str) -> str:
     path = folder_paths.get_full_path(folder, name)
     if path is None:
         raise ValueError(
-            f"{label}={name!r} is not in ComfyUI's {folder} folders "
+            f"{label}={shown(name)} is not in ComfyUI's {folder} folders "
             f"({', '.join(folder_paths.get_folder_paths(folder))}); refresh the list, or put it there"
         )
     return path
@@ -102,18 +104,22 @@ def check_names(state: Mapping, metadata, prefix: str, policy: Policy) -> None:
             for key, value in state.items()
             if key.startswith(prefix) and key.endswith(".weight") and value.ndim in kinds
         },
+        EARLY_WORK,
     )
 
 
-def check_matched(policy: Policy, layers: Mapping[str, str]) -> None:
-    """FormatError if a pattern of the overrides matches none of ``layers`` (kinds by name)."""
-    unmatched = policy.unmatched(layers)
+def check_matched(policy: Policy, layers: Mapping[str, str], most_work: int = 0) -> None:
+    """FormatError if a pattern of the overrides matches none of ``layers`` (kinds by name).
+
+    With ``most_work`` only as many comparisons are made.
+    """
+    unmatched = policy.unmatched(layers, most_work)
     if unmatched:
         names = list(layers)
         examples = ", ".join(names[:: max(1, len(names) // 4)][:4])
         raise FormatError(
-            f"layers: {unmatched[0]!r} matches none of this model's {len(names)} layers; they have "
-            f"names like {examples}"
+            f"layers: {shown(unmatched[0])} matches none of this model's {len(names)} layers; they have "
+            f"names like {plain(examples, 400)}"
         )
 
 
@@ -153,5 +159,5 @@ def _check_tensors(
             "that, or give the fp16 or bf16 file"
         )
     if layers.strip():
-        raise FormatError(f"layers={layers!r}: {name} is quantized already; clear it")
+        raise FormatError(f"layers={shown(layers)}: {name} is quantized already; clear it")
     return True

@@ -15,6 +15,7 @@ from ..qsched_core.objective import Objective, Scores
 from ..qsched_core.precondition import ScalarCorrection
 from ..qsched_core.prompts import PromptSet
 from ..qsched_core.scorers import DualEncoder, ScorerError, load_file, load_named
+from ..qsched_core.text import shown
 from .host import SCORER_FOLDER, TrajectoryRunner
 
 BY_NAME = "(by open_clip's name)"
@@ -57,7 +58,7 @@ def scorer_path(name: str, called: str = "clip_name") -> Path:
     found = folder_paths.get_full_path(SCORER_FOLDER, name)
     if found is None:
         raise ScorerError(
-            f"{called}={name!r} is not in models/{SCORER_FOLDER}; refresh the list, or copy it there"
+            f"{called}={shown(name)} is not in models/{SCORER_FOLDER}; refresh the list, or copy it there"
         )
     return Path(found)
 

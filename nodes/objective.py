@@ -9,6 +9,7 @@ from comfy_api.latest import io, ui
 from ..qsched_core import objective as jaq
 from ..qsched_core.prompts import PromptError, parse_prompts
 from ..qsched_core.scorers import SCORERS, ScorerError, scorer_names
+from ..qsched_core.text import shown
 from . import host_scoring
 from .types import Objective
 
@@ -114,7 +115,7 @@ class QSchedJAQObjective(io.ComfyNode):
             for term in (*recipe.alignment, *recipe.quality):
                 if names.get(term.spec) == NONE:
                     raise ScorerError(
-                        f"formula={formula!r}: {term.spec} needs its weights; choose {term.spec}_name"
+                        f"formula={shown(formula)}: {term.spec} needs its weights; choose {term.spec}_name"
                     )
             for key, name in names.items():
                 if name != NONE:

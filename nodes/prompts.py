@@ -7,17 +7,22 @@ import json
 from comfy_api.latest import io
 
 from ..qsched_core.prompts import (
+    EARLY_TEXT,
     CalibrationPrompts,
     PromptError,
-    bundled_prompts,
+    bundled_lists,
     categories,
+    check_apart,
+    is_long,
     parse_prompts,
     read_prompts,
 )
+from ..qsched_core.text import shown
 from . import host
 from .types import MAX_SEED, Prompts
 
 SOURCES = ("bundled", "text", "file")
+MAX_CATEGORIES = 2048  # characters
 
 
 class QSchedCalibrationPrompts(io.ComfyNode):
@@ -80,7 +85,7 @@ class QSchedCalibrationPrompts(io.ComfyNode):
         if None in values:  # wired: checked when it runs
             return True
         try:
-            _prompts(*values, 0)
+            _check(*values)
         except PromptError as error:
             return str(error)
         return True
@@ -106,18 +111,39 @@ def _one(value):
     return value[0] if len(value) == 1 else json.dumps(value)
 
 
+def _check(source: str, calibration: str, heldout: str, chosen: str, file: str) -> None:
+    """PromptError for what can't be used; long texts and files are left to ``execute``."""
+    if source == "text" and (is_long(calibration) or is_long(heldout)):
+        return
+    if source == "file" and host.input_file(file).stat().st_size > EARLY_TEXT:
+        return
+    check_apart(*_lists(source, calibration, heldout, chosen, file))
+
+
 def _prompts(
     source: str, calibration: str, heldout: str, chosen: str, file: str, seed: int
 ) -> CalibrationPrompts:
+    return CalibrationPrompts.of(*_lists(source, calibration, heldout, chosen, file), seed)
+
+
+def _lists(source: str, calibration: str, heldout: str, chosen: str, file: str):
+    """Calibration and held-out prompts."""
     if source not in SOURCES:
-        raise PromptError(f"source={source!r} is unknown; choose one of {', '.join(SOURCES)}")
+        raise PromptError(f"source={shown(source)} is unknown; choose one of {', '.join(SOURCES)}")
     if source == "bundled":
-        return bundled_prompts(seed, [name.strip() for name in chosen.split(",") if name.strip()])
+        return bundled_lists(_categories(chosen))
     if source == "file":
-        return CalibrationPrompts.of(*read_prompts(host.input_file(file)), seed)
-    return CalibrationPrompts.of(
-        parse_prompts(calibration, "calibration"), parse_prompts(heldout, "heldout"), seed
-    )
+        return read_prompts(host.input_file(file))
+    return parse_prompts(calibration, "calibration"), parse_prompts(heldout, "heldout")
+
+
+def _categories(chosen: str) -> list[str]:
+    if len(chosen) > MAX_CATEGORIES:
+        raise PromptError(
+            f"categories={shown(chosen)} has {len(chosen)} characters; choose from "
+            f"{', '.join(categories())}"
+        )
+    return [name.strip() for name in chosen.split(",") if name.strip()]
 
 
 NODES = (QSchedCalibrationPrompts,)

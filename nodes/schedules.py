@@ -17,6 +17,7 @@ from ..qsched_core.schedule import (
     check_coefficient,
 )
 from ..qsched_core.solvers import SOLVERS
+from ..qsched_core.text import shown
 from . import host
 from .types import Schedule
 
@@ -95,7 +96,7 @@ class QSchedLoadSchedule(io.ComfyNode):
         try:
             QSchedule.load(host.schedule_path(schedule_name))
         except (ValueError, OSError) as error:
-            return f"schedule_name={schedule_name!r}: {error}"
+            return f"schedule_name={shown(schedule_name)}: {error}"
         return True
 
     @classmethod
@@ -149,7 +150,7 @@ class QSchedSaveSchedule(io.ComfyNode):
 
 
 def _exists(name: str, path: Path) -> str:
-    return f"name={name!r}: {path} exists; choose another name, or set overwrite"
+    return f"name={shown(name)}: {path} exists; choose another name, or set overwrite"
 
 
 class QSchedEditSchedule(io.ComfyNode):
@@ -184,7 +185,7 @@ class QSchedEditSchedule(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, mode=None, c_x=None, c_eps=None):
         if mode is not None and mode not in EDITS:
-            return f"mode={mode!r} is unknown; choose one of {', '.join(EDITS)}"
+            return f"mode={shown(mode)} is unknown; choose one of {', '.join(EDITS)}"
         try:
             for name, value in (("c_x", c_x), ("c_eps", c_eps)):
                 if mode == "set" and value:

@@ -9,6 +9,8 @@ import secrets
 import unicodedata
 from pathlib import Path, PurePosixPath
 
+from .text import shown
+
 # Names that Windows gives to devices, in any folder and with any extension.
 _DEVICES = re.compile(r"(con|prn|aux|nul|com[1-9]|lpt[1-9])(\..*)?", re.IGNORECASE)
 _MOST_BYTES = 180  # a part may have 255, a path on Windows 260; the temporary name is longer
@@ -20,12 +22,16 @@ def safe_name(name: str, extension: str = ".json") -> PurePosixPath:
     Both slashes separate folders.  ValueError says what is wrong with a name that could leave the
     folder, or that another system could not hold: a shared workflow carries it there.
     """
+    if (
+        len(name) > 2 * _MOST_BYTES
+    ):  # first: normalizing takes the square of the length at its worst
+        raise ValueError(f"name={shown(name)} is longer than {_MOST_BYTES} bytes; give a short one")
     path = unicodedata.normalize("NFC", name.replace("\\", "/"))
     if not path.lower().endswith(extension):
         path += extension
     reason = _unusable(path[: -len(extension)])
     if reason:
-        raise ValueError(f"name={name[:80]!r} {reason}; give a plain file name, or folder/name")
+        raise ValueError(f"name={shown(name)} {reason}; give a plain file name, or folder/name")
     return PurePosixPath(path)
 
 
@@ -41,7 +47,7 @@ def _unusable(path: str) -> str:
         ):
             return "has a character that not every file system can hold"
         if _DEVICES.fullmatch(part):
-            return f"has the part {part!r}, which is a device on Windows"
+            return f"has the part {shown(part)}, which is a device on Windows"
     if len(path.encode()) > _MOST_BYTES:
         return f"is longer than {_MOST_BYTES} bytes"
     return ""

@@ -38,10 +38,12 @@ from .scorers import (
     scorer_names,
     stay,
 )
+from .text import shown
 
 logger = logging.getLogger(__name__)
 
 QUALITY_WEIGHT = 2.0
+MAX_FORMULA, MAX_TERMS = 2048, 32  # characters and terms of a formula
 LOGARITHMIC = {"clip": "clip_score"}  # scorers that enter by their logarithm: the raw term's name
 
 
@@ -124,7 +126,7 @@ class Term:
 
     def __post_init__(self):
         if not (math.isfinite(self.weight) and self.weight > 0):
-            raise ScorerError(f"the weight {self.weight} of {self.spec!r} must be above 0")
+            raise ScorerError(f"the weight {self.weight} of {shown(self.spec)} must be above 0")
 
 
 @dataclass(frozen=True)
@@ -143,13 +145,16 @@ class Recipe:
             )
         if not self.alignment:
             raise ScorerError(
-                f"formula={self.name!r} has no term that looks at the prompt; add "
+                f"formula={shown(self.name)} has no term that looks at the prompt; add "
                 f"{' or '.join(scorer_names('alignment'))}"
             )
-        specs = [term.spec for term in (*self.alignment, *self.quality)]
-        twice = next((spec for spec in specs if specs.count(spec) > 1), None)
-        if twice:
-            raise ScorerError(f"formula={self.name!r} has {twice!r} twice; add up its weights")
+        seen: set[str] = set()
+        for term in (*self.alignment, *self.quality):
+            if term.spec in seen:
+                raise ScorerError(
+                    f"formula={shown(self.name)} has {shown(term.spec)} twice; add up its weights"
+                )
+            seen.add(term.spec)
 
 
 def recipe_of(
@@ -160,14 +165,24 @@ def recipe_of(
     Empty: the preset clip with ``quality``.  A preset: ``clip+clipiqa``, ``clip+pyiqa:METRIC`` or
     ``aq+hps``, with k = ``quality_weight``.  Else a weighted sum such as
     ``clip + 2*clip_iqa + 0.5*pickscore``, in which ``quality_weight`` has no part.  ScorerError for
-    what is none of these, and for scorers that are unknown or not available.
+    what is none of these, for scorers that are unknown or not available, and for a text that is
+    longer than any sum of scorers.
     """
+    for name, given in (("formula", formula), ("quality", quality)):
+        if not isinstance(given, str) or len(given) > MAX_FORMULA:
+            raise ScorerError(
+                f"{name}={shown(given)} must be text of at most {MAX_FORMULA} characters"
+            )
     text = formula.strip()
     if not text:
         check_scorer(quality, "quality")
         name = f"clip+{quality.strip().replace('clip_iqa', 'clipiqa')}"
         return Recipe(name, (Term("clip"),), (Term(quality.strip()),), quality_weight)
     parts = [part.strip() for part in text.split("+")]
+    if len(parts) > MAX_TERMS:
+        raise ScorerError(
+            f"formula={shown(formula)} has {len(parts)} terms; at most {MAX_TERMS} can be added up"
+        )
     for first, second, alignment in (("clip", "clipiqa", "clip"), ("aq", "hps", "aq")):
         if parts == [first, second]:
             spec = {"clipiqa": "clip_iqa"}.get(second, second)
@@ -193,7 +208,7 @@ def _term(part: str, formula: str) -> Term:
         spec = ""
     if not spec.strip():
         raise ScorerError(
-            f"formula={formula!r}: {part!r} is no term; write scorer or weight*scorer, joined by +, "
+            f"formula={shown(formula)}: {shown(part)} is no term; write scorer or weight*scorer, joined by +, "
             f"with scorers {', '.join(scorer_names())}"
         )
     return Term(spec.strip(), number)
@@ -266,7 +281,7 @@ class Objective:
         bad = (~torch.isfinite(scores)).nonzero().flatten().tolist()
         if bad:
             raise ScorerError(
-                f"{scorer.name} gave {float(scores[bad[0]])} for prompt {batch.prompts[bad[0]]!r}; "
+                f"{scorer.name} gave {float(scores[bad[0]])} for prompt {shown(batch.prompts[bad[0]])}; "
                 "a score must be a finite number: choose another scorer"
             )
         if len(scores) > 1 and bool((scores == scores[0]).all()):

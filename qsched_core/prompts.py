@@ -10,8 +10,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from .text import shown
+
 BUNDLED = Path(__file__).parent / "data" / "prompts.json"
 MAX_SEED = 2**64 - 1
+MAX_TEXT = 2**24  # characters of prompts that are read at all
+# What is read before anything runs; a longer text is checked when it is used.
+EARLY_TEXT, EARLY_PARTS = 2**18, 2**14
+_PARTS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029[{,"  # ends of lines, and what parts JSON
 
 
 class PromptError(ValueError):
@@ -39,11 +45,11 @@ class PromptSet:
             )
         for position, prompt in enumerate(self.prompts):
             if not isinstance(prompt, str) or not prompt.strip():
-                raise PromptError(f"prompts[{position}]={prompt!r} must be text")
+                raise PromptError(f"prompts[{position}]={shown(prompt)} must be text")
         for position, seed in enumerate(self.seeds):
             if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
                 raise PromptError(
-                    f"seeds[{position}]={seed!r} must be a whole number, 0 to 2^64 - 1"
+                    f"seeds[{position}]={shown(seed)} must be a whole number, 0 to 2^64 - 1"
                 )
 
     def __len__(self) -> int:
@@ -85,18 +91,29 @@ class CalibrationPrompts:
         leaves the others' seeds as they were.  PromptError for an empty list, or for a prompt that
         is in both.
         """
-        for name, prompts in (("calibration", calibration), ("held-out", heldout)):
-            if not prompts:
-                raise PromptError(f"the {name} prompts are empty; give one prompt a line")
-        both = [prompt for prompt in heldout if prompt in set(calibration)]
-        if both:
-            raise PromptError(
-                f"held-out prompt {both[0]!r} is a calibration prompt too; remove it from one list"
-            )
+        check_apart(calibration, heldout)
         return cls(
             PromptSet(tuple(calibration), _seeds(seed, len(calibration), 0)),
             PromptSet(tuple(heldout), _seeds(seed, len(heldout), 1)),
         )
+
+
+def check_apart(calibration: Sequence[str], heldout: Sequence[str]) -> None:
+    """PromptError for an empty list, or for a prompt that is in both."""
+    for name, prompts in (("calibration", calibration), ("held-out", heldout)):
+        if not prompts:
+            raise PromptError(f"the {name} prompts are empty; give one prompt a line")
+    known = set(calibration)
+    both = next((prompt for prompt in heldout if prompt in known), None)
+    if both is not None:
+        raise PromptError(
+            f"held-out prompt {shown(both)} is a calibration prompt too; remove it from one list"
+        )
+
+
+def is_long(text: str) -> bool:
+    """Whether ``text`` is too much to be read while others wait."""
+    return len(text) > EARLY_TEXT or sum(map(text.count, _PARTS)) > EARLY_PARTS
 
 
 def _seeds(seed: int, count: int, role: int) -> tuple[int, ...]:
@@ -112,8 +129,10 @@ def parse_prompts(text: str, name: str = "prompts", distinct: bool = True) -> tu
     """One prompt a line, or a JSON list of them; blank ones and those that start with # are left out.
 
     Raises PromptError, naming ``name``, when nothing is left or, if they have to be ``distinct``,
-    when a line is there twice.
+    when a line is there twice; and for a text of more than 16 million characters.
     """
+    if len(text) > MAX_TEXT:
+        raise PromptError(f"{name} has {len(text)} characters; at most {MAX_TEXT} are read")
     lines = [line.strip() for line in _listed(text) or text.splitlines()]
     prompts = tuple(line for line in lines if line and not line.startswith("#"))
     if not prompts:
@@ -121,7 +140,7 @@ def parse_prompts(text: str, name: str = "prompts", distinct: bool = True) -> tu
     seen: set[str] = set()
     for prompt in prompts:
         if distinct and prompt in seen:
-            raise PromptError(f"{name} has {prompt!r} twice; remove one of the lines")
+            raise PromptError(f"{name} has {shown(prompt)} twice; remove one of the lines")
         seen.add(prompt)
     return prompts
 
@@ -147,6 +166,9 @@ def read_prompts(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     follow a line ``[heldout]``.
     """
     try:
+        size = path.stat().st_size
+        if size > 4 * MAX_TEXT:
+            raise PromptError(f"{path.name} has {size} bytes; at most {4 * MAX_TEXT} are read")
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise PromptError(f"{path.name} is not text in UTF-8 ({error})") from None
@@ -191,11 +213,16 @@ def bundled_prompts(seed: int = 0, chosen: Sequence[str] = ()) -> CalibrationPro
 
     Of the ``chosen`` categories, or of all where none is.  PromptError for an unknown one.
     """
+    return CalibrationPrompts.of(*bundled_lists(chosen), seed)
+
+
+def bundled_lists(chosen: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+    """Calibration and held-out prompts of :func:`bundled_prompts`."""
     content = json.loads(BUNDLED.read_text(encoding="utf-8"))
-    unknown = [name for name in chosen if name not in content]
-    if unknown:
+    unknown = next((name for name in chosen if name not in content), None)
+    if unknown is not None:
         raise PromptError(
-            f"categories has {unknown[0]!r}, which is not one; choose from {', '.join(content)}"
+            f"categories has {shown(unknown)}, which is not one; choose from {', '.join(content)}"
         )
     calibration, heldout = (
         [
@@ -206,4 +233,4 @@ def bundled_prompts(seed: int = 0, chosen: Sequence[str] = ()) -> CalibrationPro
         ]
         for part in ("calibration", "heldout")
     )
-    return CalibrationPrompts.of(calibration, heldout, seed)
+    return calibration, heldout

@@ -23,10 +23,10 @@ from .schedule_checks import (
     check_falling,
     numbers,
     plain_json,
-    shown,
 )
 from .schedule_match import SIGMA_TOLERANCE, Place, places
 from .solvers import get_solver
+from .text import shown
 
 FORMAT = "qsched"
 VERSION = 1

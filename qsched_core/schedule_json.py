@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from .schedule_checks import ScheduleError, shown
+from .schedule_checks import ScheduleError, check_parts
+from .text import shown
 
-MAX_TEXT = 2**22  # characters; refused before anything is parsed
+MAX_TEXT = 2**19  # characters; refused before anything is parsed
 
 
 def parse(text: Any) -> dict[str, Any]:
@@ -24,6 +25,7 @@ def parse(text: Any) -> dict[str, Any]:
         raise ScheduleError(
             f"not a schedule: the text has {len(text)} characters; at most {MAX_TEXT} are read"
         )
+    check_parts("not a schedule: the text", text)
     try:
         content = json.loads(
             text.removeprefix("\ufeff"), object_pairs_hook=_unique, parse_constant=_constant

@@ -6,10 +6,11 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
+from . import overrides as by_name
 from .base import FormatError
-from .registry import FORMATS, get
+from .overrides import Override, parse_overrides
+from .registry import get
 
 # Parts of a layer's name, between dots.  An embedder turns inputs into features, a head features
 # into outputs: both are small, and their errors reach every later layer or the picture itself.
@@ -34,10 +35,6 @@ MODULATION = re.compile(
     re.IGNORECASE,
 )
 MODULATION_FORMAT = {"int2": "nf4", "int3": "nf4"}  # fewer than 4 bits are too few there
-KEEP = ("fp16", "bf16", "keep")  # what a user may write to leave a layer as the file has it
-
-
-KINDS = ("linear", "conv2d")
 
 
 @dataclass(frozen=True)
@@ -50,70 +47,6 @@ class Choice:
     format: str | None
     weight_only: bool = False
     why: str = ""
-
-
-@dataclass(frozen=True)
-class Override:
-    """One clause of the user's override: layers that match any pattern get ``format`` (None: keep)."""
-
-    patterns: tuple[str, ...]
-    format: str | None
-
-    def matches(self, name: str, kind: str = "linear") -> bool:
-        return any(_matches(pattern, name, kind) for pattern in self.patterns)
-
-
-def _matches(pattern: str, name: str, kind: str) -> bool:
-    if pattern.startswith("@"):
-        return pattern == f"@{kind}"
-    if any(c in pattern for c in "*?["):
-        return fnmatchcase(name, pattern)
-    return _is_part(pattern, name)
-
-
-def _is_part(pattern: str, name: str) -> bool:
-    """Whether ``pattern`` is one or more whole dotted parts of ``name``."""
-    return f".{pattern}." in f".{name}."
-
-
-def parse_overrides(text: str) -> tuple[Override, ...]:
-    """``img_in|final_layer=fp16; *mlp*=nf4``: clauses parted by ";", the last that matches wins.
-
-    A pattern is a shell pattern for the whole layer name, or, without wildcards, whole parts of it,
-    or ``@linear`` or ``@conv2d`` for every layer of that kind.
-    FormatError names the first clause that can't be read.
-    """
-    overrides = []
-    for clause in filter(None, (c.strip() for c in re.split(r"[;\n]", text))):
-        patterns, equals, value = (part.strip() for part in clause.rpartition("="))
-        names = tuple(p.strip() for p in patterns.split("|"))
-        if not equals or not all(names):
-            raise FormatError(
-                f"layers: can't read {clause!r}; write it as PATTERN=FORMAT, several patterns with |, "
-                "several clauses with ;"
-            )
-        if any(re.search(r"[\s=,]", p) for p in names):
-            raise FormatError(f"layers: {clause!r} has a space, comma or = inside a pattern")
-        strange = [p for p in names if p.startswith("@") and p[1:] not in KINDS]
-        if strange:
-            raise FormatError(
-                f"layers: {clause!r} names the kind {strange[0]!r}; there are "
-                f"{' and '.join('@' + k for k in KINDS)}"
-            )
-        if value not in FORMATS and value not in KEEP:
-            raise FormatError(
-                f"layers: {clause!r} asks for the format {value!r}; "
-                f"choose one of {', '.join((*FORMATS, *KEEP))}"
-            )
-        unserved = [p for p in names if p.startswith("@") and value in FORMATS]
-        unserved = [p for p in unserved if p[1:] not in FORMATS[value].kinds]
-        if unserved:
-            able = ", ".join(n for n, f in FORMATS.items() if unserved[0][1:] in f.kinds)
-            raise FormatError(
-                f"layers: {clause!r}: {value} can't store {unserved[0]} layers; choose one of {able}"
-            )
-        overrides.append(Override(names, None if value in KEEP else value))
-    return tuple(overrides)
 
 
 @dataclass(frozen=True)
@@ -157,14 +90,12 @@ class Policy:
         chosen = {self.format, MODULATION_FORMAT.get(self.format, self.format)}
         return tuple(sorted(chosen | {o.format for o in self.overrides if o.format is not None}))
 
-    def unmatched(self, layers: Mapping[str, str]) -> list[str]:
-        """The patterns of the overrides that match none of the model's layers (name: kind)."""
-        return [
-            pattern
-            for override in self.overrides
-            for pattern in override.patterns
-            if not any(_matches(pattern, name, kind) for name, kind in layers.items())
-        ]
+    def unmatched(self, layers: Mapping[str, str], most_work: int = 0) -> list[str]:
+        """The patterns of the overrides that match none of the model's layers (name: kind).
+
+        With ``most_work`` it may end early, see :func:`.overrides.unmatched`.
+        """
+        return list(by_name.unmatched(self.overrides, layers, most_work))
 
     def describe(self) -> str:
         """One line that a schedule's provenance can carry and ``parse_overrides`` can read."""
@@ -187,3 +118,6 @@ def is_head(name: str) -> bool:
 
 def is_modulation(name: str) -> bool:
     return MODULATION.search(name) is not None
+
+
+__all__ = ["Choice", "Override", "Policy", "parse_overrides"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..text import shown
 from .base import FormatError, WeightFormat
 from .fp4 import FP4
 from .fp8 import FP8E4M3
@@ -47,7 +48,7 @@ def get(name: str) -> WeightFormat:
     """The format called ``name``; FormatError lists those there are."""
     try:
         return FORMATS[name]
-    except KeyError:
+    except (KeyError, TypeError):
         raise FormatError(
-            f"weight_format={name!r} is unknown; choose one of {', '.join(FORMATS)}"
+            f"weight_format={shown(name)} is unknown; choose one of {', '.join(FORMATS)}"
         ) from None

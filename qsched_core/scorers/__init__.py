@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..text import shown
 from . import aesthetic, clip_iqa, hps, noun_phrases, open_clip, pickscore, pyiqa
 from .base import (
     Batch,
@@ -41,16 +42,16 @@ def check_scorer(spec: str, measures: str = "", name: str = "") -> tuple[ScorerE
     ScorerError, calling the input ``name``, if there is no such scorer of that kind, or if it is not
     available (with the reason).
     """
-    shown = f"{name or measures or 'scorer'}={spec!r}"
+    said = f"{name or measures or 'scorer'}={shown(spec)}"
     called, _, option = spec.strip().partition(":")
     entry = SCORERS.get(called)
     if entry is None or measures not in ("", entry.measures):
-        raise ScorerError(f"{shown} is unknown; choose one of {', '.join(scorer_names(measures))}")
+        raise ScorerError(f"{said} is unknown; choose one of {', '.join(scorer_names(measures))}")
     if option and not entry.option_hint:
-        raise ScorerError(f"{shown}: {called} takes no option; write {called!r}")
+        raise ScorerError(f"{said}: {called} takes no option; write {called!r}")
     reason = entry.available()
     if reason:
-        raise ScorerError(f"{shown}: {reason}")
+        raise ScorerError(f"{said}: {reason}")
     return entry, option
 
 

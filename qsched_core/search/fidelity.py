@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from ..optional import missing, require
+from ..text import shown
 from .errors import CalibrationError
 from .samplers import quiet
 
@@ -74,7 +75,7 @@ def get_fidelity(name: str) -> Fidelity:
     """CalibrationError, naming the known ones, for an unknown fidelity."""
     if name not in FIDELITIES:
         raise CalibrationError(
-            f"fidelity={name!r} is unknown; choose one of {', '.join(FIDELITIES)}"
+            f"fidelity={shown(name)} is unknown; choose one of {', '.join(FIDELITIES)}"
         )
     return FIDELITIES[name]
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..optional import MissingDependencyError
+from ..text import shown
 from .errors import CalibrationError
 from .fidelity import get_fidelity
 from .space import check_radius, check_range
@@ -46,7 +47,7 @@ class CalibrationSettings:
             raise CalibrationError(f"seed={self.seed} may not be negative")
         for name in ("proposals", "together"):
             if getattr(self, name) < 1:
-                raise CalibrationError(f"{name}={getattr(self, name)} must be at least 1")
+                raise CalibrationError(f"{name}={shown(getattr(self, name))} must be at least 1")
         if self.ends and not strategy.ramp:
             raise CalibrationError(
                 f"ends=True has no meaning for search {self.strategy!r}, which has no ramp"

@@ -12,6 +12,7 @@ import torch
 
 from ..precondition import ScalarCorrection
 from ..schedule import MAX_COEFFICIENT, MIN_COEFFICIENT, linear_ramp
+from ..text import shown
 from .errors import CalibrationError
 
 Point = Mapping[str, float]
@@ -36,17 +37,19 @@ def check_range(low: float, high: float) -> None:
     """CalibrationError unless low <= 1 <= high are coefficients a schedule may have."""
     if not MIN_COEFFICIENT <= low < high <= MAX_COEFFICIENT:
         raise CalibrationError(
-            f"low={low}, high={high} must be low < high within "
+            f"low={shown(low)}, high={shown(high)} must be low < high within "
             f"[{MIN_COEFFICIENT}, {MAX_COEFFICIENT}]"
         )
     if not low <= 1 <= high:
-        raise CalibrationError(f"low={low}, high={high} must have 1, the base solver, between them")
+        raise CalibrationError(
+            f"low={shown(low)}, high={shown(high)} must have 1, the base solver, between them"
+        )
 
 
 def check_radius(radius: float) -> None:
     """CalibrationError unless the radius is a finite number above 0."""
-    if not (math.isfinite(radius) and radius > 0):
-        raise CalibrationError(f"radius={radius} must be above 0, e.g. 0.1")
+    if not 0 < radius < math.inf:
+        raise CalibrationError(f"radius={shown(radius)} must be above 0, e.g. 0.1")
 
 
 @dataclass(frozen=True)

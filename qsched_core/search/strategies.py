@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ..optional import missing
 from ..precondition import ScalarCorrection
+from ..text import shown
 from .errors import CalibrationError
 from .samplers import SAMPLERS
 from .space import Point, RampSpace, Space, StepSpace, grid_points, sobol_points
@@ -94,7 +95,7 @@ class Strategy:
         if asked < least:
             free = " with the ramps' ends free" if ends else ""
             raise CalibrationError(
-                f"budget={asked} is too small for search {self.name!r}{free}; give at least "
+                f"budget={shown(asked)} is too small for search {self.name!r}{free}; give at least "
                 f"{least}, or 0 for its default of {self.default_budget}"
             )
         return asked
@@ -221,5 +222,7 @@ STRATEGIES: dict[str, Strategy] = {
 def get_strategy(name: str) -> Strategy:
     """CalibrationError, naming the known ones, for an unknown strategy."""
     if name not in STRATEGIES:
-        raise CalibrationError(f"search={name!r} is unknown; choose one of {', '.join(STRATEGIES)}")
+        raise CalibrationError(
+            f"search={shown(name)} is unknown; choose one of {', '.join(STRATEGIES)}"
+        )
     return STRATEGIES[name]

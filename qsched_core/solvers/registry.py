@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from ..text import shown
 from .ancestral import sample_euler_ancestral
 from .base import NoiseSource, brownian_noise, white_noise
 from .ddim import sample_ddim
@@ -34,7 +35,7 @@ class Option:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number or not self.minimum <= value <= self.maximum:
             raise ValueError(
-                f"{self.name}={value!r} for solver {solver} must be a number from {self.minimum:g} "
+                f"{self.name}={shown(value)} for solver {solver} must be a number from {self.minimum:g} "
                 f"to {self.maximum:g}; its default is {self.default:g}"
             )
         return float(value)
@@ -88,7 +89,9 @@ class Solver:
         for name, value in options.items():
             if name not in known:
                 there = f"it has {', '.join(known)}" if known else "it has none"
-                raise ValueError(f"{name}={value!r} is no option of solver {self.name}; {there}")
+                raise ValueError(
+                    f"{name}={shown(value)} is no option of solver {self.name}; {there}"
+                )
         return {
             name: option.check(options.get(name, option.default), self.name)
             for name, option in known.items()
@@ -157,5 +160,5 @@ def get_solver(name: str) -> Solver:
         return SOLVERS[name]
     except KeyError:
         raise ValueError(
-            f"solver={name!r} is unknown; choose one of {', '.join(SOLVERS)}"
+            f"solver={shown(name)} is unknown; choose one of {', '.join(SOLVERS)}"
         ) from None

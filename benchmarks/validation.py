@@ -1,0 +1,170 @@
+"""How long any text can hold up the server: every node's validation against hostile inputs.
+
+ComfyUI validates a workflow on the thread that serves every page, before it is queued.  Each input
+of each node gets texts and numbers made to be slow, alone and in all inputs of the node at once;
+a row is a node, with the seconds of its slowest case (the best of several runs, so that a busy
+machine's neighbours don't count) and what that case was.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import inspect
+import json
+import struct
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+from . import _hostile
+from ._common import BenchRow, machine, options, report
+from ._families import FLUX_SCHNELL, weights
+from ._host import PACK, import_pack
+
+BOUND = 0.05  # seconds
+MANY_OPTIONS = 8
+NUMBERS = (float("inf"), float("-inf"), float("nan"), 1e308, -1, 0, 10**400, 10**5000, True)
+
+
+def nodes() -> list[type]:
+    """Every node of the pack that validates its inputs itself."""
+    import_pack()
+    folder = Path(__file__).resolve().parents[1] / "nodes"
+    modules = [
+        importlib.import_module(f"{PACK}.nodes.{path.stem}")
+        for path in sorted(folder.glob("[!_]*.py"))
+    ]
+    found = [node for module in modules for node in getattr(module, "NODES", ())]
+    return [node for node in found if "validate_inputs" in vars(node)]
+
+
+def prepare(folder: Path) -> str:
+    """Files for nodes that read some: schedules, prompts and a model; the model's last layer."""
+    host = importlib.import_module(f"{PACK}.nodes.host")
+    paths = importlib.import_module("folder_paths")
+    host.register_folders()
+    for kind in ("qsched", "diffusion_models"):
+        (folder / kind).mkdir()
+        paths.add_model_folder_path(kind, str(folder / kind), is_default=True)
+    for index, (_, text) in enumerate(_hostile.schedules()):
+        path = folder / "qsched" / f"{index}.json"
+        path.write_text(text, encoding="utf-8", errors="surrogatepass")
+    paths.set_input_directory(str(folder / "input"))
+    (folder / "input").mkdir()
+    for index, (_, text) in enumerate(chain(_hostile.texts(), _hostile.texts(_hostile.LARGE))):
+        for ending in ("txt", "json"):
+            path = folder / "input" / f"{index}.{ending}"
+            path.write_text(f"{text}\n[heldout]\n{text}", encoding="utf-8", errors="surrogatepass")
+    return _write_model(folder / "diffusion_models" / "flux.safetensors")
+
+
+def _write_model(path: Path) -> str:
+    """A file of FLUX's tensors without their data; the name of its last layer."""
+    header, end, last = {}, 0, ""
+    for weight in weights(FLUX_SCHNELL.module()):
+        start, end = end, end + 2 * weight.count
+        header[weight.key] = {"dtype": "F16", "shape": weight.shape, "data_offsets": (start, end)}
+        last = weight.layer if weight.kind else last
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)  # a hole: it takes no room
+    return last
+
+
+def cases(node: type, folder: Path, last: str) -> Iterator[tuple[str, dict]]:
+    """(what is done, the inputs) for one node."""
+    asked = set(inspect.signature(node.validate_inputs).parameters)
+    inputs = {i.id: i for i in node.define_schema().inputs if i.id in asked}
+    choices = {name: list(i.options) for name, i in inputs.items() if hasattr(i, "options")}
+    base = {
+        name: (choices.get(name) or [""])[0] if getattr(i, "default", None) is None else i.default
+        for name, i in inputs.items()
+    }
+    if "unet_name" in base:
+        base["unet_name"] = "flux.safetensors"
+    bases = [base] + [
+        base | {name: option}
+        for name, few in choices.items()
+        if len(few) <= MANY_OPTIONS
+        for option in few
+    ]
+    of_texts = [name for name, value in base.items() if isinstance(value, str)]
+    for start in bases:
+        for label, text in chain(_hostile.texts(), _hostile.texts(_hostile.LARGE)):
+            for name in of_texts:
+                yield f"{name}: {label}", start | {name: text}
+            free = [name for name in of_texts if name not in choices]
+            yield f"all: {label}", start | dict.fromkeys(free, text)
+        for name in set(base) - set(of_texts):
+            for number in NUMBERS:
+                yield f"{name}: a number", start | {name: number}
+    yield from _own_cases(base, folder, last)
+
+
+def _own_cases(base: dict, folder: Path, last: str) -> Iterator[tuple[str, dict]]:
+    """What is hostile to one kind of input."""
+    if "layers" in base:
+        for label, text in _hostile.layer_overrides(last):
+            yield f"layers: {label}", base | {"layers": text}
+    if "text" in base:
+        for label, text in _hostile.schedules():
+            yield f"text: {label}", base | {"text": text}
+    if "schedule_name" in base:
+        for path in (folder / "qsched").iterdir():
+            yield f"schedule_name: {path.name}", base | {"schedule_name": path.name}
+    if "source" in base:
+        for path in (folder / "input").iterdir():
+            yield f"file: {path.name}", base | {"source": "file", "file": path.name}
+
+
+def slowest(node: type, folder: Path, last: str, runs: int) -> BenchRow:
+    """The row of ``node``; RuntimeError for a case that raises instead of giving its reason."""
+    worst, what, count = 0.0, "", 0
+    for label, inputs in cases(node, folder, last):
+        call = partial(node.validate_inputs, **inputs)
+        try:
+            seconds = _seconds(call, runs, worst)
+        except Exception as error:
+            raise RuntimeError(
+                f"{node.define_schema().node_id}, {label}: {type(error).__name__}: {error}"[:300]
+            ) from error
+        count += 1
+        if seconds > worst:
+            worst, what = seconds, label
+    name = node.define_schema().node_id
+    what = f"the slowest of {count} hostile inputs: {what}"
+    return BenchRow(
+        f"validation.{name}", what, worst, BOUND, worst / BOUND, "s", runs, machine(), "<= 1"
+    )
+
+
+def _seconds(call, runs: int, enough: float) -> float:
+    """The fastest of ``runs``, or of those until one is no slower than ``enough``."""
+    best = float("inf")
+    for _ in range(runs):
+        gc.collect(0)
+        started = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - started)
+        if best <= enough:
+            break
+    return best
+
+
+def main() -> None:
+    chosen = options(__doc__, runs=5)
+    found = nodes()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        last = prepare(folder)
+        rows = [slowest(node, folder, last, chosen.runs) for node in found]
+    report(rows, chosen.json)
+
+
+if __name__ == "__main__":
+    main()
