@@ -16,6 +16,7 @@ import struct
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -102,7 +103,8 @@ def cases(node: type, folder: Path, last: str) -> Iterator[tuple[str, dict]]:
             yield f"all: {label}", start | dict.fromkeys(free, text)
         for name in set(base) - set(of_texts):
             for number in NUMBERS:
-                yield f"{name}: a number", start | {name: number}
+                with suppress(OverflowError, ValueError):  # which ComfyUI refuses itself
+                    yield f"{name}: a number", start | {name: type(base[name])(number)}
     yield from _own_cases(base, folder, last)
 
 

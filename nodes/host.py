@@ -16,7 +16,7 @@ import comfy.utils
 import folder_paths
 import torch
 
-from ..qsched_core.files import safe_name
+from ..qsched_core.files import MOST_NAME, safe_name
 from ..qsched_core.precondition import ScalarCorrection
 from ..qsched_core.prompts import PromptError, PromptSet
 from ..qsched_core.rollout import EvaluationMemo, rollout
@@ -30,7 +30,6 @@ from .host_encoding import encode
 logger = logging.getLogger(__name__)
 
 SCHEDULERS = comfy.samplers.SCHEDULER_NAMES
-MOST_NAME = 1024  # characters of a file name with its folders
 SCHEDULE_FOLDER, SCORER_FOLDER = "qsched", "clip_score"
 
 

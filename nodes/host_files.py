@@ -6,6 +6,7 @@ import pickle
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import comfy.model_detection
@@ -13,6 +14,7 @@ import comfy.utils
 import folder_paths
 import torch
 
+from ..qsched_core.files import MOST_NAME
 from ..qsched_core.formats import FormatError
 from ..qsched_core.formats.files import DTYPES, Entry, MappedFile, check_unquantized
 from ..qsched_core.formats.layer_entry import SUFFIX, read_entry
@@ -27,7 +29,7 @@ SAFETENSORS = (".safetensors", ".sft")
 
 def model_path(folder: str, name: str, label: str) -> str:
     """Where ComfyUI keeps the file; ValueError names the input if it is not there."""
-    path = folder_paths.get_full_path(folder, name)
+    path = folder_paths.get_full_path(folder, name) if len(name) <= MOST_NAME else None
     if path is None:
         raise ValueError(
             f"{label}={shown(name)} is not in ComfyUI's {folder} folders "
@@ -64,7 +66,9 @@ def check_file(path: str, weight_format: str, layers: str) -> None:
         _check_tensors(mapped.entries, mapped.metadata, weight_format, layers, name, mapped.tensor)
         if layers.strip():
             policy = Policy(weight_format, parse_overrides(layers))
-            check_names(mapped.state_dict(), mapped.metadata, prefix, policy)
+            facts = Path(path).stat()
+            names = _names_in(path, prefix, facts.st_size, facts.st_mtime_ns)
+            check_matched(policy, names, EARLY_WORK)
 
 
 def read_file(path: str, weight_format: str, layers: str) -> WeightFile:
@@ -89,23 +93,32 @@ def read_file(path: str, weight_format: str, layers: str) -> WeightFile:
     return WeightFile(name, sd, metadata, _prefix(sd), mapped)
 
 
-def check_names(state: Mapping, metadata, prefix: str, policy: Policy) -> None:
-    """FormatError if a pattern of the overrides is in no layer's name, before anything is loaded.
+@lru_cache(maxsize=8)  # finding out which model it is takes longer than all the rest
+def _names_in(path: str, prefix: str, size: int, modified: int) -> Mapping[str, str]:
+    """``_layer_names`` of a file; ``size`` and ``modified`` say which version of it is meant."""
+    mapped = MappedFile(path)
+    return _layer_names(mapped.state_dict(), mapped.metadata, prefix)
 
-    Files whose layers ComfyUI renames (diffusers' names) are left to the check after loading.
+
+def _layer_names(state: Mapping, metadata, prefix: str) -> Mapping[str, str]:
+    """The kinds of a file's layers by name.
+
+    Empty for files whose layers ComfyUI renames (diffusers' names): the check after loading has
+    them.
     """
     if comfy.model_detection.model_config_from_unet(state, prefix, metadata=metadata) is None:
-        return
+        return {}
     kinds = {2: "linear", 4: "conv2d"}
-    check_matched(
-        policy,
-        {
-            key.removeprefix(prefix).removesuffix(".weight"): kinds[value.ndim]
-            for key, value in state.items()
-            if key.startswith(prefix) and key.endswith(".weight") and value.ndim in kinds
-        },
-        EARLY_WORK,
-    )
+    return {
+        key.removeprefix(prefix).removesuffix(".weight"): kinds[value.ndim]
+        for key, value in state.items()
+        if key.startswith(prefix) and key.endswith(".weight") and value.ndim in kinds
+    }
+
+
+def check_names(state: Mapping, metadata, prefix: str, policy: Policy) -> None:
+    """FormatError if a pattern of the overrides is in no layer's name, before anything is loaded."""
+    check_matched(policy, _layer_names(state, metadata, prefix))
 
 
 def check_matched(policy: Policy, layers: Mapping[str, str], most_work: int = 0) -> None:
@@ -113,7 +126,7 @@ def check_matched(policy: Policy, layers: Mapping[str, str], most_work: int = 0)
 
     With ``most_work`` only as many comparisons are made.
     """
-    unmatched = policy.unmatched(layers, most_work)
+    unmatched = policy.unmatched(layers, most_work) if layers else []
     if unmatched:
         names = list(layers)
         examples = ", ".join(names[:: max(1, len(names) // 4)][:4])

@@ -11,6 +11,7 @@ import comfy.model_patcher
 import folder_paths
 import torch
 
+from ..qsched_core.files import MOST_NAME
 from ..qsched_core.objective import Objective, Scores
 from ..qsched_core.precondition import ScalarCorrection
 from ..qsched_core.prompts import PromptSet
@@ -55,7 +56,7 @@ def weight_files() -> list[str]:
 
 def scorer_path(name: str, called: str = "clip_name") -> Path:
     """Where the weights ``name`` are; ScorerError, naming the input ``called``, if nowhere."""
-    found = folder_paths.get_full_path(SCORER_FOLDER, name)
+    found = folder_paths.get_full_path(SCORER_FOLDER, name) if len(name) <= MOST_NAME else None
     if found is None:
         raise ScorerError(
             f"{called}={shown(name)} is not in models/{SCORER_FOLDER}; refresh the list, or copy it there"

@@ -7,7 +7,7 @@ import json
 from comfy_api.latest import io
 
 from ..qsched_core.prompts import (
-    EARLY_TEXT,
+    EARLY_FILE,
     CalibrationPrompts,
     PromptError,
     bundled_lists,
@@ -115,7 +115,7 @@ def _check(source: str, calibration: str, heldout: str, chosen: str, file: str) 
     """PromptError for what can't be used; long texts and files are left to ``execute``."""
     if source == "text" and (is_long(calibration) or is_long(heldout)):
         return
-    if source == "file" and host.input_file(file).stat().st_size > EARLY_TEXT:
+    if source == "file" and host.input_file(file).stat().st_size > EARLY_FILE:
         return
     check_apart(*_lists(source, calibration, heldout, chosen, file))
 

@@ -13,6 +13,7 @@ from .text import shown
 
 # Names that Windows gives to devices, in any folder and with any extension.
 _DEVICES = re.compile(r"(con|prn|aux|nul|com[1-9]|lpt[1-9])(\..*)?", re.IGNORECASE)
+MOST_NAME = 1024  # characters of a name that is looked up; file systems hold no longer ones
 _MOST_BYTES = 180  # a part may have 255, a path on Windows 260; the temporary name is longer
 
 

@@ -16,7 +16,7 @@ BUNDLED = Path(__file__).parent / "data" / "prompts.json"
 MAX_SEED = 2**64 - 1
 MAX_TEXT = 2**24  # characters of prompts that are read at all
 # What is read before anything runs; a longer text is checked when it is used.
-EARLY_TEXT, EARLY_PARTS = 2**18, 2**14
+EARLY_TEXT, EARLY_PARTS, EARLY_FILE = 2**18, 2**13, 2**16
 _PARTS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029[{,"  # ends of lines, and what parts JSON
 
 

@@ -111,6 +111,8 @@ class _NotPlainError(Exception):
 
 
 def _plain(value: Any, depth: int) -> Any:
+    if type(value) is float and math.isfinite(value):  # most of what there is
+        return value
     if value is None or isinstance(value, bool):
         return value
     if depth > MAX_DEPTH:

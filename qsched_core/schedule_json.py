@@ -8,6 +8,7 @@ from typing import Any
 from .schedule_checks import ScheduleError, check_parts
 from .text import shown
 
+MAX_DIGITS = 1000
 MAX_TEXT = 2**19  # characters; refused before anything is parsed
 
 
@@ -19,16 +20,19 @@ def parse(text: Any) -> dict[str, Any]:
     """
     if not isinstance(text, str):
         raise ScheduleError(f"not a schedule: {shown(text)} is not text")
-    if not text.strip():
-        raise ScheduleError("not a schedule: the text is empty; paste a schedule's JSON")
     if len(text) > MAX_TEXT:
         raise ScheduleError(
             f"not a schedule: the text has {len(text)} characters; at most {MAX_TEXT} are read"
         )
+    if not text.strip():
+        raise ScheduleError("not a schedule: the text is empty; paste a schedule's JSON")
     check_parts("not a schedule: the text", text)
     try:
         content = json.loads(
-            text.removeprefix("\ufeff"), object_pairs_hook=_unique, parse_constant=_constant
+            text.removeprefix("\ufeff"),
+            object_pairs_hook=_unique,
+            parse_constant=_constant,
+            parse_int=_integer,
         )
     except ScheduleError:
         raise
@@ -68,6 +72,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
         raise ScheduleError(f"not a schedule: {shown(twice)} is given twice in one object")
     return content
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:  # reading one takes the square of its length
+        raise ScheduleError(f"not a schedule: {shown(digits)} has {len(digits)} digits")
+    return int(digits)
 
 
 def _constant(name: str) -> None:

@@ -50,13 +50,11 @@ class MappedFile:
             header = header_of(file, self._name)
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.entries, self.metadata, self._data = header.tensors, header.metadata, header.data
-        whole = self._view(0, len(self._map), torch.uint8)
-        self._start, self._end = whole.data_ptr(), whole.data_ptr() + whole.numel()
-
-    def _view(self, offset: int, count: int, dtype: torch.dtype) -> torch.Tensor:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
-            return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset)
+            self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+        self._start = self._bytes.data_ptr()
+        self._end = self._start + self._bytes.numel()
 
     def tensor(self, key: str) -> torch.Tensor:
         """Tensor ``key``: a view of the mapping, not to be written to."""
@@ -69,10 +67,10 @@ class MappedFile:
         offset = self._data + entry.start
         if count == 0:
             return torch.empty(entry.shape, dtype=dtype)
+        raw = self._bytes[offset : offset + count * dtype.itemsize]
         if offset % dtype.itemsize:  # legal in a safetensors file, not in every kernel
-            raw = self._view(offset, count * dtype.itemsize, torch.uint8).clone()
-            return raw.view(dtype).reshape(entry.shape)
-        return self._view(offset, count, dtype).reshape(entry.shape)
+            raw = raw.clone()
+        return raw.view(dtype).reshape(entry.shape)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {key: self.tensor(key) for key in self.entries}

@@ -15,7 +15,7 @@ KEEP = ("fp16", "bf16", "keep")  # what a user may write to leave a layer as the
 KINDS = ("linear", "conv2d")
 # More than a person writes: a text out of a workflow is read before anything else of it runs.
 MAX_TEXT, MAX_PATTERNS, MAX_PATTERN, MAX_WILDCARDS = 16384, 512, 256, 16
-EARLY_WORK = 50_000  # name comparisons (a glob's count more) that validation may take
+EARLY_WORK = 10_000  # name comparisons (a glob's count more) that validation may take
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Override:
 
 
 def _is_glob(pattern: str) -> bool:
-    return any(c in pattern for c in "*?[")
+    return "*" in pattern or "?" in pattern or "[" in pattern
 
 
 def _matches(pattern: str, name: str, kind: str) -> bool:
@@ -38,12 +38,7 @@ def _matches(pattern: str, name: str, kind: str) -> bool:
         return pattern == f"@{kind}"
     if _is_glob(pattern):
         return fnmatchcase(name, pattern)
-    return _is_part(pattern, name)
-
-
-def _is_part(pattern: str, name: str) -> bool:
-    """Whether ``pattern`` is one or more whole dotted parts of ``name``."""
-    return f".{pattern}." in f".{name}."
+    return f".{pattern}." in f".{name}."  # one or more whole dotted parts
 
 
 def parse_overrides(text: str) -> tuple[Override, ...]:
@@ -121,18 +116,23 @@ def unmatched(
     With ``most_work`` the search ends when that many comparisons are spent, and what was not looked
     at is not given.
     """
-    spent = 0
-    for override in overrides:
-        for pattern in override.patterns:
-            weight = len(pattern) if _is_glob(pattern) else 0
-            spent += 4 * weight  # reading the pattern itself
+    spent, kinds = 0, {f"@{kind}" for kind in layers.values()}
+    joined = "\n".join(f".{name}." for name in layers)
+    for pattern in (pattern for override in overrides for pattern in override.patterns):
+        if _is_glob(pattern):
+            spent += 4 * len(pattern)  # reading the pattern itself
             found = False
-            for name, kind in layers.items():
-                spent += 1 + weight * len(name) // 256
+            for name in layers:
+                spent += 1 + len(pattern) * len(name) // 256
                 if most_work and spent > most_work:
                     return
-                if _matches(pattern, name, kind):
+                if fnmatchcase(name, pattern):
                     found = True
                     break
-            if not found:
-                yield pattern
+        else:
+            spent += 1 + len(joined) // 256
+            if most_work and spent > most_work:
+                return
+            found = pattern in kinds or f".{pattern}." in joined
+        if not found:
+            yield pattern

@@ -76,10 +76,11 @@ class StorageRule:
         """
         if not isinstance(storage, str):
             raise CalibrationError(f"storage must be text, not {type(storage).__name__}")
-        text = storage.strip()
-        if not text:
+        long = len(storage) > MAX_STORAGE
+        text = "" if long else storage.strip()
+        if not text and not long:
             return None
-        if len(text) > MAX_STORAGE or (not self.trusted and not storage.isprintable()):
+        if long or (not self.trusted and not storage.isprintable()):
             raise CalibrationError(
                 f"storage may have {MAX_STORAGE} characters at most, and no control characters; "
                 f"{self._instead()}"
@@ -174,14 +175,14 @@ def checked_study(study: str) -> str:
     """The study's name without spaces around it; CalibrationError for one that can't be a name."""
     if not isinstance(study, str):
         raise CalibrationError(f"study must be text, not {type(study).__name__}")
-    name = study.strip(" ")
-    if not name.isprintable():
-        raise CalibrationError(
-            f"study={name[:40]!a} has control characters; write a name of visible characters"
-        )
+    name = study.strip(" ") if len(study) <= MAX_STORAGE else study
     if len(name) > MAX_STUDY:
         raise CalibrationError(
             f"study has {len(name)} characters; write a name of {MAX_STUDY} at most"
+        )
+    if not name.isprintable():
+        raise CalibrationError(
+            f"study={name[:40]!a} has control characters; write a name of visible characters"
         )
     return name
 
