@@ -13,6 +13,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from ..qsched_core.formats import get
 from ..qsched_core.formats.report import LayerRow
+from ..qsched_core.text import markdown
 from .host_files import HALF
 from .quant_ops import LoadRecord, fingerprint, weight_sample
 
@@ -127,7 +128,7 @@ def describe(info: Mapping) -> str:
     convolutions = info["quantized_convolutions"]
     kept = ", ".join(f"{count} {why}" for why, count in info["kept_because"].items())
     text = (
-        f"{info['source'] or 'model'}: {info['format']}\n"
+        f"{markdown(info['source'] or 'model')}: {info['format']}\n"
         f"weights {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB ({before / max(after, 1):.2f}x smaller)\n"
         f"layers: {layers or 'none quantized'}; {info['kept_layers']} kept"
         + (f" ({kept})\n" if kept else "\n")
@@ -138,7 +139,7 @@ def describe(info: Mapping) -> str:
         )
         + f"runs on {info['backend'] or 'torch'}, computes in {info['compute_dtype']}"
     )
-    return text + (f"\nlayers input: {info['layers']}" if info["layers"] else "")
+    return text + (f"\nlayers input: {markdown(info['layers'])}" if info["layers"] else "")
 
 
 def layer_rows(module: torch.nn.Module) -> list[LayerRow]:

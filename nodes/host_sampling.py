@@ -12,6 +12,7 @@ from ..qsched_core.around import AroundCorrection, CorrectedModel
 from ..qsched_core.precondition import Correction, ScalarCorrection
 from ..qsched_core.schedule import QSchedule, ScheduleError
 from ..qsched_core.solvers import check_sigmas, get_solver
+from ..qsched_core.text import shown
 from .host import is_flow, model_facts, report, sampling_facts
 
 
@@ -133,7 +134,7 @@ def _differences(schedule: QSchedule, solver: str, options, model) -> str:
         before = sampling.get("options") if isinstance(sampling, dict) else None
         for name, value in get_solver(solver).check(options).items():
             if isinstance(before, dict) and before.get(name, value) != value:
-                parts.append(f"{name} {before[name]}, not {value}")
+                parts.append(f"{name} {shown(before[name])}, not {value}")
     learned = schedule.provenance.get("model")
     if isinstance(learned, dict):
         found = model_info(model)
@@ -141,7 +142,8 @@ def _differences(schedule: QSchedule, solver: str, options, model) -> str:
             if learned.get(key) and found.get(key) and learned[key] != found[key]:
                 name = {"source_hash": "source"}.get(key, key)
                 parts.append(
-                    f"{label} {learned.get(name) or learned[key]!r}, not {found.get(name) or found[key]!r}"
+                    f"{label} {shown(learned.get(name) or learned[key])}, "
+                    f"not {shown(found.get(name) or found[key])}"
                 )
     return f"this schedule was learned for {'; '.join(parts)}" if parts else ""
 

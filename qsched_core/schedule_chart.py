@@ -6,7 +6,6 @@ PIL alone.  Dark on an opaque light ground, so that it reads the same in a light
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
@@ -14,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from . import schedule_summary
 from .schedule import MAX_COEFFICIENT, MIN_COEFFICIENT, QSchedule
 from .schedule_summary import Score
+from .text import drawable
 
 WIDTH, MARGIN, LEFT = 1200, 40, 150
 PAPER, INK, GREY, FAINT = "#fbfbf9", "#1d1f21", "#5f656e", "#d5d8dc"
@@ -50,10 +50,10 @@ class _Pen:
         return picture
 
     def text(self, x, y, text: str, color=INK, size: int = 20, anchor: str = "lm") -> None:
-        self.draw.text((x * _SCALE, y * _SCALE), _latin(text), color, _font(size), anchor)
+        self.draw.text((x * _SCALE, y * _SCALE), drawable(text), color, _font(size), anchor)
 
     def width(self, text: str, size: int = 20) -> float:
-        return self.draw.textlength(_latin(text), _font(size)) / _SCALE
+        return self.draw.textlength(drawable(text), _font(size)) / _SCALE
 
     def line(self, points: Sequence[tuple[float, float]], color=INK, width: float = 1) -> None:
         scaled = [(x * _SCALE, y * _SCALE) for x, y in points]
@@ -90,11 +90,6 @@ class _Pen:
 
 def _font(size: int):
     return ImageFont.load_default(size=size * _SCALE)
-
-
-def _latin(text: str) -> str:
-    """Accents are dropped, other scripts become '?': PIL's own font has ASCII alone."""
-    return unicodedata.normalize("NFKD", text).encode("ascii", "replace").decode()
 
 
 def _head(pen: _Pen, schedule: QSchedule) -> float:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .schedule import QSchedule, ScheduleError
+from .text import markdown, plain
 
 _SIGNS = {"multiply": "x {:.4g}", "add": "{:+.4g}", "set": "= {:.4g}"}
 
@@ -80,9 +81,9 @@ def original(schedule: QSchedule) -> QSchedule | None:
 
 
 def summary(schedule: QSchedule) -> str:
-    """The coefficients as a table, then everything the provenance tells."""
+    """The coefficients as a table, then everything the provenance tells, safe to be rendered."""
     lines = [schedule.describe()]
-    lines += [f"{label}: {value}" for label, value in facts(schedule)]
+    lines += [f"{label}: {markdown(value)}" for label, value in facts(schedule)]
     lines += [str(score) for score in scores(schedule)]
     return "\n".join(lines)
 
@@ -169,7 +170,7 @@ def _get(value: Any, *keys: str) -> Any:
 
 def _text(value: Any, *keys: str) -> str:
     found = _get(value, *keys)
-    return " ".join(found.split())[:200] if isinstance(found, str) else ""
+    return plain(" ".join(found[:4000].split()), 200) if isinstance(found, str) else ""
 
 
 def _number(value: Any, *keys: str) -> float | None:

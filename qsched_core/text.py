@@ -56,6 +56,13 @@ def markup_free(text: str) -> str:
     return html.escape(text, quote=False)
 
 
+def json_for_page(text: str) -> str:
+    """JSON ``text`` that a page may take for HTML: the same JSON, without a tag in it."""
+    for letter in "<>&":
+        text = text.replace(letter, f"\\u{ord(letter):04x}")
+    return text
+
+
 def csv_cell(value: Any) -> Any:
     """``value`` for a CSV writer: text can't be a formula; numbers and None stay as they are."""
     if not isinstance(value, str):

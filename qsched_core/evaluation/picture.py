@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
 from ..search.guard import Interval, mean_interval
 from ..search.report import typical
+from ..text import drawable
 from .results import Evaluation
 from .table import cost_line, distance_lines, verdict
 
@@ -50,11 +50,6 @@ def _font(size: int):
     return ImageFont.load_default(size=size)
 
 
-def _latin(text: str) -> str:
-    """Accents are dropped, other scripts become '?': PIL's own font has ASCII alone."""
-    return unicodedata.normalize("NFKD", text).encode("ascii", "replace").decode()
-
-
 class _Page:
     """Draws downward on a sheet that grows with what is drawn."""
 
@@ -80,7 +75,7 @@ class _Page:
     def at(self, x: float, text: str, color=INK, size: int = 15, anchor: str = "la") -> None:
         """Text on the current row, which stays."""
         self.room(ROW)
-        self.draw.text((x, self.y), _latin(text), color, _font(size), anchor)
+        self.draw.text((x, self.y), drawable(text), color, _font(size), anchor)
 
     def text(self, text: str, color=INK, size: int = 16, row: int = ROW) -> None:
         self.at(MARGIN, text, color, size)
@@ -93,7 +88,7 @@ class _Page:
     def wrap(self, text: str, width: float, size: int, most: int = 4) -> list[str]:
         """At most ``most`` lines no wider than ``width``; words that are longer are cut."""
         lines, font = [""], _font(size)
-        for word in _latin(text).split():
+        for word in drawable(text).split():
             while self.draw.textlength(word, font) > width:
                 word = word[: len(word) * 3 // 4]
             longer = f"{lines[-1]} {word}".strip()

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from io import StringIO
 
 from ..search.guard import Interval, mean_interval
+from ..text import csv_cell, markdown, plain
 from .results import REFERENCES, Comparison, Evaluation
 
+Escape = Callable[[str], str]
 
-def verdict(evaluation: Evaluation, comparison: Comparison) -> str:
+
+def verdict(evaluation: Evaluation, comparison: Comparison, escape: Escape = plain) -> str:
     """One line: whether ``after`` scores better than ``before``, with the numbers."""
-    labels = _labels(evaluation)
+    labels = _labels(evaluation, escape)
     pair = f"{labels[comparison.after]} against {labels[comparison.before]}"
     gain = comparison.gains.get("jaq")
     if gain is None:
@@ -26,20 +29,20 @@ def verdict(evaluation: Evaluation, comparison: Comparison) -> str:
     return f"{pair}: {kind}, JAQ {gain}"
 
 
-def _labels(evaluation: Evaluation) -> dict[str, str]:
-    return {arm.name: arm.label for arm in evaluation.arms} | {REFERENCES: REFERENCES}
+def _labels(evaluation: Evaluation, escape: Escape) -> dict[str, str]:
+    return {arm.name: escape(arm.label) for arm in evaluation.arms} | {REFERENCES: REFERENCES}
 
 
-def distance_lines(evaluation: Evaluation) -> list[str]:
+def distance_lines(evaluation: Evaluation, escape: Escape = plain) -> list[str]:
     """A line for each Frechet distance, and for each change of one."""
-    labels = _labels(evaluation)
+    labels = _labels(evaluation, escape)
     changes = [
         f"{labels[c.after]} is {_nearer(c.change)} {labels[c.against]} than {labels[c.before]} "
-        f"({c.space}): {c.change.mean:+.5f} [{c.change.low:+.5f}, {c.change.high:+.5f}]"
+        f"({escape(c.space)}): {c.change.mean:+.5f} [{c.change.low:+.5f}, {c.change.high:+.5f}]"
         for c in evaluation.changes
     ]
     return [
-        f"Frechet distance ({d.space}, {d.dimensions} dimensions) of {labels[d.arm]} from "
+        f"Frechet distance ({escape(d.space)}, {d.dimensions} dimensions) of {labels[d.arm]} from "
         f"{labels[d.against]}: {round(d.value, 9):.5g} ({d.images} and {d.against_images} images)"
         for d in evaluation.distances
     ] + changes
@@ -63,23 +66,27 @@ def cost_line(evaluation: Evaluation) -> str:
 
 
 def report_text(evaluation: Evaluation) -> str:
-    """The verdicts, means and gains of every score with 95 % intervals, distances, notes, cost."""
-    labels = _labels(evaluation)
+    """The verdicts, means and gains of every score with 95 % intervals, distances, notes, cost.
+
+    Names in it are escaped, for a page that renders Markdown or HTML.
+    """
+    labels = _labels(evaluation, markdown)
     names = list(evaluation.arms[0].columns)
-    lines = [verdict(evaluation, comparison) for comparison in evaluation.comparisons]
-    rows = [("mean of " + _prompts(len(evaluation.prompts)), *(a.label for a in evaluation.arms))]
+    lines = [verdict(evaluation, comparison, markdown) for comparison in evaluation.comparisons]
+    heads = [labels[arm.name] for arm in evaluation.arms]
+    rows = [("mean of " + _prompts(len(evaluation.prompts)), *heads)]
     rows += [
-        (name, *(_short(mean_interval(arm.columns[name])) for arm in evaluation.arms))
+        (markdown(name), *(_short(mean_interval(arm.columns[name])) for arm in evaluation.arms))
         for name in names
     ]
     lines += ["", *_aligned(rows)]
     gained = [c for c in evaluation.comparisons if c.gains]
     if gained:
         rows = [("paired gain", *(f"{labels[c.after]} - {labels[c.before]}" for c in gained))]
-        rows += [(name, *(_short(c.gains[name], "+") for c in gained)) for name in names]
+        rows += [(markdown(name), *(_short(c.gains[name], "+") for c in gained)) for name in names]
         lines += ["", *_aligned(rows)]
-    lines += ["", *distance_lines(evaluation)] if evaluation.distances else []
-    lines += ["", *(f"note: {note}" for note in evaluation.notes), cost_line(evaluation)]
+    lines += ["", *distance_lines(evaluation, markdown)] if evaluation.distances else []
+    lines += ["", *(f"note: {markdown(note)}" for note in evaluation.notes), cost_line(evaluation)]
     return "\n".join(lines).lstrip("\n")
 
 
@@ -112,7 +119,7 @@ def images_csv(evaluation: Evaluation) -> str:
         ["arm", "number", "prompt", "seed", *names],
         (
             [arm.name, i + 1, prompts.prompts[i], prompts.seeds[i],
-             *(repr(arm.columns[name][i]) for name in names)]
+             *(arm.columns[name][i] for name in names)]
             for arm in evaluation.arms
             for i in range(len(prompts))
         ),
@@ -124,7 +131,7 @@ def summary_csv(evaluation: Evaluation) -> str:
 
     def row(quantity, arm, against, interval: Interval):
         ends = (interval.mean, interval.low, interval.high)
-        return [quantity, arm, against, *map(repr, ends), interval.n]
+        return [quantity, arm, against, *ends, interval.n]
 
     rows = [
         row(f"mean {name}", arm.name, "", mean_interval(values))
@@ -137,7 +144,7 @@ def summary_csv(evaluation: Evaluation) -> str:
         for name, gain in comparison.gains.items()
     ]
     rows += [
-        [f"frechet {d.space}", d.arm, d.against, repr(d.value), "", "", d.images]
+        [f"frechet {d.space}", d.arm, d.against, d.value, "", "", d.images]
         for d in evaluation.distances
     ]
     rows += [
@@ -150,6 +157,6 @@ def summary_csv(evaluation: Evaluation) -> str:
 def _csv(header: Sequence[str], rows: Iterable[Sequence]) -> str:
     text = StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
+    for row in (header, *rows):
+        writer.writerow([csv_cell(cell) for cell in row])
     return text.getvalue()

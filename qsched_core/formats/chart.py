@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ..text import drawable
 from .report import LayerRow, summary
 
 WIDTH, MARGIN, LEFT = 1200, 24, 76
@@ -35,7 +36,7 @@ def draw(rows: Sequence[LayerRow], title: str) -> Image.Image:
     height = MARGIN + 40 + legend + 20 + 190 * len(panels) + 40
     image = Image.new("RGB", (WIDTH, height), PAPER)
     pen = ImageDraw.Draw(image)
-    pen.text((MARGIN, MARGIN), title, INK, big)
+    pen.text((MARGIN, MARGIN), drawable(title), INK, big)
     top = MARGIN + 40
     for row in groups:
         error = "" if row.error is None else f", error {row.error:.4f}"
@@ -44,15 +45,15 @@ def draw(rows: Sequence[LayerRow], title: str) -> Image.Image:
             f"{row.format}: {row.name}, {row.weights / 1e6:.2f} M weights, "
             f"{row.nbytes / 1e6:.2f} MB, {row.bits:.2f} bits a weight{error}"
         )
-        pen.text((MARGIN + 24, top), text, INK, small)
+        pen.text((MARGIN + 24, top), drawable(text), INK, small)
         top += 24
     top += 20
     for label, values in panels:
         _panel(pen, top, label, values, [colors[r.format] for r in rows], small)
         top += 190
     if rows:
-        pen.text((LEFT, top), rows[0].name, INK, small)
-        last = rows[-1].name
+        pen.text((LEFT, top), drawable(rows[0].name), INK, small)
+        last = drawable(rows[-1].name)
         pen.text((WIDTH - MARGIN - pen.textlength(last, small), top), last, INK, small)
     return image
 

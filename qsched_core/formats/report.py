@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from ..text import markdown
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def summary(rows: Sequence[LayerRow]) -> list[LayerRow]:
 
 
 def table(rows: Sequence[LayerRow]) -> str:
-    """Text: a line a format, the whole, then a line a layer in the model's order."""
+    """Text: a line a format, the whole, then a line a layer in the model's order; names are escaped."""
     if not rows:
         return "no layer with a weight of two or more dimensions"
     whole = LayerRow(
@@ -62,6 +64,7 @@ def table(rows: Sequence[LayerRow]) -> str:
         "all",
         sum(r.nbytes for r in rows),
     )
+    rows = [replace(r, name=markdown(r.name), format=markdown(r.format)) for r in rows]
     width = max(len(r.name) for r in rows)
     forms = max(7, *(len(r.format) for r in rows))
     lines = [_line("", "format", "weights", "MB", "bits", "error", "", forms, width)]

@@ -7,6 +7,7 @@ from statistics import fmean, pstdev
 
 from ..objective import Scores
 from ..prompts import CalibrationPrompts, PromptSet
+from ..text import markdown
 from .engine import Trial, best_of
 from .guard import paired_interval
 
@@ -64,6 +65,10 @@ def _quality(trials: Sequence[Trial]) -> Iterator[str]:
         )
 
 
+def _quoted(prompt: str) -> str:
+    return f"'{markdown(prompt, 120)}'"
+
+
 def _gaming(heldout: tuple[Scores, Scores], prompts: PromptSet) -> Iterator[str]:
     before, after = heldout
     change = paired_interval(before.alignment, after.alignment)
@@ -79,5 +84,5 @@ def _gaming(heldout: tuple[Scores, Scores], prompts: PromptSet) -> Iterator[str]
         worst = max(far, key=falls.__getitem__)
         yield (
             f"{len(far)} of {len(falls)} held-out pictures lost more than {FAR_BELOW} of alignment "
-            f"(worst {falls[worst]:.2f}: {prompts.prompts[worst]!r}): look at them in JAQ Evaluate"
+            f"(worst {falls[worst]:.2f}: {_quoted(prompts.prompts[worst])}): look at them in JAQ Evaluate"
         )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from PIL import Image, ImageDraw, ImageFont
 
 from ..prompts import PromptSet
+from ..text import drawable, markdown, plain
 from .journal import fingerprint
 
 if TYPE_CHECKING:
@@ -69,12 +70,12 @@ def report_text(result: CalibrationResult) -> str:
             f"  step {i + 1}: c_x {x:.4f}  c_eps {eps:.4f}"
             for i, (x, eps) in enumerate(zip(result.best.c_x, result.best.c_eps, strict=True))
         ]
-    lines += ["", *(f"warning: {warning}" for warning in result.warnings)]
+    lines += ["", *(f"warning: {plain(warning)}" for warning in result.warnings)]
     resumed = len(result.trials) - result.new_trials
     lines += [
         f"{len(result.trials)} trials ({resumed} not made in this run), "
         f"{result.model_evaluations} model evaluations, {result.seconds:.0f} s",
-        f"study: {result.where}",
+        f"study: {markdown(result.where)}",
     ]
     return "\n".join(lines)
 
@@ -119,7 +120,7 @@ def _font(size: int):
 
 def _wrap(draw: ImageDraw.ImageDraw, text: str, width: float, size: int) -> list[str]:
     lines, font = [""], _font(size)
-    for word in text.split():
+    for word in drawable(text).split():
         longer = f"{lines[-1]} {word}".strip()
         if lines[-1] and draw.textlength(longer, font) > width:
             lines.append(word)
