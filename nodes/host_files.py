@@ -25,6 +25,10 @@ from . import quant_layouts
 
 HALF = (torch.float16, torch.bfloat16)
 SAFETENSORS = (".safetensors", ".sft")
+# How an SDXL predicts, where its weights do not say it.
+PREDICTION = (
+    "v_pred", "ztsnr", "edm_vpred.sigma_max", "edm_vpred.sigma_min", "edm_mean", "edm_std",
+)  # fmt: skip
 
 
 def model_path(folder: str, name: str, label: str) -> str:
@@ -55,6 +59,14 @@ class WeightFile:
     def weights(self) -> dict[str, torch.Tensor]:
         """The diffusion model's part."""
         return {k: v for k, v in self.state.items() if k.startswith(self.prefix)}
+
+    def with_prediction(self) -> dict[str, torch.Tensor]:
+        """``state`` with a checkpoint's keys for its prediction among the diffusion model's.
+
+        Loading that part alone, the host drops all others, and would take the model for epsilon.
+        """
+        found = {k: self.state[k] for k in PREDICTION if k in self.state}
+        return {self.prefix + k: v for k, v in found.items()} | self.state
 
 
 def check_file(path: str, weight_format: str, layers: str) -> None:

@@ -190,7 +190,7 @@ def load_diffusion_model(
     """
     load = _Load(path, request, patches)
     model = comfy.sd.load_diffusion_model_state_dict(
-        load.file.state,
+        load.file.with_prediction(),
         load.options,
         metadata=load.file.metadata,
         disable_dynamic=disable_dynamic,

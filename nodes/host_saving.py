@@ -9,6 +9,7 @@ import shutil
 import uuid
 from pathlib import Path
 
+import comfy.latent_formats
 import comfy.model_management
 import comfy.model_sampling
 import comfy.sd
@@ -53,9 +54,8 @@ def save_model(model, path: str | Path, clip=None, vae=None, merge_loras: bool =
     metadata = {METADATA: json.dumps(provenance), "format": "pt", **(extra or {})}
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        comfy.sd.save_checkpoint(
-            str(partial), model, clip, vae, metadata=metadata, extra_keys=_extra_keys(model)
-        )
+        keys = _extra_keys(model, alone=clip is None and vae is None)
+        comfy.sd.save_checkpoint(str(partial), model, clip, vae, metadata=metadata, extra_keys=keys)
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -100,15 +100,25 @@ def _check_space(path: Path, modules) -> None:
         )
 
 
-def _extra_keys(model) -> dict[str, torch.Tensor]:
-    """What ComfyUI's own Save Model writes beside the weights, so that the prediction is known."""
+def _extra_keys(model, alone: bool) -> dict[str, torch.Tensor]:
+    """The keys beside the weights that tell ComfyUI's loaders how the model predicts.
+
+    Of a model ``alone`` they stand among its weights too: ComfyUI's Load Diffusion Model reads
+    nothing else of a file.
+    """
     sampling = model.get_model_object("model_sampling")
     keys = {}
-    if isinstance(sampling, comfy.model_sampling.ModelSamplingContinuousEDM) and isinstance(
-        sampling, comfy.model_sampling.V_PREDICTION
-    ):
-        for name in ("sigma_max", "sigma_min"):
-            keys[f"edm_vpred.{name}"] = torch.tensor(getattr(sampling, name)).float()
-    if getattr(sampling, "zsnr", False):
-        keys["ztsnr"] = torch.tensor([])
-    return keys
+    if isinstance(sampling, comfy.model_sampling.EDM):  # which is a V_PREDICTION too
+        form = model.get_model_object("latent_format")
+        if isinstance(form, comfy.latent_formats.SDXL_Playground_2_5):
+            keys = {"edm_mean": form.latents_mean, "edm_std": form.latents_std}
+    elif isinstance(sampling, comfy.model_sampling.V_PREDICTION):
+        if isinstance(sampling, comfy.model_sampling.ModelSamplingContinuousEDM):
+            keys = {f"edm_vpred.{n}": getattr(sampling, n) for n in ("sigma_max", "sigma_min")}
+        elif isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete):
+            keys = {"v_pred": torch.tensor([])}
+            if getattr(sampling, "zsnr", False):
+                keys["ztsnr"] = torch.tensor([])
+    keys = {key: torch.as_tensor(value).float().clone() for key, value in keys.items()}
+    prefixed = {f"model.diffusion_model.{k}": v.clone() for k, v in keys.items()} if alone else {}
+    return keys | prefixed

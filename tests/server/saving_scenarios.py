@@ -8,6 +8,7 @@ import json
 import re
 from pathlib import Path
 
+import families
 import pytest
 import safetensors
 import torch
@@ -125,6 +126,68 @@ def test_a_checkpoint_is_saved_with_its_vae(sample, tmp_path):
         str(tmp_path / "saved.safetensors"), output_clip=False
     )
     assert relative(sample(core), sample(model)) < 0.03
+
+
+NOTHING = torch.tensor([])
+PREDICTIONS = {
+    "epsilon": {},
+    "v": {"v_pred": NOTHING},
+    "v, zero terminal SNR": {"v_pred": NOTHING, "ztsnr": NOTHING},
+    "v, EDM levels": {
+        "edm_vpred.sigma_max": torch.tensor(99.0),
+        "edm_vpred.sigma_min": torch.tensor(0.01),
+    },
+    "Playground 2.5": {"edm_mean": torch.zeros(4), "edm_std": torch.ones(4)},
+}
+
+
+@pytest.fixture(scope="module")
+def sdxl() -> dict[str, torch.Tensor]:
+    return families.SDXL.weights()
+
+
+def prediction(model):
+    """How the model predicts: its parametrisation, its levels, and its latents."""
+    sampling = model.get_model_object("model_sampling")
+    kinds = {c.__name__ for c in type(sampling).__mro__ if c.__module__ == "comfy.model_sampling"}
+    form = type(model.get_model_object("latent_format")).__name__
+    return kinds, getattr(sampling, "zsnr", None), sampling.sigmas.tolist(), form
+
+
+def check_prediction(model, wanted, folder):
+    """Saved alone, it predicts as before in ComfyUI's loader and in both of ours."""
+    path = str(folder / "saved.safetensors")
+    saving.save_model(model, path)
+    for load in (loading.load_diffusion_model, loading.load_checkpoint_model):
+        assert prediction(load(path, Request("int8"))) == wanted
+    assert prediction(comfy_sd.load_diffusion_model(path)) == wanted
+
+
+@pytest.mark.parametrize("keys", PREDICTIONS.values(), ids=PREDICTIONS)
+def test_a_saved_sdxl_predicts_as_before(keys, sdxl, tmp_path):
+    bare = str(tmp_path / "sdxl.safetensors")
+    save_file(sdxl | keys, bare)
+    model = loading.load_diffusion_model(bare, Request("int8"))
+    wanted = prediction(comfy_sd.load_diffusion_model(bare))
+    assert prediction(model) == wanted
+    check_prediction(model, wanted, tmp_path)
+    checkpoint = str(tmp_path / "checkpoint.safetensors")
+    save_file({f"model.diffusion_model.{k}": v for k, v in sdxl.items()} | keys, checkpoint)
+    assert prediction(loading.load_diffusion_model(checkpoint, Request("int8"))) == wanted
+
+
+def test_a_prediction_that_a_node_set_is_saved(sdxl, tmp_path):
+    advanced = importlib.import_module("comfy_extras.nodes_model_advanced")
+    bare = str(tmp_path / "sdxl.safetensors")
+    save_file(sdxl, bare)
+    model = loading.load_diffusion_model(bare, Request("int8"))
+    (patched,) = advanced.ModelSamplingDiscrete().patch(model, "v_prediction", True)
+    wanted = prediction(patched)
+    assert wanted != prediction(model)
+    path = str(tmp_path / "saved.safetensors")
+    saving.save_model(patched, path)
+    kinds, *rest = prediction(loading.load_diffusion_model(path, Request("int8")))
+    assert "V_PREDICTION" in kinds and rest == list(wanted[1:])
 
 
 def test_what_can_not_be_saved_is_refused_and_leaves_nothing(file, plain, tmp_path, monkeypatch):
