@@ -146,6 +146,7 @@ class _Load:
                 "is it a LoRA, a text encoder or a VAE?"
             )
         check_matched(self.request.policy, self.record.kinds)
+        _own_memory(model.model.diffusion_model, self.record)
         _check_kept(model.model.diffusion_model, self.file.name)
         if comfy.model_management.is_device_cpu(model.load_device):
             _compute_in(model.model, model.model.model_config)
@@ -161,6 +162,15 @@ class _Load:
             unquantized_bytes=before.get("unquantized_bytes", self.unquantized_bytes),
             merged_patches=before.get("merged_patches", ""),
         )
+
+
+def _own_memory(module: torch.nn.Module, record: LoadRecord) -> None:
+    """Copy what dynamic loading left in the mapped file, a tensor at a time."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        value = tensor.data
+        own = record.own(value)
+        if own is not value:
+            tensor.data = own
 
 
 def _check_kept(module: torch.nn.Module, name: str) -> None:

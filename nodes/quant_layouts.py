@@ -35,15 +35,73 @@ class Source:
     weight: torch.Tensor
     file: MappedFile
 
-    def __deepcopy__(self, memo) -> Source:
-        """Itself: torch's compiler copies a tensor's fields to compare them later."""
-        return self
-
     def read(self, device: torch.device) -> torch.Tensor:
         """A copy in fp32 on ``device``; the file's pages go back."""
         weight = self.weight.to(device, torch.float32, copy=True)
         self.file.release(self.weight)
         return weight
+
+
+SEED = 1  # of rounding without a key at hand
+
+
+class PatchableTensor(QuantizedTensor):
+    """A quantized tensor that can be written to in place, codes and tables: ComfyUI's hooks do.
+
+    They put patched weights, as floats, into the model while it samples, and the stored ones back.
+    ``source`` is the weight it was quantized from, without patches; None if that is not at hand.
+    """
+
+    source: Source | None = None
+
+    def _copy_with(self, qdata=None, params=None, clone_params=True):
+        if params is None:
+            params = self._params.clone() if clone_params else self._params
+        out = type(self)(self._qdata if qdata is None else qdata, self._layout_cls, params)
+        out.source = self.source
+        return out
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        first = args[0] if args else None
+        if isinstance(first, cls) and func is torch.ops.aten.detach.default:
+            # It shares the tables too, so that writing to ``.data`` reaches them.
+            return first._copy_with(first._qdata.detach(), clone_params=False)
+        if isinstance(first, cls) and func is torch.ops.aten.copy_.default:
+            return first._write(args[1])
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    @staticmethod
+    def __tensor_unflatten__(inner_tensors, ctx, outer_size, outer_stride):
+        found = QuantizedTensor.__tensor_unflatten__(inner_tensors, ctx, outer_size, outer_stride)
+        return PatchableTensor(found._qdata, found._layout_cls, found._params)
+
+    def _write(self, values: torch.Tensor) -> PatchableTensor:
+        """Take the values of a tensor of this layout, or a float one's, quantized."""
+        if not isinstance(values, QuantizedTensor):
+            values = self.rounded(values, SEED)
+        if values._layout_cls != self._layout_cls:
+            raise TypeError(f"{values._layout_cls} can't be copied to {self._layout_cls}")
+        for own, new in zip(self.tensors(), PatchableTensor.tensors(values), strict=True):
+            own.copy_(new)
+        return self
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The codes, and the tables."""
+        return [self._qdata, *(getattr(self._params, n) for n in self._params._tensor_fields())]
+
+    def rounded(self, weight: torch.Tensor, seed: int, inplace: bool = False) -> PatchableTensor:
+        """A patched weight, quantized like this one.
+
+        What was added to the source is rounded once, to the nearest: as good as quantizing a merged
+        file.  Else it is added to rounded values, and rounds stochastically.
+        """
+        options = {"scale": "recalculate", "stochastic_rounding": seed, "inplace_ops": inplace}
+        if self.source is not None:
+            options |= {"stochastic_rounding": 0, "like": None}
+        if not issubclass(self.layout_cls, PackedLayout):
+            options.pop("like", None)
+        return self.requantize_from_float(weight, **options).to(self.dtype)
 
 
 PREFIX = "qsched_"  # of our formats in a saved file's "comfy_quant"
@@ -68,38 +126,24 @@ class PackedLayout(QuantizedLayout):
         inplace_ops=False,
         like=None,
         weight_only=False,
-        source=None,
         **kwargs,
     ):
         """Called by the host with a seed when it bakes a LoRA into the weight.
 
-        What the host added is added to the weight as the source file has it, and rounded once, to
-        the nearest: as good as quantizing a merged file.  Without the file values round
-        stochastically, so that a small LoRA survives in the mean.
+        Values round stochastically then, so that a small LoRA survives in the mean.
         """
         if like is not None:
             like = like.to(tensor.device)
-        if like is not None and source is not None:
-            delta = tensor.float() - cls.FORMAT.dequantize(like)
-            packed = cls.FORMAT.quantize(source.read(delta.device).add_(delta))
-        else:
-            packed = cls.FORMAT.quantize(tensor, seed=stochastic_rounding or None, like=like)
-        return packed.codes, cls.params(packed, tensor.dtype, weight_only, source)
+        packed = cls.FORMAT.quantize(tensor, seed=stochastic_rounding or None, like=like)
+        return packed.codes, cls.params(packed, tensor.dtype, weight_only)
 
     @classmethod
-    def params(
-        cls,
-        packed: Packed,
-        dtype: torch.dtype,
-        weight_only: bool = False,
-        source: Source | None = None,
-    ):
+    def params(cls, packed: Packed, dtype: torch.dtype, weight_only: bool = False):
         return cls.Params(
             orig_dtype=dtype,
             orig_shape=packed.shape,
             weight_only=weight_only,
             options=tuple(packed.options.items()),
-            source=source,
             **packed.aux,
         )
 
@@ -119,7 +163,7 @@ class PackedLayout(QuantizedLayout):
     def requantize_kwargs(cls, qtensor):
         params = qtensor._params
         like = _packed(cls.FORMAT, qtensor._qdata, params)
-        return {"like": like, "weight_only": params.weight_only, "source": params.source}
+        return {"like": like, "weight_only": params.weight_only}
 
 
 def _packed(form: WeightFormat, qdata: torch.Tensor, params) -> Packed:
@@ -153,7 +197,6 @@ def _params_class(form: WeightFormat) -> type:
             ("transposed", bool, field(default=False)),
             ("weight_only", bool, field(default=False)),
             ("options", tuple, field(default=())),
-            ("source", Source, field(default=None, compare=False)),
         ],
         bases=(BaseLayoutParams,),
         namespace={"_tensor_fields": tensor_fields},
@@ -198,7 +241,7 @@ def _t(qt, args, kwargs):
     params = dataclasses.replace(
         qt._params, orig_shape=qt._params.orig_shape[::-1], transposed=not qt._params.transposed
     )
-    return QuantizedTensor(qt._qdata, qt._layout_cls, params)
+    return qt._copy_with(params=params)
 
 
 @register_layout_op(torch.ops.aten.linear.default, PackedLayout)
@@ -252,17 +295,20 @@ class Stored:
 
 def quantized_tensor(
     packed: Packed, choice: Choice, dtype: torch.dtype, source: Source | None = None
-) -> QuantizedTensor:
+) -> PatchableTensor:
     """The host's tensor for a packing of ``source`` made as ``choice`` says."""
     form = get(choice.format)
     if form.host is None:
-        layout = LAYOUTS[choice.format]
-        params = layout.params(packed, dtype, choice.weight_only, source)
-        return QuantizedTensor(packed.codes, layout.NAME, params)
-    params = get_layout_class(form.host.layout).Params(
-        orig_dtype=dtype, orig_shape=packed.shape, **packed.aux, **packed.options
-    )
-    return QuantizedTensor(packed.codes, form.host.layout, params)
+        name = LAYOUTS[choice.format].NAME
+        params = LAYOUTS[choice.format].params(packed, dtype, choice.weight_only)
+    else:
+        name = form.host.layout
+        params = get_layout_class(name).Params(
+            orig_dtype=dtype, orig_shape=packed.shape, **packed.aux, **packed.options
+        )
+    tensor = PatchableTensor(packed.codes, name, params)
+    tensor.source = source
+    return tensor
 
 
 def saved_name(name: str) -> str:

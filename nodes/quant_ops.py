@@ -15,7 +15,14 @@ from comfy_kitchen.tensor import QuantizedTensor
 from ..qsched_core.formats import FormatError, Packed, get
 from ..qsched_core.formats.files import MappedFile
 from ..qsched_core.formats.policy import Choice, Policy
-from .quant_layouts import Source, Stored, product, quantized_tensor, saved_name
+from .quant_layouts import (
+    PatchableTensor,
+    Source,
+    Stored,
+    product,
+    quantized_tensor,
+    saved_name,
+)
 
 SAMPLES = 16  # values of a weight that its fingerprint is taken from
 
@@ -64,6 +71,17 @@ class LoadRecord:
         if self.file is not None:
             self.file.release(weight)
 
+    def own(self, tensor: torch.Tensor) -> torch.Tensor:
+        """``tensor`` in memory of its own: the mapped file's can't be written to, as the host may."""
+        packed = isinstance(tensor, PatchableTensor)
+        parts = tensor.tensors() if packed else [tensor]
+        if self.file is None or not any(map(self.file.owns, parts)):
+            return tensor
+        copy = tensor.clone()
+        for part in parts:
+            self.file.release(part)
+        return copy
+
 
 def quantized_ops(
     policy: Policy,
@@ -84,7 +102,6 @@ def quantized_ops(
         kind: str
         choice = Choice(None)
         stored: Stored | None = None
-        origin: Source | None = None  # of a native format; our own layouts carry theirs
         weight_only = False
 
         def _take(self, state_dict, prefix, *args) -> bool:
@@ -96,14 +113,14 @@ def quantized_ops(
             record.progress()
             record.kinds[name] = self.kind
             if isinstance(weight, QuantizedTensor):
-                stored, tensor = weight.qsched, weight
+                stored, tensor = weight.qsched, record.own(weight)
                 if not stored.sample:
                     stored = Stored(stored.choice, weight_sample(weight.dequantize()), stored.error)
             else:
                 source = weight
                 if merge is not None:
                     state_dict[key] = weight = merge(key, weight)
-                record.samples[key] = weight_sample(weight)
+                record.samples[key] = weight_sample(source)
                 self.choice = record.choices[name] = policy(name, tuple(weight.shape), self.kind)
                 if self.choice.format is None:
                     # A copy: what is kept must not hold on to the file.
@@ -112,9 +129,8 @@ def quantized_ops(
                     return False
                 packed = _quantize(weight, self.choice, name, device)
                 dtype = self.factory_kwargs["dtype"] or torch.get_default_dtype()
-                origin = record.source(weight)  # None for one that was merged
-                tensor = quantized_tensor(packed, self.choice, dtype, origin)
-                self.origin = None if get(self.choice.format).host is None else origin
+                # A merged weight has no source.
+                tensor = quantized_tensor(packed, self.choice, dtype, record.source(weight))
                 stored = Stored(self.choice, record.samples[key], packed.error)
                 record.done(source)
             del state_dict[key]
@@ -144,22 +160,30 @@ def quantized_ops(
             """What the host adds a patch to: as precise as it is to be had."""
             if not isinstance(weight, QuantizedTensor):
                 return weight
-            if self.origin is not None:
-                return self.origin.read(weight.device)
-            return weight.dequantize()
+            source = getattr(weight, "source", None)
+            return weight.dequantize() if source is None else source.read(weight.device)
 
         def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kw):
             """Take a patched weight: quantized again, or rounded to the dtype it is kept in."""
-            if isinstance(self.weight, QuantizedTensor):
-                seed = 0 if self.origin is not None else seed
-                weight = self.weight.requantize_from_float(
-                    weight, scale="recalculate", stochastic_rounding=seed, inplace_ops=True
-                ).to(self.weight.dtype)
+            if isinstance(self.weight, PatchableTensor):
+                if inplace_update and not return_weight:  # a hook's, which the host goes on using
+                    self.weight.data.copy_(weight)
+                    return None
+                weight = self.weight.rounded(weight, seed or 0, inplace=True)
             else:
                 weight = comfy.float.stochastic_rounding(weight, self.weight.dtype, seed=seed or 0)
             if return_weight:
                 return weight
             self.weight = torch.nn.Parameter(weight, requires_grad=False)
+            return None
+
+        def __getattr__(self, name):
+            """The tables of the weight too, by their names in the state dict: hooks ask for each."""
+            if name == "comfy_quant" or name.startswith("weight_"):
+                weight = self._parameters.get("weight")
+                if isinstance(weight, QuantizedTensor) and name in (found := self.state_dict()):
+                    return found[name]
+            return super().__getattr__(name)
 
         def _apply(self, fn, recurse=True):
             return comfy.ops._quantized_apply(self, fn, recurse)

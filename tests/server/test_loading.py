@@ -10,6 +10,7 @@ from scenario_runner import names, run
 FILES = (
     "golden_scenarios.py",
     "loading_scenarios.py",
+    "hook_scenarios.py",
     "saving_scenarios.py",
     "text_scenarios.py",
 )
