@@ -99,6 +99,17 @@ def _host_quantization(model) -> str:
     return "+".join(sorted(kinds))
 
 
+def unpatched_state(patcher) -> dict[str, torch.Tensor]:
+    """The state dict of a patcher's model as it is without the patches in its weights."""
+    state = patcher.model.state_dict()
+    kept = {key: weight for key, (weight, *_) in patcher.backup.items()}
+    kept |= {key: weight for key, (weight, *_) in patcher.hook_backup.items()}
+    for key, weight in kept.items():
+        packed = isinstance(weight, QuantizedTensor)
+        state |= weight.state_dict(key) if packed else {key: weight}
+    return state
+
+
 def patches_hash(model) -> str:
     """A hash of the LoRAs and the like on ``model``, "" if there are none."""
     if not model.patches:

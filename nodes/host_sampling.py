@@ -145,7 +145,16 @@ def _differences(schedule: QSchedule, solver: str, options, model) -> str:
                     f"{label} {shown(learned.get(name) or learned[key])}, "
                     f"not {shown(found.get(name) or found[key])}"
                 )
+        before, now = _loras(learned), _loras(found)
+        if "patches" in learned and before != now:
+            parts.append(f"LoRAs {before or 'none'}, not {now or 'none'}")
     return f"this schedule was learned for {'; '.join(parts)}" if parts else ""
+
+
+def _loras(info) -> str:
+    """Short hashes of the LoRAs on a model and of those in its weights, "" if there are none."""
+    found = {str(info.get(key) or "")[:8] for key in ("patches", "merged_patches")}
+    return " and ".join(sorted(found - {""}))
 
 
 def ksampler(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import comfy.model_management
@@ -78,26 +78,26 @@ def studies_folder() -> Path:
     return Path(folder_paths.get_user_directory()) / "qsched" / "studies"
 
 
-def weights_hash(module: torch.nn.Module, patches: dict | None = None) -> str:
-    """SHA-256 (hex) of a sample of every weight, and of which patches (LoRA) are on them."""
+def weights_hash(state: Mapping[str, torch.Tensor], patches: str = "") -> str:
+    """SHA-256 (hex) of a sample of every tensor of a state dict, and of a hash of its patches."""
     digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
+    for name, value in sorted(state.items()):
         if isinstance(value, torch.Tensor):
             sample = value.detach().flatten()[:SAMPLES].float().cpu().tolist()
             digest.update(f"{name} {list(value.shape)} {sample}\n".encode())
-    for key, applied in sorted((patches or {}).items(), key=lambda item: str(item[0])):
-        digest.update(f"{key} {[(patch[0], patch[2]) for patch in applied]}\n".encode())
+    if patches:
+        digest.update(f"patches {patches}\n".encode())
     return digest.hexdigest()
 
 
 def graph_provenance(model, clip, vae, runner: TrajectoryRunner, objective: Objective) -> dict:
     """Everything that images and scores depend on beside coefficients and prompts: plain JSON."""
-    from .host_loading import model_info
+    from .host_info import model_info, patches_hash, unpatched_state
 
     return {
         "model": model_info(model),
-        "clip_hash": weights_hash(clip.cond_stage_model, clip.patcher.patches),
-        "vae_hash": weights_hash(vae.first_stage_model),
+        "clip_hash": weights_hash(unpatched_state(clip.patcher), patches_hash(clip.patcher)),
+        "vae_hash": weights_hash(vae.first_stage_model.state_dict()),
         "sampling": runner.parameters(),
         "objective": objective.describe(),
     }

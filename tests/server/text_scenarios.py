@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import types
 
 import pytest
 import torch
@@ -72,6 +73,41 @@ def test_loras_are_merged_before_the_rounding_or_applied_after(clip):
     assert relative(merged.encode(PROMPT), wanted) < 0.6 * relative(bare, wanted)
     after = patched(text.quantize_text_encoder(clip, Request("nf4")))
     assert relative(after.encode(PROMPT), wanted) < 0.6 * relative(bare, wanted)
+
+
+def random_lora(clip, seed: int):
+    """A LoRA on ``clip`` at strength 1, with weights of its own for each seed."""
+    random = torch.Generator().manual_seed(seed)
+    lora = {
+        f"text_encoders.{k.removesuffix('.weight')}.lora_{side}.weight": torch.randn(
+            shape, generator=random
+        )
+        for k in clip.cond_stage_model.state_dict()
+        if k.endswith("fc1.weight")
+        for side, shape in (("A", (4, 768)), ("B", (3072, 4)))
+    }
+    return comfy_sd.load_lora_for_models(None, clip, lora, 0, 1.0)[1]
+
+
+@pytest.mark.parametrize("name", ["", "nf4", "int8"])
+def test_a_clips_hash_is_of_its_loras_and_not_of_what_was_encoded_before(name, clip):
+    """A search that goes on must find the CLIP it had, with a LoRA in its weights by then or not."""
+    scoring = importlib.import_module("qsched_pack.nodes.host_scoring")
+    model = types.SimpleNamespace(model_options={"qsched": {}}, patches={})
+    vae = types.SimpleNamespace(first_stage_model=torch.nn.Linear(2, 2))
+    other = types.SimpleNamespace(parameters=dict, describe=dict)
+
+    def found(clip):
+        return scoring.graph_provenance(model, clip, vae, other, other)["clip_hash"]
+
+    bare = text.quantize_text_encoder(clip, Request(name)) if name else clip
+    first, second = random_lora(bare, 1), random_lora(bare, 2)
+    before = [found(c) for c in (bare, first, second)]
+    assert len(set(before)) == 3
+    for used in (first, second, bare):
+        used.encode(PROMPT)
+        assert [found(c) for c in (bare, first, second)] == before
+    assert found(random_lora(bare, 1)) == before[1]
 
 
 def test_layers_can_be_chosen_and_bad_requests_are_named(clip):
