@@ -6,13 +6,18 @@ import json
 
 from comfy_api.latest import io, ui
 
-from ..qsched_core.evaluation import Evaluation, EvaluationError, evaluate, usable_spaces
+from ..qsched_core.evaluation import (
+    RUNNER_BYTES,
+    Evaluation,
+    EvaluationError,
+    evaluate,
+    usable_spaces,
+)
 from ..qsched_core.evaluation.picture import report_picture
 from ..qsched_core.evaluation.study import check_folder
 from ..qsched_core.evaluation.table import images_csv, report_text, summary_csv
 from ..qsched_core.files import write_atomic
 from ..qsched_core.prompts import CalibrationPrompts, PromptSet
-from ..qsched_core.search.guard import mean_interval
 from . import host_evaluation, host_scoring
 from .host_evaluation import BASELINE, QUANTIZED, SCHEDULE
 from .options import OWN, chosen_options, option_inputs
@@ -118,6 +123,7 @@ class QSchedEvaluate(io.ComfyNode):
             height,
             negative,
             chosen_options(solver, eta, gamma),
+            memory=RUNNER_BYTES,
         )
         match = None if schedule is None else schedule.at(sigmas.tolist())
         changes = match is not None and {*match.correction.c_x, *match.correction.c_eps} != {1.0}
@@ -147,7 +153,6 @@ class QSchedEvaluate(io.ComfyNode):
             baseline=None if reference_model is None else BASELINE,
             references=None if reference_images is None else reference_images[..., :3],
             notes=notes,
-            unrounded=[arms[-1].name],
             on_progress=live.part,
             on_step=live.step,
         )
@@ -165,9 +170,9 @@ class QSchedEvaluate(io.ComfyNode):
             "files": [str(path) for path in files],
         }
         picture = as_tensor(report_picture(found))
-        scores = json.dumps(content)
+        scores, scratch = json.dumps(content), host_evaluation.scratch_folder()
         shown = ui.PreviewImage(picture, cls=cls).as_dict() | {"text": (scores,)}
-        return io.NodeOutput(scores, found[main.name].images(), picture, text, ui=shown)
+        return io.NodeOutput(scores, found[main.name].images(scratch), picture, text, ui=shown)
 
 
 def _csv_paths(name: str | None) -> list:
@@ -198,7 +203,7 @@ def _content(found: Evaluation, main: str) -> dict:
     content = found.to_dict() | {
         "scores": result.scores.to_dict(),
         "means": result.scores.means(),
-        "interval": mean_interval(result.scores.jaq).to_dict(),
+        "interval": result.intervals["jaq"].to_dict(),
         "model_evaluations": sum(arm.model_evaluations for arm in found.arms),
         "seconds": sum(arm.seconds for arm in found.arms),
     }

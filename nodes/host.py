@@ -19,7 +19,8 @@ import torch
 from ..qsched_core.files import MOST_NAME, safe_name
 from ..qsched_core.precondition import ScalarCorrection
 from ..qsched_core.prompts import PromptError, PromptSet
-from ..qsched_core.rollout import EvaluationMemo, rollout
+from ..qsched_core.recent import Recent
+from ..qsched_core.rollout import MEMO_BYTES, EvaluationMemo, rollout
 from ..qsched_core.runner import Batches
 from ..qsched_core.schedule import QSchedule, ScheduleError
 from ..qsched_core.search.precheck import Observed, observed
@@ -187,9 +188,10 @@ class TrajectoryRunner:
     """Images of many prompts under many corrections, through a ComfyUI MODEL, CLIP and VAE.
 
     Prompts and candidates share batches of at most ``max_batch`` latents (0 chooses; halved when
-    memory runs out), and candidates what they have in common.  Each prompt's picture is what KSampler gives for it alone with its seed, up
-    to the rounding of a batched matrix product.  ``model_evaluations`` counts latents that went
-    through the model.
+    memory runs out), and candidates what they have in common: ``memory`` bytes of model outputs are
+    kept, and as many of encoded prompts.  Each prompt's picture is what KSampler gives for it alone
+    with its seed, up to the rounding of a batched matrix product.  ``model_evaluations`` counts
+    latents that went through the model.
     """
 
     def __init__(
@@ -206,6 +208,7 @@ class TrajectoryRunner:
         height: int,
         max_batch: int = 0,
         options: Mapping[str, float] | None = None,
+        memory: int = MEMO_BYTES,
     ):
         self.options = get_solver(solver).check(dict(options or {}))
         check_sigmas(sigmas)
@@ -220,9 +223,9 @@ class TrajectoryRunner:
             lambda: comfy.model_management.soft_empty_cache(True),
         )
         self.model_evaluations = 0
-        self._encoded: dict[str, list] = {}
+        self._encoded: Recent[list] = Recent(memory)
         self._negative: list | None = None
-        self._memo = EvaluationMemo()
+        self._memo = EvaluationMemo(memory)
 
     @property
     def max_batch(self) -> int:
@@ -278,10 +281,12 @@ class TrajectoryRunner:
 
     def _conditioning(self, prompts: PromptSet) -> list:
         """One conditioning whose tensors hold a row a prompt."""
-        for text in prompts.prompts:
-            if text not in self._encoded:
-                self._encoded[text] = encode(self.clip, text)
-        return [_stack_conditioning([self._encoded[text] for text in prompts.prompts])]
+        found = {text: self._encoded.get(text) for text in prompts.prompts}
+        for text, known in found.items():
+            if known is None:
+                found[text] = encode(self.clip, text)
+                self._encoded.put(text, found[text], _conditioning_bytes(found[text]))
+        return [_stack_conditioning([found[text] for text in prompts.prompts])]
 
     def _sampled(self, prompts: PromptSet, candidates: int, sample) -> torch.Tensor:
         """What ``sample`` (k-diffusion's signature) gives for every candidate of every prompt."""
@@ -370,6 +375,11 @@ class TrajectoryRunner:
         self._sampled(prompts, 1, sample)
         self.model_evaluations += found[0].model_evaluations
         return found[0]
+
+
+def _conditioning_bytes(rows: Sequence[list]) -> int:
+    values = [value for tokens, extra in rows for value in (tokens, *extra.values())]
+    return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
 
 
 def _stack_conditioning(rows: Sequence[list]) -> list:

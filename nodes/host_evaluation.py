@@ -9,7 +9,7 @@ import comfy.utils
 import comfyui_version
 import folder_paths
 
-from ..qsched_core.evaluation import Arm, EvaluationError, Progress
+from ..qsched_core.evaluation import RUNNER_BYTES, Arm, EvaluationError, Progress
 from ..qsched_core.evaluation.run import source_hash
 from ..qsched_core.files import safe_name
 from ..qsched_core.precondition import ScalarCorrection
@@ -23,6 +23,13 @@ BASELINE, QUANTIZED, SCHEDULE = "baseline", "quantized", "schedule"
 def evaluations_folder() -> Path:
     """Where evaluations are kept."""
     return Path(folder_paths.get_user_directory()) / "qsched" / "evaluations"
+
+
+def scratch_folder() -> Path:
+    """ComfyUI's temporary folder, which it empties when it starts and ends."""
+    folder = Path(folder_paths.get_temp_directory())
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def output_path(name: str, extension: str) -> Path:
@@ -72,6 +79,7 @@ def reference_arm(reference, clip, vae, runner: host.TrajectoryRunner, scheduler
     baseline = host.TrajectoryRunner(
         reference, clip, vae, sigmas=sigmas, solver=runner.solver, cfg=runner.cfg,
         negative=runner.negative, width=runner.width, height=runner.height, options=runner.options,
+        memory=RUNNER_BYTES,
     )  # fmt: skip
     if baseline.latent.shape != runner.latent.shape:
         raise EvaluationError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..qsched_core import objective as jaq
+from ..qsched_core.rollout import MEMO_BYTES
 from ..qsched_core.scorers import ScorerError
 from ..qsched_core.solvers import SOLVERS
 from . import host
@@ -39,14 +40,15 @@ def negative_input():
 
 
 def objective_and_runner(
-    model, clip, vae, objective, solver, scheduler, steps, cfg, width, height, negative, options
-):
+    model, clip, vae, objective, solver, scheduler, steps, cfg, width, height, negative, options,
+    memory=MEMO_BYTES,
+):  # fmt: skip
     """The sigmas, whether they are a flow's, and the runner of a trajectory."""
     if not isinstance(objective, jaq.Objective):
         raise ScorerError(f"objective={objective!r} must come from a JAQ Objective node")
     sigmas, flow = host.sampling_facts(model, scheduler, steps)
     runner = host.TrajectoryRunner(
         model, clip, vae, sigmas=sigmas, solver=solver, cfg=cfg, negative=negative,
-        width=width, height=height, options=options,
+        width=width, height=height, options=options, memory=memory,
     )  # fmt: skip
     return sigmas, flow, runner

@@ -23,7 +23,7 @@ from .commands import (
     run,
     say,
 )
-from .evaluation import Arm, Progress, evaluate, usable_spaces
+from .evaluation import RUNNER_BYTES, Arm, Progress, evaluate, usable_spaces
 from .evaluation.picture import report_picture
 from .evaluation.table import images_csv, report_text, summary_csv
 from .files import write_atomic
@@ -100,7 +100,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def arms_of(task: Task, correction: ScalarCorrection | None) -> list[Arm]:
     """The task alone, and with a correction that changes something."""
-    runner, facts = TaskRunner(task), task.describe()
+    runner, facts = TaskRunner(task, RUNNER_BYTES), task.describe()
     arms = [Arm("quantized", runner, task.identity(), facts)]
     if correction is not None and correction != task.identity():
         arms.append(Arm("schedule", runner, correction, facts, "quantized + schedule"))
@@ -111,7 +111,9 @@ def baseline_of(reference: Task, task: Task) -> Arm:
     """The unquantized model; TaskError if it is sampled in another way."""
     if reference.describe()["sampling"] != task.describe()["sampling"]:
         raise TaskError("the reference task must have the task's sigmas, solver, options and size")
-    return Arm(BASELINE, TaskRunner(reference), reference.identity(), reference.describe())
+    return Arm(
+        BASELINE, TaskRunner(reference, RUNNER_BYTES), reference.identity(), reference.describe()
+    )
 
 
 def read_pictures(folder: Path) -> torch.Tensor:

@@ -7,13 +7,13 @@ all candidates, and candidates with a common beginning share more.
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from .precondition import BatchCorrection, ScalarCorrection
+from .recent import Recent
 from .solvers import ModelFacts, NoiseSampler, Solver, get_solver
 
 MEMO_BYTES = 2**30
@@ -47,8 +47,7 @@ class EvaluationMemo:
     """
 
     def __init__(self, max_bytes: int = MEMO_BYTES):
-        self.max_bytes, self._bytes = max_bytes, 0
-        self._kept: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+        self._kept: Recent[torch.Tensor] = Recent(max_bytes)
 
     @staticmethod
     def key(sample: Hashable, sigma: float, x: torch.Tensor) -> bytes:
@@ -58,17 +57,11 @@ class EvaluationMemo:
         return digest.digest()
 
     def get(self, key: bytes) -> torch.Tensor | None:
-        if key in self._kept:
-            self._kept.move_to_end(key)
         return self._kept.get(key)
 
     def put(self, key: bytes, output: torch.Tensor) -> None:
-        if key in self._kept:
-            return
-        self._kept[key] = output.detach().cpu().clone()
-        self._bytes += output.nbytes
-        while self._bytes > self.max_bytes and len(self._kept) > 1:
-            self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        if self._kept.get(key) is None:
+            self._kept.put(key, output.detach().cpu().clone(), output.nbytes)
 
 
 class SharedEvaluations:

@@ -15,7 +15,7 @@ import torch
 
 from .precondition import ScalarCorrection
 from .prompts import PromptSet
-from .rollout import EvaluationMemo, rollout, tile
+from .rollout import MEMO_BYTES, EvaluationMemo, rollout, tile
 from .runner import Batches
 from .search.precheck import Observed, observed
 from .solvers import ModelFacts, check_sigmas, get_solver
@@ -85,13 +85,16 @@ class Task:
 
 
 class TaskRunner:
-    """Pictures of many prompts under many corrections; ``model_evaluations`` counts their cost."""
+    """Pictures of many prompts under many corrections; ``model_evaluations`` counts their cost.
 
-    def __init__(self, task: Task):
+    ``memory`` bytes of model outputs are kept.
+    """
+
+    def __init__(self, task: Task, memory: int = MEMO_BYTES):
         self.task, self.width, self.height = task, task.width, task.height
         self.batches = Batches(task.max_batch, relieve=_relieve)
         self.model_evaluations = 0
-        self._memo = EvaluationMemo()
+        self._memo = EvaluationMemo(memory)
 
     @property
     def max_batch(self) -> int:

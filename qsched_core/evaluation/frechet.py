@@ -11,6 +11,9 @@ a covariance is singular, as it always is with fewer images than dimensions.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 import torch
 from scipy.stats import t as student
 
@@ -27,24 +30,61 @@ def frechet_distance(first: torch.Tensor, second: torch.Tensor) -> float:
     Forsyth, arXiv 1911.07023): compare distances at equal numbers of images only.  ValueError for
     fewer than 2 images, for features of another length, and for those that are not finite.
     """
-    for name, features in (("first", first), ("second", second)):
-        if features.ndim != 2 or len(features) < 2:
+    return moments([first], "the first set").distance(moments([second], "the second set"))
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What a Gaussian of ``count`` features needs: mean [dim], and R [m, dim], m at most dim.
+
+    R^T R is the covariance.
+    """
+
+    count: int
+    mean: torch.Tensor
+    root: torch.Tensor
+
+    @property
+    def dim(self) -> int:
+        return len(self.mean)
+
+    def distance(self, other: Moments) -> float:
+        """Squared Frechet distance; ValueError for features of another length."""
+        if self.dim != other.dim:
             raise ValueError(
-                f"the {name} set has shape {list(features.shape)}; [n, dim] with n of at least 2 is "
-                "needed"
+                f"the sets have features of length {self.dim} and {other.dim}; encode both with the "
+                "same encoder"
             )
-        if not torch.isfinite(features).all():
-            raise ValueError(f"the {name} set has features that are NaN or infinite")
-    if first.shape[1] != second.shape[1]:
-        raise ValueError(
-            f"the sets have features of length {first.shape[1]} and {second.shape[1]}; encode both "
-            "with the same encoder"
-        )
-    (mean1, root1), (mean2, root2) = _moments(first), _moments(second)
-    shift = (mean1 - mean2).square().sum()
-    spread = root1.square().sum() + root2.square().sum()
-    common = torch.linalg.svdvals(root1 @ root2.T).sum()
-    return max(0.0, float(shift + spread - 2 * common))  # rounding may leave it just below 0
+        shift = (self.mean - other.mean).square().sum()
+        spread = self.root.square().sum() + other.root.square().sum()
+        common = torch.linalg.svdvals(self.root @ other.root.T).sum()
+        return max(0.0, float(shift + spread - 2 * common))  # rounding may leave it just below 0
+
+
+def moments(blocks: Iterable[torch.Tensor], name: str = "the set") -> Moments:
+    """Moments, in float64, of features that come as blocks [m, dim]: one is in memory at a time.
+
+    Blocks are joined as in Chan, Golub and LeVeque (1979): beside both scatters there is that of
+    the two means.  ValueError for fewer than 2 features, and for those that are not finite.
+    """
+    count, mean, scatter = 0, torch.zeros(()), None
+    for block in blocks:
+        if block.ndim != 2:
+            raise ValueError(f"{name} has shape {list(block.shape)}; [n, dim] is needed")
+        if not torch.isfinite(block).all():
+            raise ValueError(f"{name} has features that are NaN or infinite")
+        x = block.detach().cpu().double()
+        own = x.mean(0)
+        rows, total = x - own, count + len(x)
+        if scatter is not None:
+            between = (own - mean) * (count * len(x) / total) ** 0.5
+            rows = torch.cat([scatter, rows, between[None]])
+            own = mean + (own - mean) * (len(x) / total)
+        count, mean = total, own
+        scatter = torch.linalg.qr(rows, mode="r").R if len(rows) > rows.shape[1] else rows
+    if count < 2:
+        raise ValueError(f"{name} has {count} features; [n, dim] with n of at least 2 is needed")
+    return Moments(count, mean, scatter / (count - 1) ** 0.5)
 
 
 def frechet_difference(
@@ -72,16 +112,6 @@ def frechet_difference(
     error = float(((groups - 1) / groups * (left - left.mean()).square().sum()).sqrt())
     reach = float(student.ppf((1 + LEVEL) / 2, groups - 1)) * error
     return Interval(whole, whole - reach, whole + reach, n)
-
-
-def _moments(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean [dim], and a matrix R [min(n, dim), dim] whose R^T R is the covariance."""
-    x = features.detach().cpu().double()
-    mean = x.mean(0)
-    root = (x - mean) / (len(x) - 1) ** 0.5
-    if len(root) > root.shape[1]:
-        root = torch.linalg.qr(root, mode="r").R
-    return mean, root
 
 
 def few_images(count: int, dimensions: int) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..search.guard import Interval, mean_interval
+from ..search.guard import Interval
 from ..search.report import typical
 from ..text import drawable
 from .results import Evaluation
@@ -128,7 +128,7 @@ def _means(page: _Page, evaluation: Evaluation) -> None:
     for name in arms[0].columns:
         page.at(MARGIN, name, GREY)
         for k, arm in enumerate(arms):
-            interval = mean_interval(arm.columns[name])
+            interval = arm.intervals[name]
             x = MARGIN + NAME + k * width
             page.at(x, f"{interval.mean:.4f}", INK, 16)
             page.at(x + 78, f"[{interval.low:.4f}, {interval.high:.4f}]", GREY, 14)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +21,8 @@ from ..search.guard import Interval, mean_interval
 from .study import ArmStudy, Part
 
 REFERENCES = "reference images"
+BLOCK = 2048  # pictures whose features are in memory at a time
+MAPPED = 2**30  # bytes of pictures from which on they are mapped from a file
 
 
 @dataclass(frozen=True)
@@ -24,29 +32,59 @@ class ArmResult:
     name: str
     label: str
     scores: Scores
-    features: Mapping[str, torch.Tensor]
     seconds: float
     model_evaluations: int
     new_images: int
     study: ArmStudy = field(repr=False)
     parts: tuple[Part, ...] = field(repr=False)
-    fresh: Mapping[int, torch.Tensor] = field(repr=False)  # unrounded pictures by part
 
     @cached_property
     def columns(self) -> dict[str, tuple[float, ...]]:
         """Every score by name, a value a prompt."""
         return score_columns(self.scores)
 
-    def images(self) -> torch.Tensor:
-        """All pictures [n, height, width, 3] in [0, 1]; those that were not kept unrounded have 256
-        levels, as any picture file has."""
-        parts = [
-            self.fresh[p.start]
-            if p.start in self.fresh
-            else self.study.pictures(p, range(p.start, p.start + len(p))).float() / 255
-            for p in self.parts
-        ]
-        return torch.cat(parts)
+    @cached_property
+    def intervals(self) -> dict[str, Interval]:
+        """The mean of every score by name."""
+        return {name: mean_interval(values) for name, values in self.columns.items()}
+
+    def features(self, space: str) -> Iterator[torch.Tensor]:
+        """Features [m, dim] in a space, at most ``BLOCK`` pictures (and a part's rest) at a time."""
+        block: list[torch.Tensor] = []
+        for part in self.parts:
+            block.append(self.study.features(part, space))
+            if sum(map(len, block)) >= BLOCK:
+                yield torch.cat(block)
+                block = []
+        if block:
+            yield torch.cat(block)
+
+    def images(self, scratch: Path | None = None) -> torch.Tensor:
+        """All pictures [n, height, width, 3] in [0, 1], in the 256 levels of a picture file.
+
+        With a folder ``scratch`` what is large is mapped from a file there, which goes with the
+        tensor; without room there it is in memory.
+        """
+        first = self.picture(0)
+        shape = (len(self.scores), *first.shape)
+        needed = 4 * math.prod(shape)
+        if scratch is None or needed < MAPPED or shutil.disk_usage(scratch).free < 2 * needed:
+            images = torch.empty(shape)
+            for part, pictures in self._pictures():
+                images[part.start : part.start + len(part)] = pictures
+            return images
+        with tempfile.NamedTemporaryFile(dir=scratch, delete=False) as file:
+            for _, pictures in self._pictures():
+                pictures.numpy().tofile(file)
+        images = torch.from_file(file.name, shared=False, size=math.prod(shape)).view(shape)
+        with suppress(OSError):  # Windows keeps a file that is mapped
+            os.unlink(file.name)
+        return images
+
+    def _pictures(self) -> Iterator[tuple[Part, torch.Tensor]]:
+        for part in self.parts:
+            indices = range(part.start, part.start + len(part))
+            yield part, self.study.pictures(part, indices).float() / 255
 
     def picture(self, index: int) -> torch.Tensor:
         """The uint8 picture [height, width, 3] of prompt ``index``."""
@@ -58,7 +96,7 @@ class ArmResult:
             "label": self.label,
             "scores": self.scores.to_dict(),
             "means": self.scores.means(),
-            "intervals": {n: mean_interval(v).to_dict() for n, v in self.columns.items()},
+            "intervals": {name: interval.to_dict() for name, interval in self.intervals.items()},
             "seconds": self.seconds,
             "model_evaluations": self.model_evaluations,
             "new_images": self.new_images,

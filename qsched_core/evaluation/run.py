@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,13 +19,14 @@ from ..prompts import PromptSet
 from ..search.guard import paired_interval
 from ..search.journal import fingerprint
 from .base import FeatureSpace
-from .frechet import few_images, frechet_difference, frechet_distance
-from .results import REFERENCES, ArmResult, Comparison, Distance, DistanceChange, Evaluation
+from .frechet import FEWEST, MOST, few_images, frechet_difference, moments
+from .results import BLOCK, REFERENCES, ArmResult, Comparison, Distance, DistanceChange, Evaluation
 from .study import ArmStudy, EvaluationError, Part, check_folder, keep_features
 from .study import kept_features as read_features
 
 VERSION = 1  # part of every arm's name: raise it when what is kept changes
 CORE = Path(__file__).resolve().parents[1]
+RUNNER_BYTES = 2**27  # that a source may keep: a prompt does not come again after its part
 PART = 16  # prompts made and kept at a time; part of the name, as batches round differently
 
 
@@ -93,7 +94,6 @@ def evaluate(
     references: torch.Tensor | None = None,
     part: int = PART,
     notes: Sequence[str] = (),
-    unrounded: Sequence[str] = (),
     on_progress: Callable[[Progress], None] | None = None,
     on_step: Callable[[Arm, int], None] | None = None,
 ) -> Evaluation:
@@ -101,9 +101,8 @@ def evaluate(
 
     ``folder`` keeps every finished part of every arm: the same call continues a run that was killed,
     to the same numbers; what is finished is not made again, nor is an arm that another evaluation
-    had.  Pictures are kept in 256 levels, as files hold them; those of the arms ``unrounded`` that
-    are made in this call come back as they were scored.  Neighbouring arms of one source share
-    batches.
+    had.  Pictures are kept on disk in 256 levels, as files hold them: memory holds those of one
+    part.  Neighbouring arms of one source share batches.
 
     Frechet distances are from the arm ``baseline`` and from ``references`` [m, height, width, 3]
     where they are given; ``notes`` are what the caller has to say of them.  ``on_step(arm, images)``
@@ -114,7 +113,7 @@ def evaluate(
     raise passes through; finished parts stay.
     """
     _check(arms, baseline, references, part)
-    root, named = Path(folder), {space.name: space for space in spaces}
+    root, names = Path(folder), [space.name for space in spaces]
     studies = [
         ArmStudy(root / arm_name(arm, prompts, objective, spaces, part)[:24]) for arm in arms
     ]
@@ -122,13 +121,12 @@ def evaluate(
     done: list[dict[int, Part]] = []
     for study in studies:
         study.clean()
-        read = {s: study.load(s, min(part, len(prompts) - s), named) for s in starts}
+        read = {s: study.load(s, min(part, len(prompts) - s), names) for s in starts}
         done.append({start: kept for start, kept in read.items() if kept is not None})
     missing = sum(arm.source.width * arm.source.height * 3 * (len(prompts) - _count(parts))
                   for arm, parts in zip(arms, done, strict=True))  # fmt: skip
     check_folder(root, missing)
     report = _Report(len(arms) * len(prompts), on_progress)
-    fresh: list[dict[int, torch.Tensor]] = [{} for _ in arms]
     new = [0] * len(arms)
     for group in _groups(arms):
         for start in starts:
@@ -139,20 +137,15 @@ def evaluate(
                     report(arms[k], len(few), resumed=True)
             if not todo:
                 continue
-            for k, (kept, images) in zip(
-                todo,
-                _made([arms[k] for k in todo], start, few, objective, spaces, on_step),
-                strict=True,
-            ):
-                studies[k].keep(kept, images)
+            making = _made([arms[k] for k in todo], start, few, objective, spaces, on_step)
+            for k, (kept, *pictures) in zip(todo, making, strict=True):
+                studies[k].keep(kept, *pictures)
                 done[k][start] = kept
                 new[k] += len(few)
-                if arms[k].name in unrounded:
-                    fresh[k][start] = images.clone()  # not the whole batch's memory
                 report(arms[k], len(few), resumed=False)
     results = tuple(
         _result(arm, study, tuple(parts[s] for s in starts), *rest)
-        for arm, study, parts, *rest in zip(arms, studies, done, new, fresh, strict=True)
+        for arm, study, parts, *rest in zip(arms, studies, done, new, strict=True)
     )
     distances, changes = _distances(results, spaces, baseline, references, root)
     return Evaluation(
@@ -236,7 +229,7 @@ def _groups(arms: Sequence[Arm]) -> list[list[int]]:
 
 
 def _made(arms: Sequence[Arm], start: int, prompts: PromptSet, objective, spaces, on_step):
-    """The part that begins at ``start`` with its pictures, for arms that share a source."""
+    """The part that begins at ``start``, its features and its pictures, for arms that share a source."""
     source = arms[0].source
     count = len(prompts) * len(arms)
     step = None if on_step is None else lambda: on_step(arms[0], count)
@@ -249,23 +242,19 @@ def _made(arms: Sequence[Arm], start: int, prompts: PromptSet, objective, spaces
         scores = objective.score(images, prompts.prompts)
         features = {space.name: space.encode(images).float().cpu() for space in spaces}
         seconds = sampling + time.perf_counter() - began
-        yield Part(start, scores, features, seconds, share + (k < rest)), images
+        yield Part(start, scores, seconds, share + (k < rest)), features, images
 
 
-def _result(
-    arm: Arm, study: ArmStudy, parts: tuple[Part, ...], new_images: int, fresh
-) -> ArmResult:
+def _result(arm: Arm, study: ArmStudy, parts: tuple[Part, ...], new_images: int) -> ArmResult:
     return ArmResult(
         arm.name,
         arm.label,
         Scores.join([part.scores for part in parts]),
-        {name: torch.cat([p.features[name] for p in parts]) for name in parts[0].features},
         sum(part.seconds for part in parts),
         sum(part.model_evaluations for part in parts),
         new_images,
         study,
         parts,
-        fresh,
     )
 
 
@@ -288,18 +277,25 @@ def _distances(
     found, changes = [], []
     for space in spaces:
         name = space.name
-        against = {arm.name: arm.features[name] for arm in results if arm.name == baseline}
+        sets = {arm.name: partial(arm.features, name) for arm in results}
+        targets = [target for target in sets if target == baseline]
         if references is not None:
-            against[REFERENCES] = reference_features(references, space, root)
-        for target, other in against.items():
-            arms = [(arm.name, arm.features[name]) for arm in results if arm.name != target]
-            for arm, own in arms:
-                value = frechet_distance(own, other)
-                found.append(Distance(name, own.shape[1], arm, target, len(own), len(other), value))
-            for (before, old), (after, new) in combinations(arms, 2):
-                change = frechet_difference(old, new, other, target == baseline)
-                if change is not None:
-                    changes.append(DistanceChange(name, before, after, target, change))
+            given = reference_features(references, space, root)
+            sets[REFERENCES] = partial(given.split, BLOCK)
+            targets.append(REFERENCES)
+        known = {key: moments(features()) for key, features in sets.items()} if targets else {}
+        for target in targets:
+            arms, other = [arm.name for arm in results if arm.name != target], known[target]
+            for arm in arms:
+                own = known[arm]
+                value = own.distance(other)
+                found.append(Distance(name, own.dim, arm, target, own.count, other.count, value))
+            if len(arms) < 2 or not FEWEST <= known[arms[0]].count <= MOST:
+                continue
+            for before, after in combinations(arms, 2):
+                three = (torch.cat(list(sets[key]())) for key in (before, after, target))
+                change = frechet_difference(*three, paired=target == baseline)
+                changes.append(DistanceChange(name, before, after, target, change))
     return tuple(found), tuple(changes)
 
 

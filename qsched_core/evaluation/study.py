@@ -1,5 +1,7 @@
 """What an evaluation keeps on disk: a folder for each arm, a file for each part of its prompts.
 
+Pictures and features are on disk alone: memory does not grow with the number of pictures.
+
 A part is one safetensors file: features, the pictures as PNG, and the scores as JSON in the header.
 It is written whole or not at all, and holds what any other process would have written under that
 name: a killed run leaves finished parts, and two runs at once can share a folder.
@@ -11,7 +13,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -38,11 +40,10 @@ class EvaluationError(ValueError):
 
 @dataclass(frozen=True)
 class Part:
-    """The prompts ``start`` .. ``start + n - 1`` of an arm: scores, features [n, dim] by space, cost."""
+    """The prompts ``start`` .. ``start + n - 1`` of an arm: their scores, and what they cost."""
 
     start: int
     scores: Scores
-    features: Mapping[str, torch.Tensor]
     seconds: float
     model_evaluations: int
 
@@ -92,7 +93,7 @@ class ArmStudy:
     def _path(self, start: int) -> Path:
         return self.folder / f"part-{start:06d}.safetensors"
 
-    def load(self, start: int, count: int, spaces: Mapping[str, object]) -> Part | None:
+    def load(self, start: int, count: int, spaces: Sequence[str]) -> Part | None:
         """The part, or None where it has to be made: not there, or not readable as what it should be."""
         path = self._path(start)
         if not path.exists():
@@ -100,30 +101,28 @@ class ArmStudy:
         try:
             with safe_open(path, framework="pt") as file:
                 content = json.loads(file.metadata()[CONTENT])
-                features = {name: file.get_tensor(FEATURES + name) for name in spaces}
+                encoded = {file.get_slice(FEATURES + name).get_shape()[0] for name in spaces}
                 pictures = [key for key in file.keys() if key.startswith(PICTURE)]  # noqa: SIM118
             part = Part(
                 start,
                 Scores.from_dict(content["scores"]),
-                features,
                 float(content["seconds"]),
                 int(content["model_evaluations"]),
             )
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("%s is damaged (%s); its pictures are made again", path, error)
             return None
-        lengths = {len(part), len(pictures), *map(len, features.values())}
-        if lengths != {count}:
+        if {len(part), len(pictures), *encoded} != {count}:
             logger.warning("%s does not hold %d pictures; they are made again", path, count)
             return None
         return part
 
-    def keep(self, part: Part, images: torch.Tensor) -> None:
-        """Write the part with its pictures [n, height, width, 3]; on return it is on the disk.
+    def keep(self, part: Part, features: Mapping[str, torch.Tensor], images: torch.Tensor) -> None:
+        """Write the part with its features [n, dim] by space and its pictures [n, height, width, 3].
 
-        EvaluationError where the disk refuses.
+        On return it is on the disk; EvaluationError where the disk refuses.
         """
-        tensors = {FEATURES + name: value.contiguous() for name, value in part.features.items()}
+        tensors = {FEATURES + name: value.contiguous() for name, value in features.items()}
         for index, picture in enumerate(as_bytes(images)):
             tensors[f"{PICTURE}{part.start + index:06d}"] = _png(picture)
         content = {
@@ -139,6 +138,11 @@ class ArmStudy:
                 f"the part from prompt {part.start + 1} can't be written into {self.folder} ({error}); "
                 "free the disk and run the same again: finished parts are kept"
             ) from None
+
+    def features(self, part: Part, space: str) -> torch.Tensor:
+        """Features [n, dim] of the part's pictures."""
+        with safe_open(self._path(part.start), framework="pt") as file:
+            return file.get_tensor(FEATURES + space)
 
     def pictures(self, part: Part, indices: range) -> torch.Tensor:
         """uint8 pictures [n, height, width, 3] of the prompts ``indices``, which ``part`` holds."""

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Callable, Iterable, Sequence
 from io import StringIO
 
-from ..search.guard import Interval, mean_interval
+from ..search.guard import Interval
 from ..text import csv_cell, markdown, plain
 from .results import REFERENCES, Comparison, Evaluation
 
@@ -76,7 +76,7 @@ def report_text(evaluation: Evaluation) -> str:
     heads = [labels[arm.name] for arm in evaluation.arms]
     rows = [("mean of " + _prompts(len(evaluation.prompts)), *heads)]
     rows += [
-        (markdown(name), *(_short(mean_interval(arm.columns[name])) for arm in evaluation.arms))
+        (markdown(name), *(_short(arm.intervals[name]) for arm in evaluation.arms))
         for name in names
     ]
     lines += ["", *_aligned(rows)]
@@ -134,9 +134,9 @@ def summary_csv(evaluation: Evaluation) -> str:
         return [quantity, arm, against, *ends, interval.n]
 
     rows = [
-        row(f"mean {name}", arm.name, "", mean_interval(values))
+        row(f"mean {name}", arm.name, "", interval)
         for arm in evaluation.arms
-        for name, values in arm.columns.items()
+        for name, interval in arm.intervals.items()
     ]
     rows += [
         row(f"gain {name}", comparison.after, comparison.before, gain)

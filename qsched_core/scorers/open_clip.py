@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
 from ..optional import missing, require
+from ..recent import Recent
 from .base import (
     CLIP_SCALE,
     CLIP_SCORE_FLOOR,
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 FEATURE, INSTALL = "the open_clip scorer", "open_clip_torch"
 CONFIG_KEY = "open_clip_config"
 IMAGE_BATCH, TEXT_BATCH = 32, 64
+TEXT_BYTES = 2**26
 
 
 class DualEncoder:
@@ -63,7 +65,7 @@ class DualEncoder:
                 f"resize_mode={self.resize_mode!r} of {source} is not known here; "
                 "use a model with 'shortest' or 'squash'"
             )
-        self._texts: dict[str, torch.Tensor] = {}
+        self._texts: Recent[torch.Tensor] = Recent(TEXT_BYTES)
 
     def preprocess(self, images: torch.Tensor) -> torch.Tensor:
         """Images [n, height, width, 3] in [0, 1] as the encoder's input [n, 3, *size]."""
@@ -95,15 +97,18 @@ class DualEncoder:
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """Features [n, dim] (float32, CPU, unit length); each text is encoded once and kept."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._texts]
+        """Features [n, dim] (float32, CPU, unit length); the texts used last are kept."""
+        found = {text: self._texts.get(text) for text in dict.fromkeys(texts)}
+        new = [text for text, features in found.items() if features is None]
         if new:
             device = self.place(self.model)
             for start in range(0, len(new), TEXT_BATCH):
                 part = new[start : start + TEXT_BATCH]
                 features = self.model.encode_text(self.tokenizer(part).to(device)).float().cpu()
-                self._texts.update(zip(part, F.normalize(features, dim=-1), strict=True))
-        return torch.stack([self._texts[text] for text in texts])
+                for text, row in zip(part, F.normalize(features, dim=-1), strict=True):
+                    found[text] = row
+                    self._texts.put(text, row, row.nbytes)
+        return torch.stack([found[text] for text in texts])
 
     @property
     def logit_scale(self) -> float:

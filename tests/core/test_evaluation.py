@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,12 +16,15 @@ from evaluation_cases import (
     PaintSource,
     StopError,
     evaluated,
+    prompt_set,
     space,
     three_arms,
 )
 
-from qsched_core.evaluation import Arm, EvaluationError, run
+from qsched_core.evaluation import Arm, EvaluationError, results, run
 from qsched_core.search.guard import paired_interval
+
+LINUX = sys.platform == "linux"
 
 
 def content(evaluation):
@@ -31,22 +36,42 @@ def content(evaluation):
 
 
 def test_every_arm_has_the_same_prompts_and_is_scored_as_its_pictures_are(tmp_path):
-    made = evaluated(tmp_path, unrounded=["baseline", "quantized", "schedule"])
+    made = evaluated(tmp_path)
     assert [arm.name for arm in made.arms] == ["baseline", "quantized", "schedule"]
     for arm in made.arms:
         images = arm.images()
         assert images.shape == (10, 8, 12, 3)
-        assert arm.scores == Brightness().score(images, made.prompts.prompts)
-        assert torch.equal(arm.features["pixels"], space().encode(images))
+        scored = Brightness().score(images, made.prompts.prompts)
+        assert arm.scores.jaq == pytest.approx(scored.jaq, abs=0.01)
+        (features,) = arm.features("pixels")
+        torch.testing.assert_close(features, space().encode(images), atol=1 / 509, rtol=0)
     low, high = (made[name].images() for name in ("quantized", "schedule"))
-    torch.testing.assert_close(high - low, torch.full_like(low, 0.1))
+    torch.testing.assert_close(high - low, torch.full_like(low, 0.1), atol=1 / 254, rtol=0)
     assert torch.equal(made["schedule"].picture(9), (high[9] * 255).round().to(torch.uint8))
 
 
-def test_pictures_that_were_kept_come_back_to_the_nearest_of_256_levels(tmp_path):
-    whole = evaluated(tmp_path, unrounded=["schedule"])["schedule"].images()
-    kept = evaluated(tmp_path, unrounded=["schedule"])["schedule"].images()
-    assert torch.equal(kept, (whole * 255).round() / 255) and not torch.equal(kept, whole)
+def test_pictures_come_back_to_the_nearest_of_256_levels_from_any_run(tmp_path):
+    arms = three_arms()
+    first = evaluated(tmp_path, arms)["schedule"].images()
+    made = arms[2].source.images(prompt_set(10), [OTHER])[0]
+    assert torch.equal(first, (made * 255).round() / 255)
+    assert torch.equal(evaluated(tmp_path)["schedule"].images(), first)
+
+
+def test_large_pictures_are_mapped_from_a_file_that_goes(tmp_path, monkeypatch):
+    made, scratch = evaluated(tmp_path / "kept")["schedule"], tmp_path / "scratch"
+    scratch.mkdir()
+    in_memory = made.images(scratch)
+    monkeypatch.setattr(results, "MAPPED", 1)
+    before = set(Path("/proc/self/maps").read_text().split("\n")) if LINUX else set()
+    mapped = made.images(scratch)
+    assert torch.equal(mapped, in_memory)
+    if LINUX:
+        new = set(Path("/proc/self/maps").read_text().split("\n")) - before
+        assert any(str(scratch) in line for line in new)
+        assert list(scratch.iterdir()) == []
+    mapped[0] = 0  # a node that writes into it changes its own copy
+    assert torch.equal(made.images(), in_memory)
 
 
 def test_gains_are_paired_intervals_of_every_score(tmp_path):

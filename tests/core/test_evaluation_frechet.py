@@ -112,7 +112,7 @@ def test_a_change_is_the_difference_and_turns_with_it():
 @pytest.mark.parametrize(
     "a,b,reason",
     [
-        ((1, 4), (5, 4), "first set has shape"),
+        ((1, 4), (5, 4), "first set has 1 features"),
         ((5, 4), (5,), "second set has shape"),
         ((5, 4), (5, 3), "length 4 and 3"),
     ],
