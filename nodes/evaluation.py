@@ -135,7 +135,7 @@ class QSchedEvaluate(io.ComfyNode):
             arms.insert(
                 0,
                 host_evaluation.reference_arm(
-                    reference_model, clip, vae, runner, scheduler, objective
+                    reference_model, clip, vae, runner, scheduler, steps, objective
                 ),
             )
         files = _csv_paths(csv_name)
@@ -143,7 +143,8 @@ class QSchedEvaluate(io.ComfyNode):
             check_folder(path.parent, 0)
         chosen = _chosen(prompts, evaluate_on)
         spaces, notes = usable_spaces(objective.encoder, host_scoring.ManagedPlacement())
-        live = host_evaluation.Live(cls.hidden.unique_id, len(arms) * len(chosen), steps)
+        images = len(arms) * len(chosen)
+        live = host_evaluation.Live(cls.hidden.unique_id, images, len(sigmas) - 1)
         found = evaluate(
             arms,
             chosen,

@@ -121,7 +121,10 @@ def is_flow(sampling) -> bool:
 def sampling_facts(
     model, scheduler: str, steps: int, denoise: float = 1.0
 ) -> tuple[torch.Tensor, bool]:
-    """Sigmas [steps + 1] (CPU) that KSampler would use, and whether the model is a flow."""
+    """Sigmas (CPU) that KSampler would use, and whether the model is a flow.
+
+    They are ``steps`` + 1, but for schedulers that make more or fewer of some numbers of steps.
+    """
     if scheduler not in SCHEDULERS:
         raise ScheduleError(
             f"scheduler={shown(scheduler)} is unknown; choose one of {', '.join(SCHEDULERS)}"
@@ -131,15 +134,18 @@ def sampling_facts(
     if not 0 < denoise <= 1:
         raise ScheduleError(f"denoise={denoise} must be above 0 and at most 1")
     sampling = model_sampling(model)
-    total = steps if denoise > 0.9999 else int(steps / denoise)
-    sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, total).cpu()
-    return sigmas[-(steps + 1) :], is_flow(sampling)
+    if denoise > 0.9999:  # KSampler cuts nothing off then
+        sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, steps)
+    else:
+        sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, int(steps / denoise))
+        sigmas = sigmas[-(steps + 1) :]
+    return sigmas.cpu(), is_flow(sampling)
 
 
 def sigmas_of(
     schedule: QSchedule | None, model, scheduler: str, steps: int, denoise: float
 ) -> torch.Tensor:
-    """Sigmas [steps + 1] (CPU): the schedule's own, or with a model those of ``scheduler``.
+    """Sigmas [steps + 1] (CPU): the schedule's own, or with a model BasicScheduler's.
 
     ScheduleError if neither is given; ValueError if what was asked for does not decrease.
     """
@@ -155,7 +161,9 @@ def sigmas_of(
     elif steps == 0 and schedule is None:
         raise ScheduleError("steps=0 needs a schedule, whose step count it is; set steps")
     else:
-        sigmas, _ = sampling_facts(model, scheduler, steps or schedule.steps, denoise)
+        steps = steps or schedule.steps
+        sigmas, _ = sampling_facts(model, scheduler, steps, denoise)
+        sigmas = sigmas[-(steps + 1) :]  # as BasicScheduler does, whatever denoise is
     check_sigmas(sigmas)
     return sigmas
 

@@ -64,12 +64,13 @@ def model_arms(
     return arms
 
 
-def reference_arm(reference, clip, vae, runner: host.TrajectoryRunner, scheduler, objective) -> Arm:
-    """The unquantized model on the trajectory of ``runner``.
+def reference_arm(
+    reference, clip, vae, runner: host.TrajectoryRunner, scheduler: str, steps: int, objective
+) -> Arm:
+    """The unquantized model on the trajectory of ``runner``: ``steps`` of ``scheduler``.
 
     EvaluationError for a model of another kind: one that samples other noise levels or latents.
     """
-    steps = len(runner.sigmas) - 1
     sigmas, _ = host.sampling_facts(reference, scheduler, steps)
     if sigmas.tolist() != runner.sigmas.tolist():
         raise EvaluationError(
@@ -85,7 +86,8 @@ def reference_arm(reference, clip, vae, runner: host.TrajectoryRunner, scheduler
         raise EvaluationError(
             "reference_model has other latents than model; connect the same model, unquantized"
         )
-    identity = ScalarCorrection((1.0,) * steps, (1.0,) * steps)
+    ones = (1.0,) * (len(sigmas) - 1)
+    identity = ScalarCorrection(ones, ones)
     return Arm(BASELINE, baseline, identity, _facts(reference, clip, vae, baseline, objective))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import comfy.k_diffusion.sampling as k_diffusion
 import comfy.sample
 import comfy.samplers
 import comfy.utils
@@ -66,10 +67,12 @@ class _AroundSampler(comfy.samplers.Sampler):
         self._mode, self._node_id = mode, node_id
 
     def sample(self, model_wrap, sigmas, *args, **kwargs):
-        # No solver to compare: the schedule's never is the one around which it is put.
+        # Another solver is no difference here: to be put around any is what this is for.
+        solver = self._schedule.solver
         correction = _matched(
-            self._schedule, self._schedule.solver, {}, model_wrap, sigmas, self._mode, self._node_id
-        )
+            self._schedule, solver, _options_of(self._sampler, solver), model_wrap, sigmas,
+            self._mode, self._node_id,
+        )  # fmt: skip
         around = AroundCorrection.of(sigmas.tolist(), correction)
         return self._sampler.sample(CorrectedModel(model_wrap, around), sigmas, *args, **kwargs)
 
@@ -122,14 +125,27 @@ def _matched(
     return match.correction
 
 
+def _options_of(sampler, solver: str) -> dict[str, float] | None:
+    """The options that ``sampler`` runs ``solver`` with; None where it is another, or can't be told."""
+    named = {"ddim": "euler"}.get(solver, solver)  # ComfyUI's ddim is Euler's step
+    function = getattr(k_diffusion, f"sample_{named}", None)
+    if function is None or getattr(sampler, "sampler_function", None) is not function:
+        return None
+    known = {option.name for option in get_solver(solver).options}
+    return {k: v for k, v in sampler.extra_options.items() if k in known}
+
+
 def _differences(schedule: QSchedule, solver: str, options, model) -> str:
-    """What the schedule was learned for and is not used with, in words; empty if nothing."""
+    """What the schedule was learned for and is not used with, in words; empty if nothing.
+
+    ``options`` None is not compared.
+    """
     from .host_loading import model_info
 
     parts = []
     if solver != schedule.solver:
         parts.append(f"solver {schedule.solver!r}, not {solver!r}")
-    else:
+    elif options is not None:
         sampling = schedule.provenance.get("sampling")
         before = sampling.get("options") if isinstance(sampling, dict) else None
         for name, value in get_solver(solver).check(options).items():
@@ -174,7 +190,7 @@ def ksampler(
     )
     out = {k: v for k, v in latent.items() if not k.startswith("downscale_ratio_")}
     sigmas, _ = sampling_facts(model, scheduler, steps, denoise)
-    if end is not None and end < steps:
+    if end is not None and end < len(sigmas) - 1:
         sigmas = sigmas[: end + 1].clone()
         if not leftover_noise:
             sigmas[-1] = 0

@@ -6,6 +6,7 @@ ComfyUI's own sampler and of ours at coefficients of 1, and known pixels must su
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Callable
 from pathlib import Path
@@ -300,6 +301,83 @@ def test_around_a_sampler_of_comfyuis(graph, files):
         assert torch.equal(around(name, ONES, ONES), core), name
         assert not same_within(around(name), core, 1e-3), name
     assert same_within(around("euler"), draw(ours(draw, "euler")), 1e-4)
+
+
+def around_with(draw, sampler, options: dict, solver="euler_ancestral", mode="strict"):
+    """Draw with a schedule of ``solver``, learned with ``options``, around ``sampler``."""
+    schedule = schedule_of(draw.model, solver)
+    learned = dataclasses.replace(schedule, provenance={"sampling": {"options": options}})
+    return draw(host.make_around_sampler(learned, sampler, mode))
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+def test_around_a_sampler_its_own_options_are_compared(eta, files, caplog):
+    draw = with_cfg(files)
+    same = samplers.ksampler("euler_ancestral", {"eta": eta, "s_noise": 1.0})
+    assert torch.isfinite(around_with(draw, same, {"eta": eta})).all()
+    if eta == 1.0:  # the sampler's own default
+        around_with(draw, samplers.sampler_object("euler_ancestral"), {"eta": eta})
+    assert not caplog.records
+    other = samplers.ksampler("euler_ancestral", {"eta": 0.25})
+    with pytest.raises(ValueError, match=f"eta {eta}, not 0.25"):
+        around_with(draw, other, {"eta": eta})
+    around_with(draw, other, {"eta": eta}, mode="interpolate")
+    assert f"eta {eta}, not 0.25" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["heun", "uni_pc", "euler"])
+def test_around_another_sampler_options_that_it_has_not_are_no_difference(name, files, caplog):
+    around_with(with_cfg(files), samplers.sampler_object(name), {"eta": 0.5})
+    assert not caplog.records
+
+
+def test_around_comfyuis_ddim_a_schedule_of_a_random_one_differs(files):
+    draw, ddim = with_cfg(files), samplers.sampler_object("ddim")
+    assert torch.isfinite(around_with(draw, ddim, {"eta": 0.0}, "ddim")).all()
+    with pytest.raises(ValueError, match=r"eta 0\.5, not 0"):
+        around_with(draw, ddim, {"eta": 0.5}, "ddim")
+
+
+def outcome(make) -> str:
+    try:
+        return str(make().tolist())  # NaN is NaN
+    except Exception as error:
+        return type(error).__name__
+
+
+@pytest.mark.parametrize("scheduler", samplers.SCHEDULER_NAMES)
+@pytest.mark.parametrize("small", [SD15, FLUX_SCHNELL], ids=lambda small: small.name)
+def test_sigmas_are_ksamplers(small, scheduler, files):
+    model = plain(files, small)
+    differ = []
+    for steps in range(1, 21):
+        for denoise in (1.0, 0.99995, 0.9999, 0.95, 0.7, 0.5, 0.3):
+            args = (model, steps, "cpu", "euler", scheduler, denoise)
+            wanted = outcome(lambda args=args: samplers.KSampler(*args).sigmas)
+            found = outcome(
+                lambda s=steps, d=denoise: host.sampling_facts(model, scheduler, s, d)[0]
+            )
+            if found != wanted:
+                differ.append((steps, denoise))
+    assert not differ
+
+
+@pytest.mark.parametrize("steps", [4, 6])  # of 6, ddim_uniform makes 7
+@pytest.mark.parametrize(("start", "end"), [(0, None), (2, 10_000), (0, 6), (1, 3)])
+def test_the_ksampler_is_comfyuis_where_a_scheduler_makes_more_steps(steps, start, end, files):
+    model, positive = plain(files, SD15), conditioning(SD15)
+    latent = torch.zeros(SD15.latent)
+    core = comfy_sample.sample(
+        model, comfy_sample.prepare_noise(latent, SEED), steps, 1.0, "euler", "ddim_uniform",
+        positive, positive, latent, start_step=start, last_step=end, force_full_denoise=True,
+        seed=SEED, disable_pbar=True,
+    )  # fmt: skip
+    made = host.ksampler(
+        model, schedules.QSchedule.identity([1.0, 0.0], flow=False), "euler", "interpolate", None,
+        seed=SEED, steps=steps, cfg=1.0, scheduler="ddim_uniform", positive=positive,
+        negative=positive, latent={"samples": latent}, start=start, end=end,
+    )  # fmt: skip
+    assert torch.equal(made["samples"], core)
 
 
 def test_a_distilled_models_timesteps_are_all_known(files):
