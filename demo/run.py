@@ -17,9 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from devtools.server import ComfyServer, ServerError, device_args
+from qsched_core.canvas import Canvas
 from qsched_core.files import write_atomic
 from qsched_core.search.guard import mean_interval, paired_interval
 
@@ -214,34 +215,22 @@ def precisions(rows: list[Row], arguments: Sequence[str]) -> str:
 def contact_sheet(rows: list[Row], prompts: tuple[str, ...]) -> bytes:
     """PNG: a row of pictures a model, the same prompts and seeds in every row."""
     label, caption = 150, 66
-    sheet = Image.new("RGB", (label + SHOWN * CELL, caption + len(rows) * CELL), "white")
-    draw = ImageDraw.Draw(sheet)
-    small, large = ImageFont.load_default(size=12), ImageFont.load_default(size=15)
+    sheet = Canvas(label + SHOWN * CELL, paper="white")
     for column, prompt in enumerate(prompts[:SHOWN]):
-        draw.multiline_text(
-            (label + column * CELL + 4, 4), _wrap(prompt, draw, small), "black", small, spacing=2
-        )
+        sheet.paragraph(label + column * CELL + 4, 4, prompt, CELL - 8, "black", 12, 15, most=4)
     for index, row in enumerate(rows):
         top = caption + index * CELL
-        text = f"{row.name}\n{row.weight_bytes / 1e6:.1f} MB\nJAQ {row.interval().mean:.3f}"
-        draw.multiline_text((8, top + 40), text, "black", large, spacing=5)
+        facts = (row.name, f"{row.weight_bytes / 1e6:.1f} MB", f"JAQ {row.interval().mean:.3f}")
+        y = top + 30
+        for text in facts:
+            y = sheet.paragraph(8, y, text, label - 16, "black", 15, 22, most=2)
         for column, picture in enumerate(row.pictures):
-            cell = picture.resize((CELL - 4, CELL - 4), Image.Resampling.LANCZOS)
-            sheet.paste(cell, (label + column * CELL + 2, top + 2))
+            x = label + column * CELL + 2
+            sheet.picture(x, top + 2, picture, CELL - 4, CELL - 4)
+    height = caption + len(rows) * CELL
     buffer = io.BytesIO()
-    sheet.save(buffer, "PNG", optimize=True)
+    sheet.finish(height).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
-
-
-def _wrap(text: str, draw: ImageDraw.ImageDraw, font) -> str:
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if draw.textlength(longer, font) > CELL - 8:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return "\n".join(lines)
 
 
 def main() -> int:

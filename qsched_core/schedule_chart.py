@@ -8,102 +8,46 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from . import schedule_summary
+from .canvas import BLUE, FAINT, GREEN, GREY, INK, ORANGE, Canvas
 from .schedule import MAX_COEFFICIENT, MIN_COEFFICIENT, QSchedule
 from .schedule_summary import Score
-from .text import drawable
 
 WIDTH, MARGIN, LEFT = 1200, 40, 150
-PAPER, INK, GREY, FAINT = "#fbfbf9", "#1d1f21", "#5f656e", "#d5d8dc"
-C_X, C_EPS, SIGMA, GOOD = "#1f5fae", "#b54e08", "#b9c0c9", "#1c7a4f"
-PLOT, BARS, ROW = 380, 90, 34
+C_X, C_EPS, SIGMA, GOOD = BLUE, ORANGE, "#b9c0c9", GREEN
+PLOT, BARS, ROW, DOT = 380, 90, 34, 7
 MAX_COLUMNS = 16
-_SCALE = 2  # drawn larger and reduced: PIL's lines have no antialiasing
 
 
 def draw(schedule: QSchedule) -> Image.Image:
     """RGB picture, 1200 pixels wide; with more than 16 steps the table shows some of them."""
     facts, scores = schedule_summary.facts(schedule), schedule_summary.scores(schedule)
-    pen = _Pen(3000)
+    pen = Canvas(WIDTH, scale=2)
     y = _head(pen, schedule)
     y = _plot(pen, y, schedule)
     y = _table(pen, y, schedule)
     y = _facts(pen, y + 26, facts)
     if scores:
         y = _scores(pen, y + 18, scores)
-    return pen.finish(math.ceil(y + MARGIN))
+    pen.frame(y + MARGIN)
+    return pen.finish(y + MARGIN)
 
 
-class _Pen:
-    """Draws in pixels of the finished picture."""
-
-    def __init__(self, height: int):
-        self.image = Image.new("RGB", (WIDTH * _SCALE, height * _SCALE), PAPER)
-        self.draw = ImageDraw.Draw(self.image)
-
-    def finish(self, height: int) -> Image.Image:
-        used = self.image.crop((0, 0, WIDTH * _SCALE, height * _SCALE))
-        picture = used.resize((WIDTH, height), Image.Resampling.LANCZOS)
-        ImageDraw.Draw(picture).rectangle((0, 0, WIDTH - 1, height - 1), outline=FAINT)
-        return picture
-
-    def text(self, x, y, text: str, color=INK, size: int = 20, anchor: str = "lm") -> None:
-        self.draw.text((x * _SCALE, y * _SCALE), drawable(text), color, _font(size), anchor)
-
-    def width(self, text: str, size: int = 20) -> float:
-        return self.draw.textlength(drawable(text), _font(size)) / _SCALE
-
-    def line(self, points: Sequence[tuple[float, float]], color=INK, width: float = 1) -> None:
-        scaled = [(x * _SCALE, y * _SCALE) for x, y in points]
-        self.draw.line(scaled, color, round(width * _SCALE), joint="curve")
-
-    def dashes(self, x0: float, x1: float, y: float, color=GREY) -> None:
-        for x in range(round(x0), round(x1), 10):
-            self.line([(x, y), (min(x + 5, x1), y)], color, 1.5)
-
-    def bar(self, x0: float, y0: float, x1: float, y1: float, color) -> None:
-        self.draw.rectangle([v * _SCALE for v in (x0, y0, x1, y1)], color)
-
-    def dot(self, x: float, y: float, color, square: bool = False, radius: float = 7) -> None:
-        box = [v * _SCALE for v in (x - radius, y - radius, x + radius, y + radius)]
-        shape = self.draw.rectangle if square else self.draw.ellipse
-        shape(box, color, PAPER, _SCALE * 2)
-
-    def wrap(self, text: str, width: float, size: int = 20, most: int = 3) -> list[str]:
-        """Lines no wider than ``width``; words that are longer are broken."""
-        lines = [""]
-        for word in text.split():
-            longer = f"{lines[-1]} {word}".strip()
-            if self.width(longer, size) <= width:
-                lines[-1] = longer
-                continue
-            if lines[-1]:
-                lines.append("")
-            for letter in word:
-                if self.width(lines[-1] + letter, size) > width:
-                    lines.append("")
-                lines[-1] += letter
-        return lines if len(lines) <= most else [*lines[: most - 1], f"{lines[most - 1][:-3]}..."]
-
-
-def _font(size: int):
-    return ImageFont.load_default(size=size * _SCALE)
-
-
-def _head(pen: _Pen, schedule: QSchedule) -> float:
-    pen.text(MARGIN, MARGIN + 8, "Q-Sched schedule", size=34)
-    pen.text(MARGIN, MARGIN + 50, schedule_summary.title(schedule), GREY, 22)
+def _head(pen: Canvas, schedule: QSchedule) -> float:
+    pen.text(MARGIN, MARGIN + 8, "Q-Sched schedule", INK, 34, "lm")
     right = WIDTH - MARGIN
     if schedule_summary.original(schedule) is not None:
         pen.text(right, MARGIN + 50, "thin: before the edits", GREY, 18, "rm")
-        right -= pen.width("thin: before the edits", 18) + 40
+        right -= pen.length("thin: before the edits", 18) + 40
     for name, color, square in (("c_eps", C_EPS, True), ("c_x", C_X, False)):
-        right -= pen.width(name, 22)
-        pen.text(right, MARGIN + 50, name, color, 22)
-        pen.dot(right - 16, MARGIN + 50, color, square)
+        right -= pen.length(name, 22)
+        pen.text(right, MARGIN + 50, name, color, 22, "lm")
+        pen.dot(right - 16, MARGIN + 50, color, DOT, square, rim=2)
         right -= 60
+    title = schedule_summary.title(schedule)
+    pen.text(MARGIN, MARGIN + 50, title, GREY, 22, "lm", right - MARGIN)
     if schedule.is_identity:
         text = "all coefficients are 1: the base solver"
         pen.text(WIDTH - MARGIN, MARGIN + 8, text, GOOD, 22, "rm")
@@ -120,7 +64,7 @@ def _columns(schedule: QSchedule) -> list[float]:
     return [left + inset + span * i / (schedule.steps - 1) for i in range(schedule.steps)]
 
 
-def _plot(pen: _Pen, top: float, schedule: QSchedule) -> float:
+def _plot(pen: Canvas, top: float, schedule: QSchedule) -> float:
     """Coefficient curves on their axis; thin ones are those before the edits."""
     xs, bottom = _columns(schedule), top + PLOT
     before = schedule_summary.original(schedule)
@@ -140,7 +84,7 @@ def _plot(pen: _Pen, top: float, schedule: QSchedule) -> float:
             label(value, text, FAINT)
     for limit in limits:
         label(limit, f"limit {limit:g}", GREY)
-    pen.dashes(LEFT, WIDTH - MARGIN, place(1.0))
+    pen.dashes(LEFT, WIDTH - MARGIN, place(1.0), width=1.5)
     if before is not None:
         for values, color in ((before.c_x, C_X), (before.c_eps, C_EPS)):
             pen.line([(x, place(value)) for x, value in zip(xs, values, strict=True)], color)
@@ -156,7 +100,7 @@ def _plot(pen: _Pen, top: float, schedule: QSchedule) -> float:
         equal = schedule.c_x[i] == schedule.c_eps[i]
         for values, color, square in curves:
             side = (5 if square else -5) if equal else 0
-            pen.dot(x + side, place(values[i]), color, square)
+            pen.dot(x + side, place(values[i]), color, DOT, square, rim=2)
     return bottom
 
 
@@ -177,7 +121,7 @@ def _ticks(low: float, high: float) -> list[tuple[float, str]]:
     return [(k * step, f"{k * step:.{digits}f}") for k in counts]
 
 
-def _table(pen: _Pen, top: float, schedule: QSchedule) -> float:
+def _table(pen: Canvas, top: float, schedule: QSchedule) -> float:
     """Bars of sigma, then the numbers, each under its step."""
     xs = _columns(schedule)
     shown = _shown(schedule.steps)
@@ -217,19 +161,19 @@ def _shown(steps: int) -> list[int]:
     return sorted({round(k * (steps - 1) / (count - 1)) for k in range(count)})
 
 
-def _facts(pen: _Pen, top: float, facts: Sequence[tuple[str, str]]) -> float:
+def _facts(pen: Canvas, top: float, facts: Sequence[tuple[str, str]]) -> float:
     pen.line([(MARGIN, top), (WIDTH - MARGIN, top)], FAINT, 1.5)
     y = top + 28
     for label, value in facts:
         pen.text(LEFT - 14, y, label, GREY, 20, "rm")
-        for line in pen.wrap(value, WIDTH - MARGIN - LEFT):
-            pen.text(LEFT, y, line)
+        for line in pen.wrap(value, WIDTH - MARGIN - LEFT, 20, most=3):
+            pen.text(LEFT, y, line, INK, 20, "lm")
             y += 28
         y += 4
     return y - 12
 
 
-def _scores(pen: _Pen, top: float, scores: Sequence[Score]) -> float:
+def _scores(pen: Canvas, top: float, scores: Sequence[Score]) -> float:
     """Scores before and after, and the gain with its interval against zero."""
     left, right = 760, WIDTH - MARGIN
     ends = [0.0, *(score.gain for score in scores)]
@@ -243,8 +187,8 @@ def _scores(pen: _Pen, top: float, scores: Sequence[Score]) -> float:
 
     pen.line([(MARGIN, top), (WIDTH - MARGIN, top)], FAINT, 1.5)
     y = top + 28
-    pen.text(LEFT, y, "mean JAQ, c = 1 -> coefficients", GREY, 18)
-    pen.text(left, y, "gain, 95 % interval (line: no gain)", GREY, 18)
+    pen.text(LEFT, y, "mean JAQ, c = 1 -> coefficients", GREY, 18, "lm")
+    pen.text(left, y, "gain, 95 % interval (line: no gain)", GREY, 18, "lm")
     bottom = y + 20 + 44 * len(scores)
     pen.line([(place(0), y + 20), (place(0), bottom)], GREY, 1.5)
     for score in scores:
@@ -253,9 +197,9 @@ def _scores(pen: _Pen, top: float, scores: Sequence[Score]) -> float:
         pen.text(LEFT - 14, y, score.part, GREY, 20, "rm")
         numbers = f"{score.before:.3f} -> {score.after:.3f}{count}"
         sure = score.interval is not None and score.interval[0] > 0
-        pen.text(LEFT, y, numbers)
+        pen.text(LEFT, y, numbers, INK, 20, "lm")
         pen.text(left - 30, y, f"{score.gain:+.4f}", GOOD if sure else INK, 20, "rm")
         if score.interval is not None:
             pen.line([(place(end), y) for end in score.interval], GOOD if sure else GREY, 3)
-        pen.dot(place(score.gain), y, GOOD if sure else GREY)
+        pen.dot(place(score.gain), y, GOOD if sure else GREY, DOT, rim=2)
     return bottom

@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import re
 import unicodedata
+from itertools import groupby
 from typing import Any
 
 # Controls, what changes the direction of the text around it, and letters that have no width.
@@ -71,9 +72,24 @@ def csv_cell(value: Any) -> Any:
 
 
 def drawable(text: str) -> str:
-    """Accents are dropped, other scripts become '?': PIL's own font has ASCII alone."""
-    text = unicodedata.normalize("NFKD", plain(text, MOST_DRAWN))
-    return text.encode("ascii", "replace").decode()
+    """``text`` in the ASCII that PIL's own font has.
+
+    Accents are dropped; of other scripts it is said how many characters stand there, as in
+    "[Cyrillic:6]".
+    """
+    text = plain(text, MOST_DRAWN)
+    if text.isascii():
+        return text
+    spelt = unicodedata.normalize("NFKD", text)
+    letters = "".join(c for c in spelt if not unicodedata.combining(c))
+    runs = ((known, "".join(run)) for known, run in groupby(letters, str.isascii))
+    return "".join(run if known else f"[{_scripts(run)}:{len(run)}]" for known, run in runs)
+
+
+def _scripts(run: str) -> str:
+    letters = (c for c in run if unicodedata.category(c).startswith("L"))
+    names = (unicodedata.name(c, "other").split()[0].capitalize() for c in letters)
+    return "/".join(dict.fromkeys(names)) or "symbols"
 
 
 def shown(value: Any, most: int = 80) -> str:

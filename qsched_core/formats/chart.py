@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from ..text import drawable
+from ..canvas import FAINT, INK, Canvas
 from .report import LayerRow, summary
 
 WIDTH, MARGIN, LEFT = 1200, 24, 76
-PAPER, INK, FAINT = "#fbfbf9", "#1d1f21", "#c9ccd1"
 COLORS = (
     "#2f6db3", "#d9822b", "#3a9d6a", "#b3446c", "#7b5ea7", "#8c7a3d", "#2aa1b3", "#a65339",
 )  # fmt: skip
@@ -24,7 +23,6 @@ def draw(rows: Sequence[LayerRow], title: str) -> Image.Image:
     """
     groups = summary(rows)
     colors = _colors(groups)
-    big, small = ImageFont.load_default(size=24), ImageFont.load_default(size=16)
     measured = any(r.error is not None for r in rows)
     panels = [
         ("bits a weight", [r.bits for r in rows]),
@@ -32,48 +30,44 @@ def draw(rows: Sequence[LayerRow], title: str) -> Image.Image:
     ]
     if measured:
         panels.append(("relative weight error", [r.error or 0.0 for r in rows]))
-    legend = 24 * len(groups)
-    height = MARGIN + 40 + legend + 20 + 190 * len(panels) + 40
-    image = Image.new("RGB", (WIDTH, height), PAPER)
-    pen = ImageDraw.Draw(image)
-    pen.text((MARGIN, MARGIN), drawable(title), INK, big)
+    pen = Canvas(WIDTH)
+    pen.text(MARGIN, MARGIN, title, INK, 24, width=WIDTH - 2 * MARGIN)
     top = MARGIN + 40
     for row in groups:
         error = "" if row.error is None else f", error {row.error:.4f}"
-        pen.rectangle((MARGIN, top + 4, MARGIN + 14, top + 18), colors[row.format])
+        pen.bar(MARGIN, top + 4, MARGIN + 14, top + 18, colors[row.format])
         text = (
             f"{row.format}: {row.name}, {row.weights / 1e6:.2f} M weights, "
             f"{row.nbytes / 1e6:.2f} MB, {row.bits:.2f} bits a weight{error}"
         )
-        pen.text((MARGIN + 24, top), drawable(text), INK, small)
+        pen.text(MARGIN + 24, top, text, INK, width=WIDTH - 2 * MARGIN - 24)
         top += 24
     top += 20
     for label, values in panels:
-        _panel(pen, top, label, values, [colors[r.format] for r in rows], small)
+        _panel(pen, top, label, values, [colors[r.format] for r in rows])
         top += 190
     if rows:
-        pen.text((LEFT, top), drawable(rows[0].name), INK, small)
-        last = drawable(rows[-1].name)
-        pen.text((WIDTH - MARGIN - pen.textlength(last, small), top), last, INK, small)
-    return image
+        half = (WIDTH - MARGIN - LEFT) / 2 - 10
+        pen.text(LEFT, top, rows[0].name, INK, width=half)
+        pen.text(WIDTH - MARGIN, top, rows[-1].name, INK, anchor="ra", width=half)
+    return pen.finish(top + 40)
 
 
-def _panel(pen, top: int, label: str, values: Sequence[float], colors, font) -> None:
+def _panel(pen: Canvas, top: int, label: str, values: Sequence[float], colors) -> None:
     """One row of columns, 130 pixels high, with its scale."""
     bottom, right = top + 160, WIDTH - MARGIN
-    pen.text((LEFT, top), label, INK, font)
+    pen.text(LEFT, top, label)
     highest = max(values, default=0) or 1.0
     for share in (0.0, 0.5, 1.0):
         y = bottom - round(125 * share)
-        pen.line((LEFT, y, right, y), FAINT)
-        text = f"{highest * share:.3g}"
-        pen.text((LEFT - 10 - pen.textlength(text, font), y - 9), text, INK, font)
+        pen.line([(LEFT, y), (right, y)], FAINT)
+        pen.text(LEFT - 10, y, f"{highest * share:.3g}", INK, anchor="rm")
     step = (right - LEFT) / max(len(values), 1)
     for i, (value, color) in enumerate(zip(values, colors, strict=True)):
         if value > 0:
             x = LEFT + i * step
             end = max(x + 1, x + step - (1 if step > 3 else 0))
-            pen.rectangle((x, bottom - 125 * value / highest, end, bottom), color)
+            pen.bar(x, bottom - 125 * value / highest, end, bottom, color)
 
 
 def _colors(groups: Sequence[LayerRow]) -> dict[str, str]:

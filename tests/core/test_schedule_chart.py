@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from schedule_cases import RAMPED, SIGMAS, plain, schedules
 
+from qsched_core.canvas import INK, PAPER
 from qsched_core.schedule import QSchedule
-from qsched_core.schedule_chart import C_EPS, C_X, INK, PAPER, draw
+from qsched_core.schedule_chart import C_EPS, C_X, draw
 from qsched_core.schedule_summary import facts, original, scores, summary
 
 PROVENANCE = {
