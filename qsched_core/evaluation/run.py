@@ -21,10 +21,10 @@ from ..search.journal import fingerprint
 from .base import FeatureSpace
 from .frechet import FEWEST, MOST, few_images, frechet_difference, moments
 from .results import BLOCK, REFERENCES, ArmResult, Comparison, Distance, DistanceChange, Evaluation
-from .study import ArmStudy, EvaluationError, Part, check_folder, keep_features
+from .study import ArmStudy, EvaluationError, Part, check_folder, in_levels, keep_features
 from .study import kept_features as read_features
 
-VERSION = 1  # part of every arm's name: raise it when what is kept changes
+VERSION = 2  # part of every arm's name: raise it when what is kept changes
 CORE = Path(__file__).resolve().parents[1]
 RUNNER_BYTES = 2**27  # that a source may keep: a prompt does not come again after its part
 PART = 16  # prompts made and kept at a time; part of the name, as batches round differently
@@ -101,8 +101,9 @@ def evaluate(
 
     ``folder`` keeps every finished part of every arm: the same call continues a run that was killed,
     to the same numbers; what is finished is not made again, nor is an arm that another evaluation
-    had.  Pictures are kept on disk in 256 levels, as files hold them: memory holds those of one
-    part.  Neighbouring arms of one source share batches.
+    had.  Pictures are scored and kept in 256 levels, as files hold them: what comes back from disk
+    is what was scored, and memory holds those of one part.  Neighbouring arms of one source share
+    batches.
 
     Frechet distances are from the arm ``baseline`` and from ``references`` [m, height, width, 3]
     where they are given; ``notes`` are what the caller has to say of them.  ``on_step(arm, images)``
@@ -237,8 +238,9 @@ def _made(arms: Sequence[Arm], start: int, prompts: PromptSet, objective, spaces
     pictures = source.images(prompts, [arm.correction for arm in arms], step)
     sampling = (time.perf_counter() - began) / len(arms)
     share, rest = divmod(source.model_evaluations - counted, len(arms))
-    for k, images in enumerate(pictures):
+    for k, made in enumerate(pictures):
         began = time.perf_counter()
+        images = in_levels(made)
         scores = objective.score(images, prompts.prompts)
         features = {space.name: space.encode(images).float().cpu() for space in spaces}
         seconds = sampling + time.perf_counter() - began

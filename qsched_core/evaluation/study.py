@@ -56,6 +56,11 @@ def as_bytes(images: torch.Tensor) -> torch.Tensor:
     return (images.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
+def in_levels(images: torch.Tensor) -> torch.Tensor:
+    """Images in [0, 1], float32, in the 256 levels of a picture file; NaN stays."""
+    return (images.float().clamp(0, 1) * 255).round() / 255
+
+
 def check_folder(folder: Path, needed: int) -> None:
     """EvaluationError unless ``folder`` can be written and has room for ``needed`` bytes and some."""
     needed += SPARE_BYTES
