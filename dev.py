@@ -2,7 +2,7 @@
 """Everything a developer runs, with nothing but Python installed.
 
 python dev.py demo [--out DIR]        the whole job in a real ComfyUI, with pictures and a table
-python dev.py test [pytest options]   the tests
+python dev.py test [pytest options]   the tests, but for the slow ones that --full adds
 python dev.py serve [--port N]        ComfyUI with this pack and the demo model, in your browser
 python dev.py bench NAME [--json F]   one benchmark
 
@@ -43,7 +43,14 @@ def demo(environment, options, more):
 
 
 def test(environment, options, more):
-    return environment.run("-m", "pytest", *more)
+    return environment.run("-m", "pytest", *lanes(more), *more)
+
+
+def lanes(more):
+    """Two lanes side by side for the whole suite; what is selected runs in one, as pytest does."""
+    if all(option == "--full" or option.startswith("--durations") for option in more):
+        return ["-n", "2", "--dist", "loadgroup", "--durations", "10"]
+    return []
 
 
 def serve(environment, options, more):

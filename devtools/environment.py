@@ -19,7 +19,10 @@ from .host import COMFYUI_VERSION, check_comfyui, comfyui_version, install_comfy
 
 PYTHON_OLDEST, PYTHON_NEWEST = (3, 10), (3, 14)
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
-TOOLS = ("pytest", "hypothesis", "ruff", "gguf", "psycopg[binary]")
+TOOLS = (
+    "pytest", "pytest-xdist", "pytest-timeout", "filelock", "hypothesis", "ruff", "gguf",
+    "psycopg[binary]",
+)  # fmt: skip
 # What a fresh environment takes; on Linux torch comes with CUDA's libraries.
 DISK_GB = 8 if sys.platform == "linux" else 3
 # Every package that something here imports at once; a damaged installation fails on one of them.

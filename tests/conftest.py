@@ -1,9 +1,14 @@
-"""What every test shares: the repo root on sys.path, the gpu marker, hypothesis' profile."""
+"""What every test shares: the repo root on sys.path, what a quick run leaves out, two lanes.
+
+A test marked ``full`` runs with ``--full`` alone.  With pytest-xdist (``-n 2 --dist loadgroup``)
+the tests of one module stay in one lane, as do all that use the one server.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 if sys.dont_write_bytecode:
@@ -33,12 +38,50 @@ def _why_no_gpu() -> str | None:
     return None if torch.cuda.is_available() else "needs a CUDA device; torch sees none"
 
 
-def pytest_collection_modifyitems(items):
+LEFT_OUT = pytest.StashKey[Counter]()  # how many tests of each file
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="run the tests marked full too")
+
+
+def pytest_configure(config):
+    config.stash[LEFT_OUT] = Counter()
+
+
+def pytest_collection_modifyitems(config, items):
     marked = [item for item in items if item.get_closest_marker("gpu")]
     reason = _why_no_gpu() if marked else None
     if reason:
         for item in marked:
             item.add_marker(pytest.mark.skip(reason=reason))
+    if not config.getoption("--full"):
+        left = [item for item in items if item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=left)
+        config.stash[LEFT_OUT].update(item.path.name for item in left)
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
+    for item in items:
+        lane = "server" if "server" in item.fixturenames else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(lane))
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # a lane: the terminal is another process's
+        session.config.workeroutput["left_out"] = dict(session.config.stash[LEFT_OUT])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    node.config.stash[LEFT_OUT] = Counter(getattr(node, "workeroutput", {}).get("left_out", {}))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    left = config.stash[LEFT_OUT]
+    if left:
+        terminalreporter.section("left out")
+        for name, count in sorted(left.items()):
+            terminalreporter.line(f"{count:5} of {name}")
+        terminalreporter.line(f"{left.total():5} tests in all: --full runs them too")
 
 
 @pytest.fixture(scope="session")

@@ -349,10 +349,15 @@ def test_serve_offers_the_users_own_models(tmp_path):
     }
 
 
-def test_options_of_pytest_pass_through_in_order():
+@pytest.fixture
+def dev():
     spec = importlib.util.spec_from_file_location("dev", ROOT / "dev.py")
-    dev = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(dev)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_options_of_pytest_pass_through_in_order(dev):
     options, more = dev.arguments(["test", "-k", "ramp and not slow", "-x", "tests/core"])
     assert options.command == "test"
     assert more == ["-k", "ramp and not slow", "-x", "tests/core"]
@@ -382,3 +387,28 @@ def test_what_a_module_imported_is_read_from_pythons_own_log():
     ]
     assert first.seconds == pytest.approx(350e-6)
     assert last.children == ()
+
+
+@pytest.mark.parametrize(
+    ("given", "both"),
+    [
+        ([], True),
+        (["--full"], True),
+        (["--full", "--durations=30"], True),
+        (["-x"], False),
+        (["tests/core/test_dev.py"], False),
+        (["--full", "-k", "nf4"], False),
+        (["-n", "4"], False),
+    ],
+)
+def test_the_whole_suite_runs_in_two_lanes(dev, given, both):
+    class Asked:
+        def run(self, *arguments):
+            self.arguments = arguments
+            return 5
+
+    asked = Asked()
+    options, more = dev.arguments(["test", *given])
+    assert dev.COMMANDS["test"](asked, options, more) == 5
+    assert asked.arguments[-len(given) or len(asked.arguments) :] == tuple(given)
+    assert (asked.arguments[2:4] == ("-n", "2")) == both

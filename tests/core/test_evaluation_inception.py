@@ -42,7 +42,7 @@ def test_the_published_weights_come_first_and_others_are_said_to_differ(hub, tmp
     assert space.description["weights"] == "tf" and not space.note
     features = space.encode(images())
     assert features.shape == (2, 2048) and features.dtype == torch.float32
-    assert torch.isfinite(features).all() and not torch.equal(features[0], features[1])
+    assert features[0].std() > 0 and not torch.allclose(features[0], features[1], rtol=1e-3)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / TV_FILE).symlink_to(hub / TV_FILE)
     other = inception.inception_space(tmp_path)

@@ -79,10 +79,15 @@ def test_the_summary_has_every_mean_gain_and_distance(made):
 
 @pytest.mark.parametrize("arms", [1, 2, 3])
 @pytest.mark.parametrize("count", [1, 2, 9])
-def test_a_picture_is_drawn_for_any_number_of_arms_and_prompts(tmp_path, arms, count):
+def test_a_picture_shows_its_numbers_for_any_number_of_arms_and_prompts(tmp_path, arms, count):
     picture = report_picture(evaluated(tmp_path, three_arms()[:arms], count))
     assert picture.mode == "RGB" and picture.width == 1200
-    assert len(picture.getcolors(1 << 24)) > 10
+    pixels = np.asarray(picture).astype(int)
+    for edge in (pixels[:, :12], pixels[:, -12:], pixels[:12], pixels[-4:]):
+        assert (edge == pixels[0, 0]).all(), "something is cut off"
+    darker = three_arms(PaintSource(0.15), PaintSource(0.05))[:arms]
+    changed = np.asarray(report_picture(evaluated(tmp_path / "darker", darker, count)))
+    assert changed.shape != pixels.shape or (changed != pixels).any()
 
 
 def test_pictures_of_every_arm_are_in_it(tmp_path):

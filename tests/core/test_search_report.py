@@ -82,10 +82,23 @@ def test_what_the_guard_refused_is_said_to_be_unused():
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 16, 40])
 @pytest.mark.parametrize("values", [(5.0,), (5.0, 5.0), (5.0, -3.0, 5.1, 5.05)])
-def test_a_picture_is_drawn_for_any_size(steps, values):
-    picture = report_picture(result(steps, values))
+def test_a_picture_shows_its_numbers_for_any_size(steps, values):
+    made = result(steps, values)
+    picture = report_picture(made)
     assert picture.mode == "RGB" and picture.width == 1024
-    assert len(picture.getcolors(1 << 24)) > 10
+    pixels = np.asarray(picture).astype(int)
+    ground = pixels[0, 0]
+    for edge in (pixels[:, :12], pixels[:, -12:], pixels[:12], pixels[-4:]):
+        assert (edge == ground).all(), "something is cut off"
+    c_x = tuple(c + 0.05 for c in made.best.c_x)
+    moved = replace(made.trials[-1], value=made.trials[-1].value - 0.02)
+    for other in (
+        replace(made, best=replace(made.best, c_x=c_x)),
+        replace(made, trials=(*made.trials[:-1], moved)),
+        replace(made, verdict=replace(made.verdict, text="something else: told at length")),
+    ):
+        changed = np.asarray(report_picture(other))
+        assert changed.shape != pixels.shape or (changed != pixels).any()
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

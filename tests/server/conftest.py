@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
+from hostpath import comfyui_folder
 
 from demo.build import build_models
 from devtools import imports
@@ -17,20 +19,18 @@ from devtools.server import ComfyServer, device_args
 
 
 @pytest.fixture(scope="session")
-def comfyui_path(repo_root) -> Path:
-    """The ComfyUI folder: ``COMFYUI_PATH``, or the one ``dev.py`` installed."""
-    named = os.environ.get("COMFYUI_PATH")
-    path = Path(named) if named else repo_root / ".host" / "ComfyUI-0.30.0"
-    if not (path / "main.py").is_file():
-        pytest.fail(f"no ComfyUI at {path}; run the tests with: python dev.py test", pytrace=False)
-    return path.resolve()
+def comfyui_path() -> Path:
+    """The ComfyUI folder."""
+    return comfyui_folder()
 
 
 @pytest.fixture(scope="session")
 def demo_models(repo_root) -> Path:
     """A models folder with the demo's checkpoint and scorer, built once and kept."""
     models = repo_root / ".host" / "cache" / "models"
-    build_models(models)
+    models.mkdir(parents=True, exist_ok=True)
+    with FileLock(models.with_suffix(".lock")):  # two lanes of tests begin at once
+        build_models(models)
     return models
 
 
@@ -59,10 +59,21 @@ def _place(source: Path, target: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def server(comfyui_path, server_base) -> Iterator[ComfyServer]:
+def server_args() -> tuple[str, ...]:
+    """How every server here is started.
+
+    On a CPU the pack computes in bf16 where that is fast: asked for fp32, all processors give the
+    same pictures, and those of a plain-torch task.  tests/host has the other precision.
+    """
+    found = device_args()
+    return (*found, "--fp32-unet") if "--cpu" in found else found
+
+
+@pytest.fixture(scope="session")
+def server(comfyui_path, server_base, server_args) -> Iterator[ComfyServer]:
     """One running ComfyUI for the whole session; its log says who imported what."""
     with ComfyServer(
-        comfyui_path, server_base, extra_args=device_args(), environment=imports.VARIABLE
+        comfyui_path, server_base, extra_args=server_args, environment=imports.VARIABLE
     ) as running:
         yield running
 

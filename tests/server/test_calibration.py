@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from demo.shapes import sample_scenes
-from devtools.server import ComfyServer, ServerError, device_args
+from devtools.server import ComfyServer, ServerError
 
 SCORER = "qsched_demo_scorer.safetensors"
 
@@ -102,7 +102,7 @@ def test_evaluation_and_score_agree_with_the_calibrators_held_out_scores(calibra
 
 
 def test_a_calibration_killed_half_way_continues_to_the_same_result(
-    server, server_base, comfyui_path, tmp_path, calibrated
+    server, server_base, comfyui_path, server_args, tmp_path, calibrated
 ):
     base = tmp_path / "killed"
     shutil.copytree(server_base / "models", base / "models", copy_function=os.link)
@@ -111,7 +111,7 @@ def test_a_calibration_killed_half_way_continues_to_the_same_result(
     def finished() -> int:
         return sum(path.read_bytes().count(b'"scores"') for path in studies.glob("*.journal"))
 
-    with ComfyServer(comfyui_path, base, extra_args=device_args()) as first:
+    with ComfyServer(comfyui_path, base, extra_args=server_args) as first:
         first.queue(graph())
         deadline = time.monotonic() + 200
         while finished() < 2:
@@ -119,7 +119,7 @@ def test_a_calibration_killed_half_way_continues_to_the_same_result(
             time.sleep(0.02)
         first.kill()
     done = finished()
-    with ComfyServer(comfyui_path, base, extra_args=device_args()) as second:
+    with ComfyServer(comfyui_path, base, extra_args=server_args) as second:
         report = report_of(second.run(graph()))
         again = graph()
         again["4"]["inputs"]["guard"] = True

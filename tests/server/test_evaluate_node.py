@@ -8,14 +8,13 @@ import json
 import shutil
 import time
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from test_calibration import captions, node
 
 from demo.task import make
-from devtools.server import ComfyServer, ServerError, device_args
+from devtools.server import ComfyServer, ServerError
 from qsched_core.objective import Objective
 from qsched_core.prompts import PromptSet
 from qsched_core.scorers import load_file
@@ -125,7 +124,8 @@ def test_report_and_files_have_the_numbers(server, evaluated):
     text = "".join(entry["outputs"]["8"]["text"])
     assert report["report"] in text and "quantized (int2) against baseline: worse" in text
     picture = Image.open(io.BytesIO(server.image(entry["outputs"]["9"]["images"][0])))
-    assert picture.width == 1200 and len(np.unique(np.asarray(picture))) > 100
+    # three rows of examples below the table; what is in them the report's own tests say
+    assert picture.width == 1200 and picture.height > 3 * 96
     folder = server.output / "qsched"
     rows = list(csv.DictReader((folder / "table.csv").open(encoding="utf-8")))
     assert len(rows) == 3 * 18
@@ -162,7 +162,9 @@ def parts(base) -> int:
     return sum(len(list(folder.glob("part-*.safetensors"))) for folder in studies(base))
 
 
-def test_what_a_killed_server_left_another_continues_to_the_same_result(server, comfyui_path):
+def test_what_a_killed_server_left_another_continues_to_the_same_result(
+    server, comfyui_path, server_args
+):
     """Two servers of one user folder; the first is killed with kill -9."""
     known, before = studies(server.base), parts(server.base)
 
@@ -171,7 +173,7 @@ def test_what_a_killed_server_left_another_continues_to_the_same_result(server, 
         del prompt["4"]["inputs"]["reference_model"]
         return prompt
 
-    with ComfyServer(comfyui_path, server.base, extra_args=device_args()) as first:
+    with ComfyServer(comfyui_path, server.base, extra_args=server_args) as first:
         first.queue(asked())
         deadline = time.monotonic() + 200
         while parts(server.base) == before:

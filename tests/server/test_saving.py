@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from devtools.server import ComfyServer, ServerError, device_args
+from devtools.server import ComfyServer, ServerError
 
 CAPTION = "a red circle to the left of a green square on a white background"
 
@@ -32,10 +32,10 @@ def lora(server_base, demo_checkpoint):
 
 
 @pytest.fixture(scope="module")
-def plain_server(comfyui_path, tmp_path_factory):
+def plain_server(comfyui_path, server_args, tmp_path_factory):
     """A ComfyUI without the pack."""
     base = tmp_path_factory.mktemp("plain")
-    running = ComfyServer(comfyui_path, base, extra_args=device_args(), with_pack=False)
+    running = ComfyServer(comfyui_path, base, extra_args=server_args, with_pack=False)
     with running:
         assert not any(name.startswith("QSched") for name in running.object_info())
         yield running

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from devtools.server import ComfyServer, ServerError, device_args
+from devtools.server import ComfyServer, ServerError
 from qsched_core.schedule import QSchedule
 
 SCHEDULE = QSchedule(
@@ -342,13 +342,13 @@ def test_sigmas_that_can_not_be_given_are_refused(server, learned, inputs, named
     assert named in str(error.value)
 
 
-def test_folders_of_extra_model_paths_are_used_too(comfyui_path, tmp_path):
+def test_folders_of_extra_model_paths_are_used_too(comfyui_path, server_args, tmp_path):
     extra, base = tmp_path / "elsewhere", tmp_path / "base"
     SCHEDULE.save(extra / "deep" / "theirs.json")
     SCHEDULE.save(base / "models" / "qsched" / "ours.json")
     config = tmp_path / "paths.yaml"
     config.write_text(f"mine:\n  base_path: {tmp_path.as_posix()}\n  qsched: elsewhere\n")
-    arguments = (*device_args(), "--extra-model-paths-config", str(config))
+    arguments = (*server_args, "--extra-model-paths-config", str(config))
     with ComfyServer(comfyui_path, base, extra_args=arguments) as server:
         assert listed(server) == ["deep/theirs.json", "ours.json"]
         for name in listed(server):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from test_calibration import coefficients, graph, node, report_of
 
-from devtools.server import ComfyServer, ServerError, device_args
+from devtools.server import ComfyServer, ServerError
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from postgres import PASSWORD, postgres, why_not
@@ -30,7 +30,7 @@ def storage():
 
 
 @pytest.fixture
-def start(server_base, comfyui_path, tmp_path, storage):
+def start(server_base, comfyui_path, server_args, tmp_path, storage):
     """Starts a server of its own whose QSCHED_STORAGE is the database."""
     environment = {"QSCHED_STORAGE": storage, "QSCHED_GRACE_SECONDS": GRACE, "OMP_NUM_THREADS": "1"}
 
@@ -39,7 +39,7 @@ def start(server_base, comfyui_path, tmp_path, storage):
         if not base.exists():
             shutil.copytree(server_base / "models", base / "models", copy_function=os.link)
         return ComfyServer(
-            comfyui_path, base, extra_args=device_args(), environment=environment
+            comfyui_path, base, extra_args=server_args, environment=environment
         ).start()
 
     return started

@@ -1,4 +1,4 @@
-"""Model families inside the real ComfyUI; test_families.py runs this in a process of its own."""
+"""Model families inside the real ComfyUI."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from fnmatch import fnmatchcase
 import pytest
 import torch
 from families import QWEN_IMAGE, SMALL, Small
+from inside import loading
 
 from benchmarks._families import FAMILIES, weights
-from benchmarks._host import import_pack
 
-loading = import_pack()
 comfy_sd = importlib.import_module("comfy.sd")
 comfy_sample = importlib.import_module("comfy.sample")
 detection = importlib.import_module("comfy.model_detection")

@@ -8,7 +8,7 @@ import json
 
 import pytest
 import torch
-from scenario_base import (
+from inside import (
     REPO,
     Request,
     comfy_sample,

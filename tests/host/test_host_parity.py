@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from types import SimpleNamespace
 
+import inside  # noqa: F401  ComfyUI and the pack become importable
 import pytest
 import torch
 
-from qsched_core.precondition import ScalarCorrection
-from qsched_core.solvers import SOLVERS, ModelFacts, get_solver
+samplers = importlib.import_module("comfy.samplers")
+model_sampling = importlib.import_module("comfy.model_sampling")
+model_facts = importlib.import_module("qsched_pack.nodes.host").model_facts
+solvers = importlib.import_module("qsched_pack.qsched_core.solvers")
+ScalarCorrection = importlib.import_module("qsched_pack.qsched_core.precondition").ScalarCorrection
+SOLVERS, get_solver = solvers.SOLVERS, solvers.get_solver
 
 FAMILIES = {
     "flow": ("CONST", "ModelSamplingDiscreteFlow"),
@@ -18,20 +22,6 @@ FAMILIES = {
     "v": ("V_PREDICTION", "ModelSamplingDiscrete"),
 }
 IN_CORE = [name for name in SOLVERS if name != "tcd"]  # ComfyUI has no tcd
-
-
-@pytest.fixture(scope="module")
-def comfy(comfyui_path):
-    """ComfyUI's own modules in this process, on the CPU."""
-    sys.path.insert(0, str(comfyui_path))
-    try:
-        importlib.import_module("comfy.cli_args").args.cpu = True
-        yield SimpleNamespace(
-            samplers=importlib.import_module("comfy.samplers"),
-            model_sampling=importlib.import_module("comfy.model_sampling"),
-        )
-    finally:
-        sys.path.remove(str(comfyui_path))
 
 
 class _Denoiser:
@@ -50,37 +40,26 @@ class _Denoiser:
         return self.sampling.calculate_denoised(sigma, output, x)
 
 
-def sampling_of(comfy, family):
-    kind, schedule = (getattr(comfy.model_sampling, name) for name in FAMILIES[family])
+def sampling_of(family):
+    kind, schedule = (getattr(model_sampling, name) for name in FAMILIES[family])
     return type("ModelSampling", (schedule, kind), {})()
 
 
-def facts_of(sampling, flow):
-    """As nodes/host.py: what the adapter hands to the solvers."""
-    return ModelFacts(
-        flow,
-        s_noise=getattr(sampling, "noise_scale", 1.0) if flow else 1.0,
-        training_sigmas=None if flow else sampling.sigmas,
-        first_sigma=sampling.percent_to_sigma(1e-4) if flow else None,
-    )
-
-
 def ours(name, denoiser, x, sigmas, correction, seed=11, **options):
-    flow = denoiser.sampling.__class__.__mro__[1].__name__ == "ModelSamplingDiscreteFlow"
     solver = get_solver(name)
-    arguments = solver.bind(facts_of(denoiser.sampling, flow), **options)
+    arguments = solver.bind(model_facts(denoiser.sampling), **options)
     return solver.function(denoiser, x, sigmas, {"seed": seed}, correction=correction, **arguments)
 
 
-def theirs(comfy, name, denoiser, x, sigmas, seed=11, **options):
-    sampler = comfy.samplers.sampler_object(name)
+def theirs(name, denoiser, x, sigmas, seed=11, **options):
+    sampler = samplers.sampler_object(name)
     return sampler.sampler_function(
         denoiser, x, sigmas, extra_args={"seed": seed}, disable=True, **options
     )
 
 
-def start(comfy, sampling, batch, scheduler="simple", steps=4):
-    sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, steps)
+def start(sampling, batch, scheduler="simple", steps=4):
+    sigmas = samplers.calculate_sigmas(sampling, scheduler, steps)
     x = torch.randn(batch, 4, 8, 8, generator=torch.Generator().manual_seed(3)) * sigmas[0]
     return x, sigmas
 
@@ -89,11 +68,11 @@ def start(comfy, sampling, batch, scheduler="simple", steps=4):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("scheduler", ["simple", "sgm_uniform", "karras"])
-def test_coefficients_of_one_equal_comfyui_bit_for_bit(comfy, name, family, batch, scheduler):
-    denoiser = _Denoiser(sampling_of(comfy, family))
-    x, sigmas = start(comfy, denoiser.sampling, batch, scheduler)
+def test_coefficients_of_one_equal_comfyui_bit_for_bit(name, family, batch, scheduler):
+    denoiser = _Denoiser(sampling_of(family))
+    x, sigmas = start(denoiser.sampling, batch, scheduler)
     given = x.clone()
-    core = theirs(comfy, name, denoiser, x, sigmas)
+    core = theirs(name, denoiser, x, sigmas)
     assert torch.isfinite(core).all()
     for correction in (None, ScalarCorrection((1.0,) * 4, (1.0,) * 4)):
         assert torch.equal(ours(name, denoiser, x, sigmas, correction), core)
@@ -109,32 +88,32 @@ def test_coefficients_of_one_equal_comfyui_bit_for_bit(comfy, name, family, batc
 @pytest.mark.parametrize("name", ["euler_ancestral", "dpmpp_sde"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("eta", [0.0, 0.4])
-def test_eta_is_comfyuis(comfy, name, family, eta):
-    denoiser = _Denoiser(sampling_of(comfy, family))
-    x, sigmas = start(comfy, denoiser.sampling, 2)
-    core = theirs(comfy, name, denoiser, x, sigmas, eta=eta)
+def test_eta_is_comfyuis(name, family, eta):
+    denoiser = _Denoiser(sampling_of(family))
+    x, sigmas = start(denoiser.sampling, 2)
+    core = theirs(name, denoiser, x, sigmas, eta=eta)
     assert torch.equal(ours(name, denoiser, x, sigmas, None, eta=eta), core)
 
 
 @pytest.mark.parametrize("name", ["euler_ancestral", "lcm", "dpmpp_sde"])
-def test_a_models_noise_scale_is_comfyuis(comfy, name):
-    sampling = sampling_of(comfy, "flow")
+def test_a_models_noise_scale_is_comfyuis(name):
+    sampling = sampling_of("flow")
     sampling.set_noise_scale(8.0)
     denoiser = _Denoiser(sampling)
-    x, sigmas = start(comfy, sampling, 2)
-    core = theirs(comfy, name, denoiser, x, sigmas)
+    x, sigmas = start(sampling, 2)
+    core = theirs(name, denoiser, x, sigmas)
     assert torch.equal(ours(name, denoiser, x, sigmas, None), core)
 
 
 @pytest.mark.parametrize("name", IN_CORE)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("part", [slice(0, 3), slice(2, 5), slice(3, 5)])
-def test_parts_of_a_trajectory_equal_comfyui(comfy, name, family, part):
+def test_parts_of_a_trajectory_equal_comfyui(name, family, part):
     """img2img enters in the middle; the advanced sampler leaves before the end."""
-    denoiser = _Denoiser(sampling_of(comfy, family))
-    x, sigmas = start(comfy, denoiser.sampling, 2)
+    denoiser = _Denoiser(sampling_of(family))
+    x, sigmas = start(denoiser.sampling, 2)
     try:
-        core = theirs(comfy, name, denoiser, x, sigmas[part])
+        core = theirs(name, denoiser, x, sigmas[part])
     except ValueError as error:  # core's Brownian tree has no interval on a single step to 0
         assert name == "dpmpp_sde" and len(sigmas[part]) == 2, error
         core = denoiser(x, sigmas[part][:1].expand(2))
@@ -143,9 +122,9 @@ def test_parts_of_a_trajectory_equal_comfyui(comfy, name, family, part):
 
 @pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_seed_fixes_the_image(comfy, name, family):
-    denoiser = _Denoiser(sampling_of(comfy, family))
-    x, sigmas = start(comfy, denoiser.sampling, 3)
+def test_the_seed_fixes_the_image(name, family):
+    denoiser = _Denoiser(sampling_of(family))
+    x, sigmas = start(denoiser.sampling, 3)
     correction = ScalarCorrection((0.98, 1.01, 1.02, 1.0), (1.03, 0.98, 1.0, 1.01))
     first = ours(name, denoiser, x, sigmas, correction, seed=5)
     torch.manual_seed(99)  # the global generator has no part in it
@@ -157,20 +136,20 @@ def test_the_seed_fixes_the_image(comfy, name, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tcd_between_its_neighbours(comfy, family):
+def test_tcd_between_its_neighbours(family):
     """ComfyUI has no tcd: gamma 0 is its euler, gamma 1 (on timestep 0's level) nearly its lcm.
 
     The published scheduler's last step goes to timestep 0, not to sigma 0, and keeps VP's scale.
     """
-    denoiser = _Denoiser(sampling_of(comfy, family))
-    x, sigmas = start(comfy, denoiser.sampling, 2)
+    denoiser = _Denoiser(sampling_of(family))
+    x, sigmas = start(denoiser.sampling, 2)
     levels, scale = sigmas, 1.0
     if family != "flow":
         last = denoiser.sampling.sigmas[0]
         levels, scale = torch.cat([sigmas[:-1], last[None]]), (1 + last**2) ** -0.5
     plain = ours("tcd", denoiser, x, sigmas, None, gamma=0.0)
-    torch.testing.assert_close(plain, scale * theirs(comfy, "euler", denoiser, x, levels))
+    torch.testing.assert_close(plain, scale * theirs("euler", denoiser, x, levels))
     full = ours("tcd", denoiser, x, sigmas, None, gamma=1.0)
-    near = theirs(comfy, "lcm", denoiser, x, sigmas)
+    near = theirs("lcm", denoiser, x, sigmas)
     close = 1e-5 if family == "flow" else 0.1
     torch.testing.assert_close(full, near, rtol=close, atol=close)

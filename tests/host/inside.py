@@ -1,4 +1,4 @@
-"""What the loading scenarios share: ComfyUI and the pack in one process, small models, a sample."""
+"""ComfyUI and the pack in this process, and a small model of theirs; conftest.py has the fixtures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _import_host():
     for name, folder in (("qsched_pack", REPO), ("qsched_pack.nodes", REPO / "nodes")):
         package = types.ModuleType(name)
         package.__path__ = [str(folder)]
-        sys.modules[name] = package
+        sys.modules.setdefault(name, package)
     return importlib.import_module("qsched_pack.nodes.host_loading")
 
 
@@ -42,7 +42,10 @@ DISTANCE = {
     "nf4": 0.17, "fp4": 0.2, "llm_int8": 0.015, "int8": 0.015, "int8_convrot": 0.02, "w4a8": 0.12,
     "w4a8_convrot": 0.12, "w4a4": 0.4, "svdquant_w4a4": 0.3, "int3": 0.16, "int2": 0.27,
 }  # fmt: skip
-ALL = pytest.mark.parametrize("name", NAMES)
+QUICK = ("nf4", "int8", "int2", "w4a8")  # one of each kind of arithmetic; --full has them all
+ALL = pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.full) for n in NAMES]
+)
 
 
 def weights() -> dict[str, torch.Tensor]:
@@ -59,49 +62,6 @@ def weights() -> dict[str, torch.Tensor]:
     narrow = state["context_embedder.weight"]
     state["context_embedder.weight"] = torch.nn.functional.pad(narrow, (0, 4096 - narrow.shape[1]))
     return {key: value.half() for key, value in state.items()}
-
-
-@pytest.fixture(scope="session")
-def file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("models") / "tiny.safetensors"
-    save_file(weights(), path)
-    return str(path)
-
-
-@pytest.fixture(scope="session")
-def plain(file):
-    return comfy_sd.load_diffusion_model(file)
-
-
-@pytest.fixture(scope="session")
-def conditioning():
-    torch.manual_seed(1)
-    return [[torch.randn(1, 77, 4096), {"pooled_output": torch.randn(1, 2048)}]]
-
-
-@pytest.fixture(scope="session")
-def sample(conditioning):
-    def run(model):
-        empty = torch.zeros(1, 16, 12, 12)
-        noise = comfy_sample.prepare_noise(empty, 3)
-        return comfy_sample.sample(
-            model, noise, 4, 1.0, "euler", "simple", conditioning, conditioning, empty,
-            seed=3, disable_pbar=True,
-        )  # fmt: skip
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def lora():
-    torch.manual_seed(2)
-    return {
-        f"diffusion_model.{key.removesuffix('.weight')}.lora_{side}.weight": torch.randn(shape)
-        * 0.2
-        for key, value in weights().items()
-        if "joint_blocks" in key and key.endswith(".weight") and value.ndim == 2
-        for side, shape in (("A", (4, value.shape[1])), ("B", (value.shape[0], 4)))
-    }
 
 
 def with_lora(model, lora, strength=1.0):

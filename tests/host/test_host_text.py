@@ -7,7 +7,12 @@ import types
 
 import pytest
 import torch
-from scenario_base import Request, comfy_sd, relative, same_state
+from inside import (
+    Request,
+    comfy_sd,
+    relative,
+    same_state,
+)
 
 text = importlib.import_module("qsched_pack.nodes.host_text")
 # Relative distance of the encoding, random weights of CLIP-L's shapes.

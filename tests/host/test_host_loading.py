@@ -1,4 +1,4 @@
-"""Quantized loading inside the real ComfyUI; test_loading.py runs this in a process of its own."""
+"""Quantized loading inside the real ComfyUI."""
 
 from __future__ import annotations
 
@@ -9,30 +9,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from scenario_base import (
+from inside import (
     ALL,
     DISTANCE,
     LOAD_DEVICE,
     Request,
     comfy_sd,
-    conditioning,
-    file,
     formats,
     loading,
-    lora,
     management,
-    plain,
     relative,
     same_state,
-    sample,
     save_file,
     state_bytes,
     taesd,
     weights,
     with_lora,
 )
-
-__all__ = ["conditioning", "file", "lora", "plain", "sample"]  # fixtures
 
 
 @ALL
@@ -202,7 +195,9 @@ def test_dynamic_vram_moves_every_table_through_one_buffer(name, file):
     assert count == sum(loading.model_info(model)["quantized_layers"].values()) > 0
 
 
-@pytest.mark.parametrize("name", ["nf4", "int8", "w4a8", "int2"])
+@pytest.mark.parametrize(
+    "name", ["nf4", *(pytest.param(n, marks=pytest.mark.full) for n in ("int8", "w4a8", "int2"))]
+)
 def test_torch_compile_gives_the_same_picture(name, file, sample):
     """ComfyUI's TorchCompileModel; the "eager" backend traces all and compiles nothing."""
     compiler = importlib.import_module("comfy_api.torch_helpers").set_torch_compile_wrapper

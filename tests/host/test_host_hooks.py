@@ -7,24 +7,17 @@ import importlib
 
 import pytest
 import torch
-from scenario_base import (
+from inside import (
     ALL,
     DISTANCE,
     Request,
     comfy_sample,
-    conditioning,
-    file,
     loading,
-    lora,
-    plain,
     relative,
     same_state,
-    sample,
     state_bytes,
     with_lora,
 )
-
-__all__ = ["conditioning", "file", "lora", "plain", "sample"]  # fixtures
 
 MappedFile = importlib.import_module("qsched_pack.qsched_core.formats.files").MappedFile
 model_patcher = importlib.import_module("comfy.model_patcher")

@@ -11,14 +11,13 @@ import importlib
 from collections.abc import Callable
 from pathlib import Path
 
+import inside  # noqa: F401  the pack becomes importable
 import pytest
 import torch
 from families import FLUX_SCHNELL, SD15, WAN, Small
 
 from benchmarks import _families as real
-from benchmarks._host import import_pack
 
-import_pack()
 comfy_sd = importlib.import_module("comfy.sd")
 comfy_sample = importlib.import_module("comfy.sample")
 samplers = importlib.import_module("comfy.samplers")
@@ -39,7 +38,6 @@ STEPS, SEED = 4, 3
 C_X, C_EPS = (0.9, 1.05, 0.97, 1.02), (1.1, 0.93, 1.04, 0.98)
 SHARED = ("euler", "euler_ancestral", "lcm", "ddim", "dpmpp_2m", "dpmpp_sde")  # of ComfyUI's name
 Draw = Callable[..., torch.Tensor]
-torch.set_num_threads(1)  # these models are too small to share
 
 
 @pytest.fixture(scope="session")
