@@ -112,6 +112,8 @@ def server_options() -> tuple[tuple[str, ...], dict[str, str]]:
 
     arguments = device_args()
     if "--cpu" in arguments:
+        # torch's own attention: the model takes an eighth less time than with ComfyUI's choice
+        arguments += ("--use-pytorch-cross-attention",)
         arguments += vae_arguments(torch.cpu.get_capabilities())
     # glibc gives big blocks back to the system at once; faulting them in again takes long
     return arguments, {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
