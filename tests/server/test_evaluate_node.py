@@ -15,6 +15,7 @@ from test_calibration import captions, node
 
 from demo.task import make
 from devtools.server import ComfyServer, ServerError
+from qsched_core.evaluation.study import in_levels
 from qsched_core.objective import Objective
 from qsched_core.prompts import PromptSet
 from qsched_core.scorers import load_file
@@ -107,7 +108,7 @@ def test_the_plain_torch_task_has_the_nodes_scores(evaluated, repo_root, arm, we
     report = evaluated[1]
     task = make(weight_format, torch.device("cpu"), sigmas=(1.0, 0.75, 0.0))
     prompts = PromptSet(tuple(report["prompts"]), tuple(report["seeds"]))
-    images = TaskRunner(task).images(prompts, [task.identity()])[0]
+    images = in_levels(TaskRunner(task).images(prompts, [task.identity()])[0])
     objective = Objective(load_file(repo_root / "demo" / "weights" / "scorer.safetensors"))
     scores = objective.score(images, prompts.prompts)
     assert scores.jaq == pytest.approx(report["arms"][arm]["scores"]["jaq"], abs=1e-3)
