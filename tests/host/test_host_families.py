@@ -91,7 +91,11 @@ def relative(found, wanted) -> float:
     return ((found - wanted).norm() / wanted.norm()).item()
 
 
-@pytest.fixture(scope="session", params=SMALL.values(), ids=SMALL.keys())
+QUICK = ("sd15", "sd35", "flux_schnell")  # a UNet, and two kinds of transformer
+EVERY = [pytest.param(s, marks=() if n in QUICK else pytest.mark.full) for n, s in SMALL.items()]
+
+
+@pytest.fixture(scope="session", params=EVERY, ids=SMALL.keys())
 def small(request) -> Small:
     return request.param
 
@@ -211,6 +215,7 @@ def test_convolutions_are_packed_but_for_the_first_and_the_last(small, name, mod
         assert info["kept_because"].get(f"{name} is for linear", 0) == len(layers - ends)
 
 
+@pytest.mark.full
 def test_qwen_image_with_one_block(tmp_path):
     """Its width is fixed, so this is 0.38 billion weights; in int8, which packs fastest."""
     path = tmp_path / "qwen.safetensors"

@@ -85,8 +85,8 @@ def hooked(conditioning, lora):
 
 
 @ALL
-def test_hook_loras_do_what_they_do_to_the_unquantized_model(name, file, plain, sample, hooked):
-    model = loading.load_diffusion_model(file, Request(name))
+def test_hook_loras_do_what_they_do_to_the_unquantized_model(name, loaded, plain, sample, hooked):
+    model = loaded(name)
     bare, stored = sample(model), state_bytes(model)
     wanted = hooked(plain)
     assert relative(hooked(plain, 0.0), wanted) > 0.3, "the LoRA matters"
@@ -97,17 +97,17 @@ def test_hook_loras_do_what_they_do_to_the_unquantized_model(name, file, plain, 
     assert torch.equal(sample(model), bare)
 
 
-def test_keyframes_change_a_hook_while_it_samples(file, plain, hooked):
-    model = loading.load_diffusion_model(file, Request("nf4"))
+def test_keyframes_change_a_hook_while_it_samples(loaded, plain, hooked):
+    model = loaded("nf4")
     wanted = hooked(plain, keyframes=True)
     assert relative(hooked(plain), wanted) > 0.1
     assert relative(hooked(model, keyframes=True), wanted) < 3 * DISTANCE["nf4"]
 
 
 @pytest.mark.parametrize("name", ["nf4", "int8"])
-def test_a_hook_adds_to_a_lora_that_is_baked(name, file, plain, lora, sample, hooked):
+def test_a_hook_adds_to_a_lora_that_is_baked(name, loaded, plain, lora, sample, hooked):
     """Both LoRAs count, and both are gone afterwards."""
-    model = loading.load_diffusion_model(file, Request(name))
+    model = loaded(name)
     bare, baked, wanted = sample(model), with_lora(model, lora), hooked(with_lora(plain, lora))
     assert relative(hooked(plain), wanted) > 0.3
     assert relative(hooked(baked), wanted) < 3 * DISTANCE[name]
@@ -115,9 +115,9 @@ def test_a_hook_adds_to_a_lora_that_is_baked(name, file, plain, lora, sample, ho
 
 
 @pytest.mark.parametrize("name", ["nf4", "int8", "int2"])
-def test_hooks_on_a_saved_model(name, file, plain, sample, hooked, tmp_path):
+def test_hooks_on_a_saved_model(name, loaded, plain, sample, hooked, tmp_path):
     """Its source is not at hand: what is added is rounded so that it survives in the mean."""
-    saving.save_model(loading.load_diffusion_model(file, Request(name)), tmp_path / "a.safetensors")
+    saving.save_model(loaded(name), tmp_path / "a.safetensors")
     model = loading.load_diffusion_model(str(tmp_path / "a.safetensors"), Request(name))
     bare, stored = sample(model), state_bytes(model)
     assert relative(hooked(model), hooked(plain)) < 4 * DISTANCE[name]
@@ -125,9 +125,9 @@ def test_hooks_on_a_saved_model(name, file, plain, sample, hooked, tmp_path):
     assert torch.equal(sample(model), bare)
 
 
-def test_a_strict_schedule_wants_the_loras_it_was_learned_with(file, lora, conditioning):
+def test_a_strict_schedule_wants_the_loras_it_was_learned_with(loaded, lora, conditioning):
     """Merged into the weights or on top of them; the same LoRA at another strength is another."""
-    model = loading.load_diffusion_model(file, Request("nf4"))
+    model = loaded("nf4")
     sigmas, flow = sampling.sampling_facts(model, "simple", 2)
 
     def draw(learned, used):

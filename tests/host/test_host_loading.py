@@ -29,8 +29,8 @@ from inside import (
 
 
 @ALL
-def test_it_samples_close_to_the_unquantized_model(name, file, plain, sample):
-    model = loading.load_diffusion_model(file, Request(name))
+def test_it_samples_close_to_the_unquantized_model(name, loaded, plain, sample):
+    model = loaded(name)
     assert 0 < relative(sample(model), sample(plain)) < DISTANCE[name]
     info = loading.model_info(model)
     assert info["format"] == name and info["source"] == "tiny.safetensors" and info["backend"]
@@ -51,9 +51,9 @@ def test_other_float_checkpoints_load_and_have_the_same_hash(dtype, file, sample
 
 
 @ALL
-def test_model_size_is_what_is_stored(name, file):
+def test_model_size_is_what_is_stored(name, loaded):
     """The packed layers take the format's bits, all else 16, and a few hundred bytes a layer of JSON."""
-    model = loading.load_diffusion_model(file, Request(name))
+    model = loaded(name)
     modulation = "nf4" if name in ("int2", "int3") else name
     blocks = {k: v for k, v in weights().items() if k.startswith("joint_blocks") and v.ndim == 2}
     wanted = sum(v.nbytes for k, v in weights().items() if k not in blocks)
@@ -68,8 +68,8 @@ def test_model_size_is_what_is_stored(name, file):
 
 
 @ALL
-def test_lora_baked_and_removed(name, file, plain, sample, lora):
-    model = loading.load_diffusion_model(file, Request(name))
+def test_lora_baked_and_removed(name, loaded, plain, sample, lora):
+    model = loaded(name)
     bare, stored = sample(model), state_bytes(model)
     patched = with_lora(model, lora)
     assert patched.model_options["qsched"] == model.model_options["qsched"]
@@ -104,9 +104,9 @@ def test_lora_at_run_time(name, file, plain, conditioning, lora):
     management.unload_all_models()
 
 
-def test_bypass_loras_and_changed_strengths(file, plain, sample, lora):
+def test_bypass_loras_and_changed_strengths(loaded, plain, sample, lora):
     """ComfyUI's "bypass" LoRA loader adds to the output; several LoRAs add up, each run anew."""
-    model = loading.load_diffusion_model(file, Request("nf4"))
+    model = loaded("nf4")
     bare = sample(model)
     bypass = comfy_sd.load_bypass_lora_for_models(model, None, lora, 0.7, 0)[0]
     wanted = sample(with_lora(plain, lora, 0.7))
@@ -120,10 +120,10 @@ def test_bypass_loras_and_changed_strengths(file, plain, sample, lora):
 
 
 @pytest.mark.parametrize("name", ["nf4", "w4a8", "int2"])
-def test_small_loras_do_not_vanish(name, file, plain, sample, lora):
+def test_small_loras_do_not_vanish(name, loaded, plain, sample, lora):
     """A LoRA far below a step of the format moves the baked model along, and in its direction."""
     small = {k: v * 0.25 if ".lora_A." in k else v for k, v in lora.items()}
-    model = loading.load_diffusion_model(file, Request(name))
+    model = loaded(name)
     wanted = sample(with_lora(plain, small)) - sample(plain)
     assert wanted.norm() / sample(plain).norm() < 0.5
     moved = sample(with_lora(model, small)) - sample(model)
@@ -174,10 +174,10 @@ def test_a_partly_offloaded_model_samples_the_same(name, file, sample, condition
 
 
 @ALL
-def test_dynamic_vram_moves_every_table_through_one_buffer(name, file):
+def test_dynamic_vram_moves_every_table_through_one_buffer(name, loaded):
     """ComfyUI's dynamic loading gathers a layer's tensors in a buffer and reads them from there."""
     memory = importlib.import_module("comfy.memory_management")
-    model, count = loading.load_diffusion_model(file, Request(name)), 0
+    model, count = loaded(name), 0
     for layer in model.model.diffusion_model.modules():
         weight = getattr(layer, "weight", None)
         if not isinstance(weight, loading.QuantizedTensor):
@@ -198,10 +198,10 @@ def test_dynamic_vram_moves_every_table_through_one_buffer(name, file):
 @pytest.mark.parametrize(
     "name", ["nf4", *(pytest.param(n, marks=pytest.mark.full) for n in ("int8", "w4a8", "int2"))]
 )
-def test_torch_compile_gives_the_same_picture(name, file, sample):
+def test_torch_compile_gives_the_same_picture(name, loaded, sample):
     """ComfyUI's TorchCompileModel; the "eager" backend traces all and compiles nothing."""
     compiler = importlib.import_module("comfy_api.torch_helpers").set_torch_compile_wrapper
-    model = loading.load_diffusion_model(file, Request(name))
+    model = loaded(name)
     compiled = model.clone()
     compiler(model=compiled, backend="eager")
     assert relative(sample(compiled), sample(model)) < 0.02
@@ -260,8 +260,8 @@ def saved(model, tmp_path) -> str:
 
 
 @ALL
-def test_saved_files_come_back_bit_for_bit(name, file, sample, tmp_path):
-    model = loading.load_diffusion_model(file, Request(name))
+def test_saved_files_come_back_bit_for_bit(name, loaded, sample, tmp_path):
+    model = loaded(name)
     wanted, path = sample(model), saved(model, tmp_path)
     assert Path(path).stat().st_size < model.model_size() + 100_000
     again = loading.load_diffusion_model(path, Request(name))
@@ -273,16 +273,16 @@ def test_saved_files_come_back_bit_for_bit(name, file, sample, tmp_path):
         loading.load_diffusion_model(path, Request(other))
 
 
-def test_native_files_open_in_plain_comfyui(file, sample, tmp_path):
-    model = loading.load_diffusion_model(file, Request("int8"))
+def test_native_files_open_in_plain_comfyui(loaded, sample, tmp_path):
+    model = loaded("int8")
     wanted, path = sample(model), saved(model, tmp_path)
     core = comfy_sd.load_diffusion_model(path)
     assert relative(sample(core), wanted) < 0.03  # there modulation has int8 activations too
     assert "INT8" in loading.model_info(core)["format"]
 
 
-def test_extended_files_fail_loudly_in_plain_comfyui(file, tmp_path):
-    path = saved(loading.load_diffusion_model(file, Request("nf4")), tmp_path)
+def test_extended_files_fail_loudly_in_plain_comfyui(loaded, tmp_path):
+    path = saved(loaded("nf4"), tmp_path)
     with pytest.raises(Exception, match=r"qsched_nf4|size mismatch|Could not detect"):
         comfy_sd.load_diffusion_model(path)
 
@@ -330,7 +330,7 @@ def broken(file, tmp_path, change) -> str:
     return path
 
 
-def test_bad_files_are_named_with_the_fix(file, tmp_path, plain):
+def test_bad_files_are_named_with_the_fix(file, loaded, tmp_path, plain):
     def refuse(change, message):
         path = broken(file, tmp_path, change)
         with pytest.raises((ValueError, RuntimeError), match=message):
@@ -355,7 +355,7 @@ def test_bad_files_are_named_with_the_fix(file, tmp_path, plain):
     with pytest.raises(ValueError, match=r"model.gguf is a GGUF file"):
         loading.load_diffusion_model(str(gguf), Request("nf4"))
     with pytest.raises(ValueError, match="model is quantized already"):
-        loading.quantize_model(loading.load_diffusion_model(file, Request("nf4")), Request("int8"))
+        loading.quantize_model(loaded("nf4"), Request("int8"))
 
 
 def test_the_nodes_validate_before_they_run(file, tmp_path):

@@ -42,8 +42,8 @@ def metadata(path) -> dict:
 
 
 @ALL
-def test_a_saved_model_comes_back_bit_for_bit(name, file, sample, tmp_path):
-    model = loading.load_diffusion_model(file, Request(name))
+def test_a_saved_model_comes_back_bit_for_bit(name, loaded, sample, tmp_path):
+    model = loaded(name)
     path = tmp_path / "sub" / "saved.safetensors"
     found = saving.save_model(model, path)
     assert [p.name for p in path.parent.iterdir()] == ["saved.safetensors"], "nothing else is left"
@@ -59,8 +59,8 @@ def test_a_saved_model_comes_back_bit_for_bit(name, file, sample, tmp_path):
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if formats.get(n).kind == "native"])
-def test_native_files_open_in_plain_comfyui(name, file, sample, tmp_path):
-    model = loading.load_diffusion_model(file, Request(name))
+def test_native_files_open_in_plain_comfyui(name, loaded, sample, tmp_path):
+    model = loaded(name)
     saving.save_model(model, tmp_path / "saved.safetensors")
     core = comfy_sd.load_diffusion_model(str(tmp_path / "saved.safetensors"))
     # There modulation layers have their activations rounded too, and a CPU computes in fp32.
@@ -69,8 +69,8 @@ def test_native_files_open_in_plain_comfyui(name, file, sample, tmp_path):
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if formats.get(n).kind == "extended"])
-def test_extended_files_fail_loudly_in_plain_comfyui(name, file, tmp_path):
-    model = loading.load_diffusion_model(file, Request(name))
+def test_extended_files_fail_loudly_in_plain_comfyui(name, loaded, tmp_path):
+    model = loaded(name)
     saving.save_model(model, tmp_path / "saved.safetensors")
     with pytest.raises(Exception, match=rf"qsched_{name}|size mismatch|Could not detect"):
         comfy_sd.load_diffusion_model(str(tmp_path / "saved.safetensors"))
@@ -183,10 +183,12 @@ def test_a_prediction_that_a_node_set_is_saved(sdxl, tmp_path):
     assert "V_PREDICTION" in kinds and rest == list(wanted[1:])
 
 
-def test_what_can_not_be_saved_is_refused_and_leaves_nothing(file, plain, tmp_path, monkeypatch):
+def test_what_can_not_be_saved_is_refused_and_leaves_nothing(
+    file, loaded, plain, tmp_path, monkeypatch
+):
     with pytest.raises(ValueError, match="not quantized by this pack"):
         saving.save_model(plain, tmp_path / "saved.safetensors")
-    model = loading.load_diffusion_model(file, Request("nf4"))
+    model = loaded("nf4")
     full = type("Usage", (), {"free": 1000})()
     monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: full)
     with pytest.raises(OSError, match=r"0.00 GB free, the file takes"):
@@ -232,8 +234,8 @@ def test_running_out_of_memory_leaves_nothing(file, monkeypatch):
 
 
 @ALL
-def test_the_report_counts_every_weight(name, file):
-    model = loading.load_diffusion_model(file, Request(name))
+def test_the_report_counts_every_weight(name, loaded):
+    model = loaded(name)
     rows = info.layer_rows(model.model.diffusion_model)
     matrices = {k.removesuffix(".weight"): v for k, v in weights().items() if v.ndim >= 2}
     matrices = {k: v for k, v in matrices.items() if k != "pos_embed"}
@@ -254,8 +256,8 @@ def test_the_report_counts_every_weight(name, file):
     assert fewer.size != picture.size or fewer.tobytes() != picture.tobytes()
 
 
-def test_the_report_takes_models_that_others_quantized(plain, file, tmp_path):
-    model = loading.load_diffusion_model(file, Request("int8"))
+def test_the_report_takes_models_that_others_quantized(plain, loaded, tmp_path):
+    model = loaded("int8")
     saving.save_model(model, tmp_path / "saved.safetensors")
     core = comfy_sd.load_diffusion_model(str(tmp_path / "saved.safetensors"))
     kinds = {r.format for r in info.layer_rows(core.model.diffusion_model)}
@@ -274,8 +276,8 @@ JUNK_ENTRIES = {
 
 
 @pytest.mark.parametrize("case", JUNK_ENTRIES)
-def test_a_junk_entry_names_its_file_and_layer(case, file, tmp_path):
-    saving.save_model(loading.load_diffusion_model(file, Request("int2")), tmp_path / "good.sft")
+def test_a_junk_entry_names_its_file_and_layer(case, loaded, tmp_path):
+    saving.save_model(loaded("int2"), tmp_path / "good.sft")
     with safetensors.safe_open(tmp_path / "good.sft", framework="pt") as opened:
         state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     key = next(key for key in state if key.endswith(".comfy_quant"))
