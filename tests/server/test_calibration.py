@@ -101,6 +101,7 @@ def test_evaluation_and_score_agree_with_the_calibrators_held_out_scores(calibra
     assert evaluated["prompts"] == HELDOUT
 
 
+@pytest.mark.full
 def test_a_calibration_killed_half_way_continues_to_the_same_result(
     server, server_base, comfyui_path, server_args, tmp_path, calibrated
 ):

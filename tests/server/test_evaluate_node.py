@@ -163,6 +163,7 @@ def parts(base) -> int:
     return sum(len(list(folder.glob("part-*.safetensors"))) for folder in studies(base))
 
 
+@pytest.mark.full
 def test_what_a_killed_server_left_another_continues_to_the_same_result(
     server, comfyui_path, server_args
 ):

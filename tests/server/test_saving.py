@@ -66,6 +66,7 @@ def place(path, server: ComfyServer, folder: str) -> str:
     return path.name
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("weight_format", ["int8", "nf4"])
 def test_a_saved_checkpoint(weight_format, server, plain_server, demo_prompt):
     """A native one draws the same in a ComfyUI without the pack; an extended one fails there."""
@@ -91,6 +92,7 @@ def test_a_saved_checkpoint(weight_format, server, plain_server, demo_prompt):
             plain_server.run(elsewhere)
 
 
+@pytest.mark.full
 def test_a_saved_diffusion_model_opens_in_the_plain_loader(server, plain_server, demo_prompt):
     prompt = quantizing(demo_prompt(CAPTION, seed=5), "int8")
     add_save(prompt, "diffusion_models/alone", checkpoint=False)

@@ -342,6 +342,7 @@ def test_sigmas_that_can_not_be_given_are_refused(server, learned, inputs, named
     assert named in str(error.value)
 
 
+@pytest.mark.full
 def test_folders_of_extra_model_paths_are_used_too(comfyui_path, server_args, tmp_path):
     extra, base = tmp_path / "elsewhere", tmp_path / "base"
     SCHEDULE.save(extra / "deep" / "theirs.json")

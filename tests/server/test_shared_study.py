@@ -59,6 +59,7 @@ def finished(storage: str) -> int:
         return connection.execute(query).fetchone()[0]
 
 
+@pytest.mark.full
 def test_two_servers_share_a_search_and_one_may_be_killed(start, storage, server):
     one, other = start("one"), start("other")
     try:
