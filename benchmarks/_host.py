@@ -13,7 +13,7 @@ PACK = "qsched_pack"
 
 
 def import_pack() -> ModuleType:
-    """nodes/host_loading.py, with the pack as the package ``qsched_pack`` and ComfyUI on the CPU.
+    """nodes/host/weights/loading.py, with the pack as the package ``qsched_pack`` and ComfyUI on the CPU.
 
     ComfyUI comes from ``COMFYUI_PATH``.  Its folder goes first on ``sys.path``: both it and the
     pack have something named ``nodes``.
@@ -26,4 +26,4 @@ def import_pack() -> ModuleType:
         package = types.ModuleType(name)
         package.__path__ = [str(folder)]
         sys.modules.setdefault(name, package)
-    return importlib.import_module(f"{PACK}.nodes.host_loading")
+    return importlib.import_module(f"{PACK}.nodes.host.weights.loading")

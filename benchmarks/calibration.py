@@ -29,24 +29,28 @@ from scipy.stats import ttest_1samp
 from demo.build import weights_dir
 from demo.prompts import demo_prompts
 from demo.task import int2
+from qsched_core.calibration import calibrate
+from qsched_core.calibration.guard import judge
 from qsched_core.objective import Objective, Scores
-from qsched_core.precondition import ScalarCorrection
 from qsched_core.prompts import CalibrationPrompts, PromptSet
 from qsched_core.scorers.open_clip import load_file
-from qsched_core.search import CalibrationSettings, Trial, best_of, calibrate
+from qsched_core.search import CalibrationSettings, Monitor, Trial, best_of
 from qsched_core.search.engine import Search
-from qsched_core.search.guard import judge, paired_interval
-from qsched_core.search.journal import Journal
-from qsched_core.search.samplers import propose
+from qsched_core.search.samplers import suggest
 from qsched_core.search.space import RampSpace
-from qsched_core.task import TaskRunner
+from qsched_core.source import scored
+from qsched_core.statistics import paired_interval
+from qsched_core.study import StudyPlace
+from qsched_core.study.journal import Journal
+from qsched_core.task import TaskSource
+from qsched_core.trajectory import Candidate, Trajectory
 
 from ._common import BenchRow, machine, options, report
 
 PAPER = 100 * 20 * 4  # candidates, prompts, steps
 DEFAULT, PER_STEP = CalibrationSettings().strategy, "gp+steps"
 PER_STEP_BUDGET = 32
-SIGMAS = (1.0, 0.9, 0.75, 0.5, 0.0)
+TRAJECTORY = Trajectory.of((1.0, 0.9, 0.75, 0.5, 0.0))
 
 
 class ReachedError(Exception):
@@ -77,16 +81,17 @@ class Lab:
 
     def fresh(self) -> None:
         """Forget what earlier searches evaluated."""
-        self.runner = TaskRunner(self.task)
+        self.source = TaskSource(self.task)
         self.seconds.clear()
 
-    def count(self) -> int:
-        return self.runner.model_evaluations
+    def describe(self) -> dict:
+        return self.objective.describe()
 
-    def __call__(self, corrections: Sequence[ScalarCorrection], prompts: PromptSet) -> list[Scores]:
-        images = self.runner.images(prompts, corrections)
-        score = self._timed("scorer", self.objective.score)
-        return [score(pictures, prompts.prompts) for pictures in images]
+    def score(self, images: torch.Tensor, prompts: Sequence[str]) -> Scores:
+        return self._timed("scorer", self.objective.score)(images, prompts)
+
+    def scores(self, candidate: Candidate, prompts: PromptSet) -> Scores:
+        return scored(self.source, self, [candidate], prompts)[0]
 
 
 @contextmanager
@@ -94,14 +99,14 @@ def search(lab: Lab, settings: CalibrationSettings, prompts: PromptSet, on_trial
     """A search in a folder of its own."""
     lab.fresh()
     with tempfile.TemporaryDirectory() as folder, Journal(folder, "bench") as journal:
-        yield Search(journal, lab, settings, prompts, on_trial, lab.count)
+        yield Search(journal, lab.source, lab, settings, prompts, Monitor(on_trial))
 
 
 def searched(lab: Lab, settings: CalibrationSettings, prompts: PromptSet):
     """The best trial, and the model evaluations of the whole search."""
     with search(lab, settings, prompts) as run:
-        run.stages(len(SIGMAS) - 1)
-    return best_of(run.trials), lab.count()
+        run.stages(lab.source.trajectory)
+    return best_of(run.trials), lab.source.nfe
 
 
 def evaluations_to(lab: Lab, target: float, seed: int, prompts: PromptSet) -> int | None:
@@ -113,9 +118,9 @@ def evaluations_to(lab: Lab, target: float, seed: int, prompts: PromptSet) -> in
 
     with search(lab, CalibrationSettings(DEFAULT, seed=seed), prompts, look) as run:
         try:
-            run.stages(len(SIGMAS) - 1)
+            run.stages(lab.source.trajectory)
         except ReachedError:
-            return lab.count()
+            return lab.source.nfe
     return None
 
 
@@ -143,9 +148,7 @@ def heldout(lab: Lab, grid: Trial, trials: list[Trial], spent: int, prompts: Pro
     """The per-step search's winner against the grid's on prompts that neither saw."""
     ramp = best_of([trial for trial in trials if trial.stage == "ramp"])
     one, ours, theirs, ramped = (
-        scores
-        for trial in (trials[0], best_of(trials), grid, ramp)
-        for scores in lab([trial.correction], prompts)
+        lab.scores(trial.candidate, prompts) for trial in (trials[0], best_of(trials), grid, ramp)
     )
     difference = paired_interval(theirs.jaq, ours.jaq)
     return BenchRow(
@@ -163,20 +166,28 @@ def heldout(lab: Lab, grid: Trial, trials: list[Trial], spent: int, prompts: Pro
     )
 
 
-def noise(kind: str, seed: int):
-    """Scores that depend on nothing: a number a candidate and prompt, of mean 0."""
-    draw = random.Random(seed)
-    draws = {
-        "normal": lambda: draw.gauss(0, 1),
-        "heavy": lambda: draw.gauss(0, 1) / max(1e-3, draw.gammavariate(1.5, 2 / 3)) ** 0.5,
-        "skewed": lambda: draw.expovariate(1) - 1,
-    }
+class Noise:
+    """A source without a model, and a measure of numbers of mean 0 that depend on nothing."""
 
-    def evaluate(corrections, prompts):
-        rows = [tuple(draws[kind]() for _ in prompts.seeds) for _ in corrections]
-        return [Scores(row, (0.0,) * len(row), row) for row in rows]
+    trajectory, width, height, max_batch, nfe = TRAJECTORY, 1, 1, 1024, 0
 
-    return evaluate
+    def __init__(self, kind: str, seed: int):
+        draw = random.Random(seed)
+        self.draw = {
+            "normal": lambda: draw.gauss(0, 1),
+            "heavy": lambda: draw.gauss(0, 1) / max(1e-3, draw.gammavariate(1.5, 2 / 3)) ** 0.5,
+            "skewed": lambda: draw.expovariate(1) - 1,
+        }[kind]
+
+    def describe(self) -> dict:
+        return {}
+
+    def images(self, prompts, candidates, on_step=None) -> torch.Tensor:
+        return torch.zeros(len(candidates), len(prompts), 1, 1, 3)
+
+    def score(self, images, prompts) -> Scores:
+        row = tuple(self.draw() for _ in prompts)
+        return Scores(row, (0.0,) * len(row), row)
 
 
 def guard_false_gain(simulations: int) -> BenchRow:
@@ -188,9 +199,8 @@ def guard_false_gain(simulations: int) -> BenchRow:
     for simulation in range(simulations):
         kind = kinds[simulation % len(kinds)]
         with tempfile.TemporaryDirectory() as folder:
-            result = calibrate(
-                noise(kind, simulation), SIGMAS, True, "euler", settings, prompts, {}, folder
-            )
+            noise = Noise(kind, simulation)
+            result = calibrate(noise, noise, prompts, settings, StudyPlace(folder))
         false[kind] += not result.schedule.is_identity
     each = ", ".join(f"{kind} {false[kind]}" for kind in kinds)
     return BenchRow(
@@ -307,11 +317,11 @@ def searches(seeds: int) -> list[BenchRow]:
     grid, grid_spent = searched(lab, CalibrationSettings("grid"), prompts.calibration)
     rows = [to_grid_best(lab, grid.value, seeds, prompts.calibration, grid_spent)]
     # what is imported at first use is no part of a search
-    propose("gp", RampSpace(4), [({"c_x start": 1.0, "c_eps start": 1.0}, 0.0)], 0, "", 0)
+    suggest("gp", RampSpace(TRAJECTORY), [({"c_x start": 1.0, "c_eps start": 1.0}, 0.0)], 0, "", 0)
     started = time.perf_counter()
     with search(lab, CalibrationSettings(PER_STEP, PER_STEP_BUDGET), prompts.calibration) as run:
-        run.stages(len(SIGMAS) - 1)
-        seconds, spent = time.perf_counter() - started, lab.count()
+        run.stages(lab.source.trajectory)
+        seconds, spent = time.perf_counter() - started, lab.source.nfe
     rows.append(overhead(seconds, lab.seconds.copy()))
     rows.append(heldout(lab, grid, run.trials, spent, prompts.heldout))
     return rows

@@ -31,8 +31,8 @@ from qsched_core.formats.policy import Policy
 from qsched_core.objective import Objective
 from qsched_core.prompts import CalibrationPrompts, PromptSet
 from qsched_core.scorers.open_clip import load_file
-from qsched_core.search.guard import Interval, paired_interval
 from qsched_core.solvers import sample_euler
+from qsched_core.statistics import Interval, paired_interval
 
 from ._common import machine
 

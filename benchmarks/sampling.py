@@ -24,8 +24,8 @@ from demo.build import weights_dir
 from demo.mmdit import MMDiT
 from demo.text import context_of, tokenize
 from demo.training import load_weights
-from qsched_core.precondition import ScalarCorrection
-from qsched_core.solvers import SOLVERS, ModelFacts, sample_euler
+from qsched_core.correction import ScalarCorrection
+from qsched_core.solvers import SOLVERS, ModelInfo, sample_euler
 
 from ._common import BenchRow, machine, options, report, timings
 
@@ -60,13 +60,13 @@ def demo_model(model_sampling) -> Denoiser:
 
 def step_times(theirs, model_sampling, runs: int) -> list[BenchRow]:
     denoiser = demo_model(model_sampling)
-    facts = ModelFacts(True, first_sigma=float(model_sampling.percent_to_sigma(1e-4)))
+    info = ModelInfo(True, first_sigma=float(model_sampling.percent_to_sigma(1e-4)))
     x = torch.randn(4, 16, 12, 12, generator=torch.Generator().manual_seed(0))
     rows = []
     for name, solver in SOLVERS.items():
         core_name = NAMED_IN_CORE.get(name, name)
         core = getattr(theirs, f"sample_{core_name}")
-        arguments = solver.bind(facts)
+        arguments = solver.bind(info)
 
         def ours(solver=solver, arguments=arguments):
             return solver.function(
@@ -178,7 +178,7 @@ def _dense(value) -> bool:
 
 def extra_memory(theirs, model_sampling) -> BenchRow:
     """Peak of live latents beyond ComfyUI's sampler of the same name: the worst solver's."""
-    facts = ModelFacts(True, first_sigma=float(model_sampling.percent_to_sigma(1e-4)))
+    info = ModelInfo(True, first_sigma=float(model_sampling.percent_to_sigma(1e-4)))
     denoiser = Denoiser(lambda x, sigma: x * 0.5, model_sampling)
     latent = torch.zeros(LATENT).untyped_storage().nbytes()
 
@@ -191,7 +191,7 @@ def extra_memory(theirs, model_sampling) -> BenchRow:
     extra = {}
     for name, solver in SOLVERS.items():
         core = getattr(theirs, f"sample_{NAMED_IN_CORE.get(name, name)}")
-        ours = peak(solver.function, correction=CORRECTION, **solver.bind(facts))
+        ours = peak(solver.function, correction=CORRECTION, **solver.bind(info))
         extra[name] = ours - peak(core, disable=True)
     worst = max(extra, key=extra.get)
     each = ", ".join(f"{name} {value:+.2f}" for name, value in extra.items())

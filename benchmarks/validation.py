@@ -45,7 +45,7 @@ def nodes() -> list[type]:
 
 def prepare(folder: Path) -> str:
     """Files for nodes that read some: schedules, prompts and a model; the model's last layer."""
-    host = importlib.import_module(f"{PACK}.nodes.host")
+    host = importlib.import_module(f"{PACK}.nodes.host.folders")
     paths = importlib.import_module("folder_paths")
     host.register_folders()
     for kind in ("qsched", "diffusion_models"):

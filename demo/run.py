@@ -22,7 +22,7 @@ from PIL import Image
 from devtools.server import ComfyServer, ServerError, device_args
 from qsched_core.canvas import Canvas
 from qsched_core.files import write_atomic
-from qsched_core.search.guard import mean_interval, paired_interval
+from qsched_core.statistics import mean_interval, paired_interval
 
 from .build import build_models
 from .graphs import UNQUANTIZED, evaluate, learn
@@ -48,7 +48,7 @@ class Row:
     computes_in: str
     calibration_jaq: float
     test: dict  # per-prompt "jaq", "alignment", "quality"
-    model_evaluations: int
+    nfe: int
     seconds: float
     pictures: list = field(default_factory=list, repr=False)
     gain: dict | None = None  # paired, against the same model without a schedule
@@ -140,7 +140,7 @@ def run(demo: Demo, say) -> tuple[list[Row], dict]:
             weight_format,
             f"{name}.json",
             report["calibration"]["before" if kept else "after"]["jaq"],
-            report["model_evaluations"],
+            report["nfe"],
             report["seconds"],
         )
         after.gain = paired_interval(before.test["jaq"], after.test["jaq"]).to_dict()
@@ -193,7 +193,7 @@ def table(rows: list[Row], details: dict) -> str:
         lines.append(
             f"{row.name:16}{row.weight_bytes / 1e6:>8.1f} MB{row.calibration_jaq:>12.3f}"
             f"{f'{i.mean:.3f} [{i.low:.3f}, {i.high:.3f}]':>30}{gain:>28}"
-            f"{row.model_evaluations or '':>13}{f'{row.seconds:.0f}' if row.seconds else '':>9}"
+            f"{row.nfe or '':>13}{f'{row.seconds:.0f}' if row.seconds else '':>9}"
         )
     lines.append("")
     lines.append(f"control gains on the {len(rows[0].test['jaq'])} test prompts:")

@@ -63,7 +63,10 @@ def make(weight_format: str, device: torch.device, sigmas: Sequence[float] = SIG
         SIZE,
         {
             "model": "the demo model",
-            "sha256": [hashlib.sha256(path.read_bytes()).hexdigest() for path in files],
+            "source_hash": ",".join(
+                hashlib.sha256(path.read_bytes()).hexdigest()[:32] for path in files
+            ),
+            "patches": "",
             "format": weight_format,
             "device": device.type,
         },

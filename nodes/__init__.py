@@ -23,7 +23,7 @@ FAMILIES = (
 
 class QSchedExtension(ComfyExtension):
     async def on_load(self) -> None:
-        from .host import register_folders
+        from .host.folders import register_folders
 
         register_folders()
 

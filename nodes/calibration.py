@@ -3,47 +3,29 @@
 from __future__ import annotations
 
 import json
-import logging
-import time
-from io import BytesIO
-from pathlib import Path
 
-import comfy.model_management
-import comfy.utils
-import numpy as np
-import torch
 from comfy_api.latest import io, ui
-from PIL import Image
 
-from ..qsched_core.files import write_atomic
+from ..qsched_core.calibration import calibrate
+from ..qsched_core.calibration.report import report_text
+from ..qsched_core.correction.scalar import MAX_COEFFICIENT
 from ..qsched_core.optional import MissingDependencyError
-from ..qsched_core.prompts import (
-    CalibrationPrompts,
-    PromptSet,
+from ..qsched_core.search import PRUNERS, STRATEGIES, CalibrationSettings
+from ..qsched_core.study import Database, StudyPlace, check_shared, workflow_rule
+from .host.calibration import CalibrationLive, report_of
+from .host.folders import studies_folder
+from .host.pictures import as_tensor
+from .host.progress import progress_text
+from .inputs import (
+    check_objective,
+    negative_input,
+    option_inputs,
+    source_of,
+    trajectory_inputs,
+    with_options,
+    wrong_options,
 )
-from ..qsched_core.schedule import MAX_COEFFICIENT
-from ..qsched_core.search import (
-    FIDELITIES,
-    STRATEGIES,
-    CalibrationResult,
-    CalibrationSettings,
-    Database,
-    Progress,
-    Reference,
-    calibrate,
-    check_shared,
-    workflow_rule,
-)
-from ..qsched_core.search.precheck import compared
-from ..qsched_core.search.report import Sample, report_path, report_picture, report_text, typical
-from . import host, host_scoring
-from .options import OWN, check_options, chosen_options, option_inputs
-from .pictures import as_tensor
-from .trajectory import negative_input, objective_and_runner, trajectory_inputs
 from .types import MAX_SEED, Schedule
-
-PREVIEWS = 12
-logger = logging.getLogger(__name__)
 
 
 class QSchedJAQCalibrator(io.ComfyNode):
@@ -93,11 +75,12 @@ class QSchedJAQCalibrator(io.ComfyNode):
         )
 
     @classmethod
+    @with_options
     def validate_inputs(
-        cls, search, budget, solver=None, eta=OWN, gamma=OWN, low=0.0, high=0.0, radius=0.1,
-        ramp_ends=False, fidelity="full", proposals=1, storage="", study="",
+        cls, search, budget, solver=None, low=0.0, high=0.0, radius=0.1, ramp_ends=False,
+        fidelity="full", proposals=1, storage="", study="", options=None,
     ):  # fmt: skip
-        wrong = check_options(solver, eta, gamma)
+        wrong = wrong_options(solver, options)
         if wrong:
             return wrong
         values = (search, budget, low, high, radius, ramp_ends, fidelity, proposals)
@@ -110,45 +93,25 @@ class QSchedJAQCalibrator(io.ComfyNode):
         return True
 
     @classmethod
+    @with_options
     def execute(
         cls, model, clip, vae, prompts, objective, solver, scheduler, steps, cfg, width, height,
-        search, budget, seed, guard, negative="", eta=OWN, gamma=OWN, low=0.0, high=0.0,
-        radius=0.1, ramp_ends=False, fidelity="full", proposals=1, storage="", study="",
-        reference_model=None,
+        search, budget, seed, guard, negative="", low=0.0, high=0.0, radius=0.1, ramp_ends=False,
+        fidelity="full", proposals=1, storage="", study="", reference_model=None, options=None,
     ) -> io.NodeOutput:  # fmt: skip
+        check_objective(objective)
         settings = _settings(
             search, budget, low, high, radius, ramp_ends, fidelity, proposals, seed, guard
         )
-        database = _database(storage, study)
-        trajectory = (
-            clip, vae, objective, solver, scheduler, steps, cfg, width, height, negative,
-            chosen_options(solver, eta, gamma),
-        )  # fmt: skip
-        sigmas, flow, runner = objective_and_runner(model, *trajectory)
-        scored = host_scoring.ScoredRunner(runner, objective)
-        live = _Live(cls.hidden.unique_id, scored)
-        reference, counts = None, [scored.count]
+        place = StudyPlace(studies_folder(), _database(storage, study), study)
+        sampling = (solver, scheduler, steps, cfg, width, height, negative, options)
+        source, reference = source_of(model, clip, vae, *sampling), None
         if reference_model is not None:
-            reference, count = _reference(reference_model, trajectory, runner, objective, prompts)
-            counts.append(count)
-        result = calibrate(
-            scored,
-            sigmas.tolist(),
-            flow,
-            solver,
-            settings,
-            prompts,
-            host_scoring.graph_provenance(model, clip, vae, runner, objective),
-            host_scoring.studies_folder(),
-            on_trial=live.trial_done,
-            count_evaluations=lambda: sum(count() for count in counts),
-            storage=database,
-            study=study,
-            idle=live.waiting,
-            reference=reference,
-        )
-        picture, text = _report(result, scored, prompts), report_text(result)
-        host.progress_text(cls.hidden.unique_id, result.verdict.text)
+            reference = source_of(reference_model, clip, vae, *sampling)
+        live = CalibrationLive(cls.hidden.unique_id, source)
+        result = calibrate(source, objective, prompts, settings, place, reference, live.monitor())
+        picture, text = report_of(result, source, live.thumbnails, prompts), report_text(result)
+        progress_text(cls.hidden.unique_id, result.verdict.text)
         content = {
             "preset": objective.preset,
             "objective": objective.describe(),
@@ -180,8 +143,8 @@ def search_inputs() -> list:
             tooltip="Search where the ramps end as well; otherwise they end at 1.",
         ),
         io.Combo.Input(
-            "fidelity", options=list(FIDELITIES), default="full", optional=True, advanced=True,
-            tooltip="; ".join(f"{f.name}: {f.summary}" for f in FIDELITIES.values()) + ".",
+            "fidelity", options=list(PRUNERS), default="full", optional=True, advanced=True,
+            tooltip="; ".join(f"{p.name}: {p.summary}" for p in PRUNERS.values()) + ".",
         ),
         io.Int.Input(
             "proposals", default=1, min=1, max=64, optional=True, advanced=True,
@@ -211,7 +174,7 @@ def _settings(
 ) -> CalibrationSettings:
     return CalibrationSettings(
         strategy=search, budget=budget, seed=seed, guard=guard, low=low or None, high=high or None,
-        radius=radius, ends=ramp_ends, fidelity=fidelity, proposals=proposals,
+        radius=radius, ends=ramp_ends, pruner=fidelity, proposals=proposals,
     )  # fmt: skip
 
 
@@ -219,124 +182,10 @@ def _database(storage: str | None, study: str | None) -> Database | None:
     """The shared database; ValueError for one that no workflow may name.  None: checked later."""
     if storage is None:
         return None
-    database = workflow_rule(host_scoring.studies_folder()).database(storage)
+    database = workflow_rule(studies_folder()).database(storage)
     if database is not None and study is not None:
         check_shared(database, study)
     return database
-
-
-def _reference(model, trajectory: tuple, quantized, objective, prompts: CalibrationPrompts):
-    """The unquantized model for the control and the pre-check, and its count of evaluations."""
-    clip, vae = trajectory[:2]
-    sigmas, _, runner = objective_and_runner(model, *trajectory)
-    if not torch.equal(sigmas, quantized.sigmas):
-        raise ValueError(
-            "reference_model samples at other noise levels than model; connect the same model "
-            "without quantization"
-        )
-    scored = host_scoring.ScoredRunner(runner, objective)
-    reference = Reference(
-        scored,
-        host_scoring.graph_provenance(model, clip, vae, runner, objective),
-        lambda: compared(quantized, runner, prompts.calibration, float(sigmas[-1])),
-    )
-    return reference, scored.count
-
-
-class _Live:
-    """Progress on the node: the bar, the best candidate's pictures, and a line of text."""
-
-    def __init__(self, node_id: str, scored: host_scoring.ScoredRunner):
-        self.node_id, self.scored = node_id, scored
-        self.bar: comfy.utils.ProgressBar | None = None
-        self.preview: Image.Image | None = None
-
-    def trial_done(self, progress: Progress) -> None:
-        done = progress.trial.number + 1
-        if self.bar is None:
-            self.bar = comfy.utils.ProgressBar(progress.total, node_id=self.node_id)
-        if progress.improved or self.preview is None:
-            pictures = self.scored.thumbnails.get(progress.trial.correction)
-            self.preview = None if pictures is None else contact_sheet(pictures[:PREVIEWS])
-        preview = None if self.preview is None else ("JPEG", self.preview, 1024)
-        self.bar.update_absolute(done, progress.total, preview)
-        host.progress_text(
-            self.node_id,
-            f"trial {done} of {progress.total}, best JAQ {progress.best.value:.4f}, "
-            f"about {_duration(progress.seconds_left)} left",
-        )
-        comfy.model_management.throw_exception_if_processing_interrupted()
-
-    def waiting(self) -> None:
-        """Other servers have the remaining trials."""
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        host.progress_text(self.node_id, "waiting for the trials of other servers")
-
-
-def _duration(seconds: float) -> str:
-    text = time.strftime("%H:%M:%S", time.gmtime(max(0, round(seconds))))
-    return text.removeprefix("00:")
-
-
-def contact_sheet(pictures: torch.Tensor, columns: int = 4) -> Image.Image:
-    """uint8 pictures [n, height, width, 3] side by side."""
-    columns = min(columns, len(pictures))
-    height, width = pictures.shape[1:3]
-    sheet = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height))
-    for index, picture in enumerate(pictures):
-        place = (index % columns * width, index // columns * height)
-        sheet.paste(Image.fromarray(picture.numpy()), place)
-    return sheet
-
-
-def _report(
-    result: CalibrationResult, scored: host_scoring.ScoredRunner, prompts: CalibrationPrompts
-) -> Image.Image:
-    """The report's picture; kept beside the journal, so that a finished study makes no images."""
-    path = report_path(result, prompts.heldout)
-    before, after = result.baseline.correction, result.winner.correction
-    gains = np.subtract(result.heldout_after.jaq, result.heldout_before.jaq).tolist()
-    chosen = typical(gains)
-    pictures = scored.thumbnails
-    judged = all(
-        correction in pictures and len(pictures[correction]) == len(prompts.heldout)
-        for correction in (before, after)
-    )
-    if not judged and path.exists():
-        with Image.open(path) as kept:
-            return kept.convert("RGB")
-    if not judged:
-        shown = PromptSet(
-            tuple(prompts.heldout.prompts[i] for i in chosen),
-            tuple(prompts.heldout.seeds[i] for i in chosen),
-        )
-        made = scored.runner.images(shown, [before, after])
-        pictures = {
-            correction: dict(zip(chosen, host_scoring.shrink(images), strict=True))
-            for correction, images in zip((before, after), made, strict=True)
-        }
-    samples = [
-        Sample(
-            prompts.heldout.prompts[i],
-            gains[i],
-            Image.fromarray(pictures[before][i].numpy()),
-            Image.fromarray(pictures[after][i].numpy()),
-        )
-        for i in chosen
-    ]
-    picture = report_picture(result, samples)
-    _keep(picture, path)
-    return picture
-
-
-def _keep(picture: Image.Image, path: Path) -> None:
-    buffer = BytesIO()
-    picture.save(buffer, "PNG")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, buffer.getvalue())
-    except OSError as error:  # it would only have saved drawing it again
-        logger.warning("the report's picture could not be kept: %s", error)
 
 
 NODES = (QSchedJAQCalibrator,)

@@ -6,8 +6,9 @@ import json
 
 from comfy_api.latest import io, ui
 
+from ..qsched_core.calibration import provenance_of
 from ..qsched_core.evaluation import (
-    RUNNER_BYTES,
+    SOURCE_BYTES,
     Evaluation,
     EvaluationError,
     evaluate,
@@ -18,11 +19,22 @@ from ..qsched_core.evaluation.study import check_folder
 from ..qsched_core.evaluation.table import images_csv, report_text, summary_csv
 from ..qsched_core.files import write_atomic
 from ..qsched_core.prompts import CalibrationPrompts, PromptSet
-from . import host_evaluation, host_scoring
-from .host_evaluation import BASELINE, QUANTIZED, SCHEDULE
-from .options import OWN, chosen_options, option_inputs
-from .pictures import as_tensor
-from .trajectory import negative_input, objective_and_runner, trajectory_inputs
+from ..qsched_core.source import check_reference
+from ..qsched_core.statistics import mean_interval
+from ..qsched_core.trajectory import Candidate
+from .host.evaluation import BASELINE, QUANTIZED, SCHEDULE, made_by, model_arms, reference_arm
+from .host.folders import evaluations_folder, output_path, scratch_folder
+from .host.pictures import as_tensor
+from .host.progress import EvaluationLive
+from .host.scoring import ManagedPlacement
+from .inputs import (
+    check_objective,
+    negative_input,
+    option_inputs,
+    source_of,
+    trajectory_inputs,
+    with_options,
+)
 from .types import Schedule
 
 HELDOUT, CALIBRATION, ALL = "held-out", "calibration", "all"
@@ -105,52 +117,39 @@ class QSchedEvaluate(io.ComfyNode):
         return True
 
     @classmethod
+    @with_options
     def execute(
         cls, model, clip, vae, prompts, objective, solver, scheduler, steps, cfg, width, height,
-        schedule=None, negative="", compare=False, eta=OWN, gamma=OWN, reference_model=None,
-        reference_images=None, evaluate_on=HELDOUT, csv_name="",
+        schedule=None, negative="", compare=False, reference_model=None, reference_images=None,
+        evaluate_on=HELDOUT, csv_name="", options=None,
     ) -> io.NodeOutput:  # fmt: skip
-        sigmas, _, runner = objective_and_runner(
-            model,
-            clip,
-            vae,
-            objective,
-            solver,
-            scheduler,
-            steps,
-            cfg,
-            width,
-            height,
-            negative,
-            chosen_options(solver, eta, gamma),
-            memory=RUNNER_BYTES,
-        )
-        match = None if schedule is None else schedule.at(sigmas.tolist())
-        changes = match is not None and {*match.correction.c_x, *match.correction.c_eps} != {1.0}
-        arms = host_evaluation.model_arms(
-            model, clip, vae, runner, objective, match.correction if changes else None,
+        check_objective(objective)
+        sampling = (solver, scheduler, steps, cfg, width, height, negative, options)
+        source = source_of(model, clip, vae, *sampling, memory=SOURCE_BYTES)
+        match = None if schedule is None else schedule.at(source.trajectory.sigmas)
+        changes = match is not None and not match.correction.is_identity
+        arms = model_arms(
+            source,
+            Candidate(source.trajectory, match.correction) if changes else None,
             base=compare or reference_model is not None,
-        )  # fmt: skip
+        )
         if reference_model is not None:
-            arms.insert(
-                0,
-                host_evaluation.reference_arm(
-                    reference_model, clip, vae, runner, scheduler, steps, objective
-                ),
-            )
+            reference = source_of(reference_model, clip, vae, *sampling, memory=SOURCE_BYTES)
+            check_reference(source, reference)
+            arms.insert(0, reference_arm(reference))
         files = _csv_paths(csv_name)
         for path in files:
             check_folder(path.parent, 0)
         chosen = _chosen(prompts, evaluate_on)
-        spaces, notes = usable_spaces(objective.encoder, host_scoring.ManagedPlacement())
+        spaces, notes = usable_spaces(objective.encoder, ManagedPlacement())
         images = len(arms) * len(chosen)
-        live = host_evaluation.Live(cls.hidden.unique_id, images, len(sigmas) - 1)
+        live = EvaluationLive(cls.hidden.unique_id, images, source.trajectory.steps)
         found = evaluate(
             arms,
             chosen,
             objective,
             spaces,
-            host_evaluation.evaluations_folder(),
+            evaluations_folder(),
             baseline=None if reference_model is None else BASELINE,
             references=None if reference_images is None else reference_images[..., :3],
             notes=notes,
@@ -163,15 +162,14 @@ class QSchedEvaluate(io.ComfyNode):
         content = {
             **_content(found, main.name),
             "preset": objective.preset,
-            "c_x": list(main.correction.c_x),
-            "c_eps": list(main.correction.c_eps),
+            **main.candidate.correction.to_json(),
             "note": "" if match is None else match.note,
-            "provenance": main.facts,
+            "provenance": provenance_of(source, objective) | {"code": made_by()},
             "report": text,
             "files": [str(path) for path in files],
         }
         picture = as_tensor(report_picture(found))
-        scores, scratch = json.dumps(content), host_evaluation.scratch_folder()
+        scores, scratch = json.dumps(content), scratch_folder()
         shown = ui.PreviewImage(picture, cls=cls).as_dict() | {"text": (scores,)}
         return io.NodeOutput(scores, found[main.name].images(scratch), picture, text, ui=shown)
 
@@ -181,8 +179,8 @@ def _csv_paths(name: str | None) -> list:
     if not name:
         return []
     return [
-        host_evaluation.output_path(name, ".csv"),
-        host_evaluation.output_path(f"{name.removesuffix('.csv')}-summary", ".csv"),
+        output_path(name, ".csv"),
+        output_path(f"{name.removesuffix('.csv')}-summary", ".csv"),
     ]
 
 
@@ -204,8 +202,8 @@ def _content(found: Evaluation, main: str) -> dict:
     content = found.to_dict() | {
         "scores": result.scores.to_dict(),
         "means": result.scores.means(),
-        "interval": result.intervals["jaq"].to_dict(),
-        "model_evaluations": sum(arm.model_evaluations for arm in found.arms),
+        "interval": mean_interval(result.scores.jaq).to_dict(),
+        "nfe": sum(arm.nfe for arm in found.arms),
         "seconds": sum(arm.seconds for arm in found.arms),
     }
     if main == SCHEDULE and any(arm.name == QUANTIZED for arm in found.arms):

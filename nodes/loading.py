@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import folder_paths
 import numpy as np
 import torch
-from comfy.model_management import get_torch_device
 from comfy_api.latest import io, ui
 
 from ..qsched_core.formats import get, names
 from ..qsched_core.formats.chart import draw
 from ..qsched_core.formats.report import table
-from . import host_loading as host
-from .host_files import check_file, model_path
-from .host_info import INFO, describe, layer_rows, model_info, report_title
-from .host_saving import next_path, save_model, workflow_metadata
-from .host_text import quantize_text_encoder
+from .host.weights import loading as host
+from .host.weights.files import check_file, model_path, weight_files
+from .host.weights.provenance import INFO, describe, layer_rows, model_info, report_title
+from .host.weights.saving import next_path, save_model, workflow_metadata
+from .host.weights.text import quantize_text_encoder
 
 
 def _format_input():
@@ -35,7 +33,7 @@ def _layers_input():
 
 def _check(weight_format, layers) -> str | None:
     try:
-        host.Request(weight_format, layers).check_device(get_torch_device())
+        host.Request(weight_format, layers).check_device()
     except ValueError as error:
         return str(error)
     return None
@@ -43,7 +41,7 @@ def _check(weight_format, layers) -> str | None:
 
 def _check_file(folder: str, label: str, name: str, weight_format: str, layers: str):
     try:
-        host.Request(weight_format, layers).check_device(get_torch_device())
+        host.Request(weight_format, layers).check_device()
         check_file(model_path(folder, name, label), weight_format, layers)
     except (ValueError, OSError) as error:
         return str(error)
@@ -59,9 +57,7 @@ class QSchedLoadDiffusionModel(io.ComfyNode):
             category="QSched/loading",
             description="Load a full-precision diffusion model and quantize it while it loads.",
             inputs=[
-                io.Combo.Input(
-                    "unet_name", options=folder_paths.get_filename_list("diffusion_models")
-                ),
+                io.Combo.Input("unet_name", options=weight_files("diffusion_models")),
                 _format_input(),
                 _layers_input(),
             ],
@@ -90,7 +86,7 @@ class QSchedLoadCheckpoint(io.ComfyNode):
             description="Load a checkpoint; its diffusion model is quantized while it loads, the "
             "text encoder and the VAE stay as they are.",
             inputs=[
-                io.Combo.Input("ckpt_name", options=folder_paths.get_filename_list("checkpoints")),
+                io.Combo.Input("ckpt_name", options=weight_files("checkpoints")),
                 _format_input(),
                 _layers_input(),
             ],

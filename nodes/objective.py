@@ -10,7 +10,7 @@ from ..qsched_core import objective as jaq
 from ..qsched_core.prompts import PromptError, parse_prompts
 from ..qsched_core.scorers import SCORERS, ScorerError, scorer_names
 from ..qsched_core.text import shown
-from . import host_scoring
+from .host import scoring
 from .types import Objective
 
 NONE = "none"
@@ -31,7 +31,7 @@ class QSchedJAQObjective(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "clip_name",
-                    options=host_scoring.scorer_files(),
+                    options=scoring.scorer_files(),
                     tooltip=(
                         "An open_clip model in models/clip_score. It measures how well images show "
                         "their prompts, and their quality by antonym prompts."
@@ -88,7 +88,7 @@ class QSchedJAQObjective(io.ComfyNode):
                 *(
                     io.Combo.Input(
                         f"{entry.name}_name",
-                        options=[NONE, *host_scoring.weight_files()],
+                        options=[NONE, *scoring.weight_files()],
                         default=NONE,
                         optional=True,
                         advanced=True,
@@ -119,7 +119,7 @@ class QSchedJAQObjective(io.ComfyNode):
                     )
             for key, name in names.items():
                 if name != NONE:
-                    host_scoring.scorer_path(name, f"{key}_name")
+                    scoring.scorer_path(name, f"{key}_name")
         except ScorerError as error:
             return str(error)
         return True
@@ -129,10 +129,10 @@ class QSchedJAQObjective(io.ComfyNode):
         names = [clip_name, *(inputs.get(f"{entry.name}_name", NONE) for entry in OWN_WEIGHTS)]
         facts = []
         for name in names:
-            if name in (host_scoring.BY_NAME, NONE):
+            if name in (scoring.BY_NAME, NONE):
                 facts.append(name)
             else:
-                file = host_scoring.scorer_path(name).stat()
+                file = scoring.scorer_path(name).stat()
                 facts.append(f"{file.st_size} {file.st_mtime_ns}")
         return " ".join(facts)
 
@@ -141,10 +141,10 @@ class QSchedJAQObjective(io.ComfyNode):
         cls, clip_name, quality, quality_weight, architecture="", allow_download=False, formula="",
         hps_name=NONE, pickscore_name=NONE, aesthetic_name=NONE,
     ) -> io.NodeOutput:  # fmt: skip
-        place = host_scoring.ManagedPlacement()
-        encoder = host_scoring.load_encoder(clip_name, architecture, allow_download, place)
+        place = scoring.ManagedPlacement()
+        encoder = scoring.load_encoder(clip_name, architecture, allow_download, place)
         names = {"hps": hps_name, "pickscore": pickscore_name, "aesthetic": aesthetic_name}
-        files = {key: host_scoring.scorer_path(name) for key, name in names.items() if name != NONE}
+        files = {key: scoring.scorer_path(name) for key, name in names.items() if name != NONE}
         return io.NodeOutput(
             jaq.Objective(
                 encoder, quality.strip(), quality_weight, place, formula, files, allow_download

@@ -18,7 +18,7 @@ from ..qsched_core.prompts import (
     read_prompts,
 )
 from ..qsched_core.text import shown
-from . import host
+from .host.folders import input_file
 from .types import MAX_SEED, Prompts
 
 SOURCES = ("bundled", "text", "file")
@@ -95,7 +95,7 @@ class QSchedCalibrationPrompts(io.ComfyNode):
         source, file = _one(source), _one(file)
         if source != "file":
             return source
-        facts = host.input_file(file).stat()
+        facts = input_file(file).stat()
         return f"{facts.st_size} {facts.st_mtime_ns}"
 
     @classmethod
@@ -115,7 +115,7 @@ def _check(source: str, calibration: str, heldout: str, chosen: str, file: str) 
     """PromptError for what can't be used; long texts and files are left to ``execute``."""
     if source == "text" and (is_long(calibration) or is_long(heldout)):
         return
-    if source == "file" and host.input_file(file).stat().st_size > EARLY_FILE:
+    if source == "file" and input_file(file).stat().st_size > EARLY_FILE:
         return
     check_apart(*_lists(source, calibration, heldout, chosen, file))
 
@@ -133,7 +133,7 @@ def _lists(source: str, calibration: str, heldout: str, chosen: str, file: str):
     if source == "bundled":
         return bundled_lists(_categories(chosen))
     if source == "file":
-        return read_prompts(host.input_file(file))
+        return read_prompts(input_file(file))
     return parse_prompts(calibration, "calibration"), parse_prompts(heldout, "heldout")
 
 

@@ -6,8 +6,9 @@ from comfy_api.latest import io
 
 from ..qsched_core.schedule import MODES
 from ..qsched_core.solvers import SOLVERS
-from . import host, host_sampling
-from .options import OWN, check_options, chosen_options, option_inputs
+from .host.sampling import ksampler, make_around_sampler, make_sampler
+from .host.trajectories import SCHEDULERS
+from .inputs import checked_options, option_inputs, with_options, wrong_options
 from .types import Schedule
 
 MODE_TOOLTIP = (
@@ -50,7 +51,7 @@ def _trajectory_inputs() -> list:
         io.Int.Input("steps", default=4, min=1, max=1000, tooltip="Sampling steps."),
         io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, round=0.01),
         _solver_input(),
-        io.Combo.Input("scheduler", options=list(host.SCHEDULERS), default="simple"),
+        io.Combo.Input("scheduler", options=list(SCHEDULERS), default="simple"),
         io.Conditioning.Input("positive"),
         io.Conditioning.Input("negative"),
         io.Latent.Input("latent_image", tooltip="The latent to denoise."),
@@ -76,15 +77,15 @@ class QSchedSampler(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, solver=None, eta=OWN, gamma=OWN):
-        return check_options(solver, eta, gamma) or True
+    @with_options
+    def validate_inputs(cls, solver=None, options=None):
+        return wrong_options(solver, options) or True
 
     @classmethod
-    def execute(cls, schedule, solver, mode=MODES[0], eta=OWN, gamma=OWN) -> io.NodeOutput:
-        options = chosen_options(solver, eta, gamma)
-        return io.NodeOutput(
-            host_sampling.make_sampler(schedule, solver, mode, cls.hidden.unique_id, **options)
-        )
+    @with_options
+    def execute(cls, schedule, solver, mode=MODES[0], options=None) -> io.NodeOutput:
+        chosen = checked_options(solver, options)
+        return io.NodeOutput(make_sampler(schedule, solver, mode, cls.hidden.unique_id, **chosen))
 
 
 class QSchedAroundSampler(io.ComfyNode):
@@ -107,9 +108,7 @@ class QSchedAroundSampler(io.ComfyNode):
 
     @classmethod
     def execute(cls, schedule, sampler, mode=MODES[0]) -> io.NodeOutput:
-        return io.NodeOutput(
-            host_sampling.make_around_sampler(schedule, sampler, mode, cls.hidden.unique_id)
-        )
+        return io.NodeOutput(make_around_sampler(schedule, sampler, mode, cls.hidden.unique_id))
 
 
 class QSchedKSampler(io.ComfyNode):
@@ -142,21 +141,23 @@ class QSchedKSampler(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, denoise=1.0, solver=None, eta=OWN, gamma=OWN):
+    @with_options
+    def validate_inputs(cls, denoise=1.0, solver=None, options=None):
         if denoise is not None and denoise <= 0:
             return f"denoise={denoise} must be above 0; 1 denoises fully"
-        return check_options(solver, eta, gamma) or True
+        return wrong_options(solver, options) or True
 
     @classmethod
+    @with_options
     def execute(
         cls, model, schedule, seed, steps, cfg, solver, scheduler, positive, negative, latent_image,
-        denoise=1.0, mode=MODES[0], eta=OWN, gamma=OWN,
+        denoise=1.0, mode=MODES[0], options=None,
     ) -> io.NodeOutput:  # fmt: skip
-        latent = host_sampling.ksampler(
+        latent = ksampler(
             model, schedule, solver, mode, cls.hidden.unique_id,
             seed=seed, steps=steps, cfg=cfg, scheduler=scheduler,
             positive=positive, negative=negative, latent=latent_image, denoise=denoise,
-            options=chosen_options(solver, eta, gamma),
+            options=checked_options(solver, options),
         )  # fmt: skip
         return io.NodeOutput(latent)
 
@@ -187,22 +188,24 @@ class QSchedKSamplerAdvanced(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, solver=None, eta=OWN, gamma=OWN):
-        return check_options(solver, eta, gamma) or True
+    @with_options
+    def validate_inputs(cls, solver=None, options=None):
+        return wrong_options(solver, options) or True
 
     @classmethod
+    @with_options
     def execute(
         cls, model, schedule, add_noise, noise_seed, steps, cfg, solver, scheduler, positive,
         negative, latent_image, start_at_step, end_at_step, return_with_leftover_noise,
-        mode=MODES[0], eta=OWN, gamma=OWN,
+        mode=MODES[0], options=None,
     ) -> io.NodeOutput:  # fmt: skip
-        latent = host_sampling.ksampler(
+        latent = ksampler(
             model, schedule, solver, mode, cls.hidden.unique_id,
             seed=noise_seed, steps=steps, cfg=cfg, scheduler=scheduler,
             positive=positive, negative=negative, latent=latent_image,
             start=start_at_step, end=end_at_step, add_noise=add_noise == "enable",
             leftover_noise=return_with_leftover_noise == "enable",
-            options=chosen_options(solver, eta, gamma),
+            options=checked_options(solver, options),
         )  # fmt: skip
         return io.NodeOutput(latent)
 

@@ -7,25 +7,45 @@ from pathlib import Path
 
 from comfy_api.latest import io, ui
 
+from ..qsched_core.correction import Parameter, ScalarCorrection
 from ..qsched_core.schedule import (
     EDITS,
-    MAX_COEFFICIENT,
     MAX_STEPS,
-    MIN_COEFFICIENT,
     QSchedule,
     ScheduleError,
-    check_coefficient,
 )
 from ..qsched_core.solvers import SOLVERS
 from ..qsched_core.text import shown
-from . import host
+from ..qsched_core.trajectory import Trajectory
+from .host.folders import new_schedule_path, schedule_files, schedule_path
+from .host.trajectories import SCHEDULERS, sampling_facts, sigmas_of
+from .inputs import collected
 from .types import Schedule
 
+PARAMETERS = ScalarCorrection.parameters
+with_changes = collected("changes", [parameter.name for parameter in PARAMETERS])
 
-def _coefficient_input(name: str, tooltip: str):
-    return io.Float.Input(
-        name, default=1.0, min=MIN_COEFFICIENT, max=MAX_COEFFICIENT, step=0.001, tooltip=tooltip
-    )
+
+def _widget(parameter: Parameter, end: str) -> str:
+    """The widget of a ramp's end: "x_start" for c_x."""
+    return f"{parameter.name.removeprefix('c_')}_{end}"
+
+
+def _ramp_inputs() -> list:
+    """Start and end of every parameter."""
+    texts = {"start": "{0} of the first step: {1}.", "end": "{0} of the last step."}
+    return [
+        io.Float.Input(
+            _widget(p, end),
+            default=p.neutral,
+            min=p.low,
+            max=p.high,
+            step=0.001,
+            tooltip=text.format(p.name, p.summary),
+        )
+        for p in PARAMETERS
+        for end, text in texts.items()
+    ]
 
 
 class QSchedRamp(io.ComfyNode):
@@ -44,25 +64,20 @@ class QSchedRamp(io.ComfyNode):
                     "model", tooltip="Gives the noise levels the coefficients belong to."
                 ),
                 io.Combo.Input("solver", options=list(SOLVERS)),
-                io.Combo.Input("scheduler", options=list(host.SCHEDULERS), default="simple"),
+                io.Combo.Input("scheduler", options=list(SCHEDULERS), default="simple"),
                 io.Int.Input("steps", default=4, min=1, max=1000),
-                _coefficient_input("x_start", "c_x of the first step: scales the noisy latent."),
-                _coefficient_input("x_end", "c_x of the last step."),
-                _coefficient_input(
-                    "eps_start", "c_eps of the first step: scales the model's output."
-                ),
-                _coefficient_input("eps_end", "c_eps of the last step."),
+                *_ramp_inputs(),
             ],
             outputs=[Schedule.Output(display_name="schedule")],
         )
 
     @classmethod
-    def execute(
-        cls, model, solver, scheduler, steps, x_start, x_end, eps_start, eps_end
-    ) -> io.NodeOutput:
-        sigmas, flow = host.sampling_facts(model, scheduler, steps)
-        schedule = QSchedule.ramp(
-            sigmas.tolist(), (x_start, x_end), (eps_start, eps_end), solver, flow, source="ramp"
+    def execute(cls, model, solver, scheduler, steps, **ends) -> io.NodeOutput:
+        sigmas, flow = sampling_facts(model, scheduler, steps)
+        trajectory = Trajectory.of(sigmas.tolist(), solver, flow)
+        ramps = {p.name: (ends[_widget(p, "start")], ends[_widget(p, "end")]) for p in PARAMETERS}
+        schedule = QSchedule(
+            trajectory, ScalarCorrection.ramp(ramps, trajectory.steps), {"source": "ramp"}
         )
         return io.NodeOutput(schedule, ui=ui.PreviewText(schedule.describe()))
 
@@ -78,7 +93,7 @@ class QSchedLoadSchedule(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "schedule_name",
-                    options=host.schedule_files(),
+                    options=schedule_files(),
                     tooltip="A file in models/qsched.",
                 )
             ],
@@ -87,21 +102,21 @@ class QSchedLoadSchedule(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, schedule_name):
-        return hashlib.sha256(host.schedule_path(schedule_name).read_bytes()).hexdigest()
+        return hashlib.sha256(schedule_path(schedule_name).read_bytes()).hexdigest()
 
     @classmethod
     def validate_inputs(cls, schedule_name=None):
         if schedule_name is None:  # wired: checked when it runs
             return True
         try:
-            QSchedule.load(host.schedule_path(schedule_name))
+            QSchedule.load(schedule_path(schedule_name))
         except (ValueError, OSError) as error:
             return f"schedule_name={shown(schedule_name)}: {error}"
         return True
 
     @classmethod
     def execute(cls, schedule_name) -> io.NodeOutput:
-        schedule = QSchedule.load(host.schedule_path(schedule_name))
+        schedule = QSchedule.load(schedule_path(schedule_name))
         return io.NodeOutput(schedule, ui=ui.PreviewText(schedule.describe()))
 
 
@@ -134,14 +149,14 @@ class QSchedSaveSchedule(io.ComfyNode):
         if name is None or overwrite is None:  # wired: checked when it runs
             return True
         try:
-            path = host.new_schedule_path(name)
+            path = new_schedule_path(name)
         except ScheduleError as error:
             return str(error)
         return True if overwrite or not path.exists() else _exists(name, path)
 
     @classmethod
     def execute(cls, schedule, name, overwrite=False) -> io.NodeOutput:
-        path = host.new_schedule_path(name)
+        path = new_schedule_path(name)
         try:
             schedule.save(path, overwrite)
         except FileExistsError:
@@ -176,36 +191,38 @@ class QSchedEditSchedule(io.ComfyNode):
                 io.Combo.Input(
                     "mode", options=list(EDITS), tooltip="What is done with the two numbers below."
                 ),
-                _change_input("c_x"),
-                _change_input("c_eps"),
+                *(_change_input(parameter) for parameter in PARAMETERS),
             ],
             outputs=[Schedule.Output(display_name="schedule")],
         )
 
     @classmethod
-    def validate_inputs(cls, mode=None, c_x=None, c_eps=None):
+    @with_changes
+    def validate_inputs(cls, mode=None, changes=None):
         if mode is not None and mode not in EDITS:
             return f"mode={shown(mode)} is unknown; choose one of {', '.join(EDITS)}"
         try:
-            for name, value in (("c_x", c_x), ("c_eps", c_eps)):
-                if mode == "set" and value:
-                    check_coefficient(name, value)
+            for parameter in PARAMETERS if mode == "set" else ():
+                if changes.get(parameter.name):
+                    parameter.check(parameter.name, changes[parameter.name])
         except ScheduleError as error:
             return str(error)
         return True
 
     @classmethod
-    def execute(cls, schedule, step, mode, c_x, c_eps) -> io.NodeOutput:
-        edited = schedule.edited(step, c_x or None, c_eps or None, mode)
+    @with_changes
+    def execute(cls, schedule, step, mode, changes) -> io.NodeOutput:
+        edited = schedule.edited({n: by or None for n, by in changes.items()}, step, mode)
         return io.NodeOutput(edited, ui=ui.PreviewText(edited.describe()))
 
 
-def _change_input(name: str):
+def _change_input(parameter: Parameter):
+    name = parameter.name
     return io.Float.Input(
         name,
         default=0.0,
-        min=-MAX_COEFFICIENT,
-        max=MAX_COEFFICIENT,
+        min=-parameter.high,
+        max=parameter.high,
         step=0.001,
         round=False,
         tooltip=f"Is added to {name}, multiplies it, or takes its place. 0 leaves {name} as it is.",
@@ -234,7 +251,7 @@ class QSchedSigmas(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "scheduler",
-                    options=list(host.SCHEDULERS),
+                    options=list(SCHEDULERS),
                     default="simple",
                     optional=True,
                     tooltip="Used with a model.",
@@ -273,7 +290,7 @@ class QSchedSigmas(io.ComfyNode):
     def execute(
         cls, schedule=None, model=None, scheduler="simple", steps=0, denoise=1.0
     ) -> io.NodeOutput:
-        return io.NodeOutput(host.sigmas_of(schedule, model, scheduler, steps, denoise))
+        return io.NodeOutput(sigmas_of(schedule, model, scheduler, steps, denoise))
 
 
 NODES = (

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..qsched_core import schedule_chart, schedule_summary
-from ..qsched_core.schedule import QSchedule, ScheduleError
+from ..qsched_core.schedule import QSchedule, ScheduleError, chart, summary
 from ..qsched_core.text import json_for_page
-from . import host
-from .pictures import as_tensor
+from .host.pictures import as_tensor
+from .host.progress import progress_text
 from .types import Schedule
 
 
@@ -85,10 +84,10 @@ class QSchedShowSchedule(io.ComfyNode):
 
     @classmethod
     def execute(cls, schedule) -> io.NodeOutput:
-        image, text = as_tensor(schedule_chart.draw(schedule)), schedule.to_json()
-        host.progress_text(cls.hidden.unique_id, json_for_page(text))
+        image, text = as_tensor(chart.draw(schedule)), schedule.to_json()
+        progress_text(cls.hidden.unique_id, json_for_page(text))
         shown = ui.PreviewImage(image, cls=cls).as_dict() | {"text": (text,)}
-        return io.NodeOutput(image, text, schedule_summary.summary(schedule), ui=shown)
+        return io.NodeOutput(image, text, summary.summary(schedule), ui=shown)
 
 
 NODES = (QSchedScheduleFromText, QSchedShowSchedule)

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from .text import drawable
 
 PAPER, INK, GREY, FAINT = "#fbfbf9", "#1d1f21", "#5f656e", "#d5d8dc"
-BLUE, ORANGE, GREEN = "#1f5fae", "#b54e08", "#1c7a4f"
+BLUE, ORANGE, PURPLE, GREEN = "#1f5fae", "#b54e08", "#6b3fa0", "#1c7a4f"
 _DOTS = "..."
 
 

@@ -13,15 +13,13 @@ from typing import Any
 
 import torch
 
-from .precondition import ScalarCorrection
 from .prompts import PromptSet
-from .rollout import MEMO_BYTES, EvaluationMemo, rollout, tile
-from .runner import Batches
-from .search.precheck import Observed, observed
-from .solvers import ModelFacts, check_sigmas, get_solver
+from .solvers import ModelInfo, get_solver
+from .source import ModelSource, SourceError
+from .trajectory import MEMO_BYTES, Trajectory, tile
 
 
-class TaskError(ValueError):
+class TaskError(SourceError):
     """A task that can't be found, or that is not one; the message says what to change."""
 
 
@@ -33,8 +31,9 @@ class Task:
     [n].  ``initial(seeds)`` gives the latents [n, ...] at the first of ``sigmas`` [steps + 1], each
     from its seed alone.  ``condition(prompts)`` gives ``extra``: tensors with a row a prompt are
     repeated for every candidate, anything else is passed as it is.  ``decode(latents)`` gives
-    pictures [n, height, width, 3] in [0, 1].  ``provenance`` (plain JSON) fixes model and sampling:
-    studies are told apart by it.  At most ``max_batch`` latents are in a batch.
+    pictures [n, height, width, 3] in [0, 1].  ``provenance`` (plain JSON) says what the model is:
+    studies are told apart by it; "source_hash" in it is of the weights before quantization, by which
+    a reference is known to be the same model.  At most ``max_batch`` latents are in a batch.
 
     TaskError for a trajectory or solver that can't be run, and for a provenance that is empty.
     """
@@ -49,78 +48,46 @@ class Task:
     provenance: Mapping[str, Any]
     solver: str = "euler"
     options: Mapping[str, float] = field(default_factory=dict)
-    facts: ModelFacts = field(default_factory=lambda: ModelFacts(True))
+    info: ModelInfo = field(default_factory=lambda: ModelInfo(True))
     max_batch: int = 32
+    trajectory: Trajectory = field(init=False)
 
     def __post_init__(self):
         if not self.provenance:
             raise TaskError("provenance is empty; say which model and weights the task has")
         try:
-            check_sigmas(torch.tensor(list(self.sigmas), dtype=torch.float32))
-            object.__setattr__(self, "options", get_solver(self.solver).check(dict(self.options)))
+            options = get_solver(self.solver).check(dict(self.options))
+            trajectory = Trajectory.of(
+                tuple(float(sigma) for sigma in self.sigmas), self.solver, self.info.flow, options
+            )
         except (TypeError, ValueError) as error:
             raise TaskError(f"the task can't be sampled: {error}") from None
-
-    @property
-    def steps(self) -> int:
-        return len(self.sigmas) - 1
-
-    def identity(self) -> ScalarCorrection:
-        """c = 1 in every step."""
-        return ScalarCorrection((1.0,) * self.steps, (1.0,) * self.steps)
-
-    def describe(self) -> dict[str, Any]:
-        """What fixes the pictures beside prompts, seeds and coefficients: plain JSON."""
-        return {
-            "model": dict(self.provenance),
-            "sampling": {
-                "solver": self.solver,
-                "options": dict(self.options),
-                "sigmas": [float(s) for s in self.sigmas],
-                "flow": self.facts.flow,
-                "width": self.width,
-                "height": self.height,
-            },
-        }
+        object.__setattr__(self, "options", options)
+        object.__setattr__(self, "trajectory", trajectory)
 
 
-class TaskRunner:
-    """Pictures of many prompts under many corrections; ``model_evaluations`` counts their cost.
-
-    ``memory`` bytes of model outputs are kept.
-    """
+class TaskSource(ModelSource):
+    """A task's pictures; TaskError where its functions give something of another shape."""
 
     def __init__(self, task: Task, memory: int = MEMO_BYTES):
-        self.task, self.width, self.height = task, task.width, task.height
-        self.batches = Batches(task.max_batch, relieve=_relieve)
-        self.model_evaluations = 0
-        self._memo = EvaluationMemo(memory)
-
-    @property
-    def max_batch(self) -> int:
-        """The most latents in a batch."""
-        return self.batches.max_batch
-
-    def images(
-        self,
-        prompts: PromptSet,
-        corrections: Sequence[ScalarCorrection],
-        on_step: Callable[[], None] | None = None,
-    ) -> torch.Tensor:
-        """Pictures [candidates, prompts, height, width, 3] in [0, 1] on the CPU.
-
-        TaskError where the task's functions give something of another shape.
-        """
-        return self.batches.images(
-            lambda part, few: self._images_of(part, few, on_step), prompts, corrections
+        self.task = task
+        super().__init__(
+            task.trajectory,
+            task.info,
+            width=task.width,
+            height=task.height,
+            max_batch=task.max_batch,
+            memory=memory,
+            relieve=_relieve,
         )
 
-    def _start(self, prompts: PromptSet):
-        """Initial latents, and the model with the prompts' conditioning."""
+    def sample(self, prompts: PromptSet, trajectory: Trajectory, copies: int, run) -> torch.Tensor:
         task, count = self.task, len(prompts)
         x = task.initial(prompts.seeds)
         if len(x) != count:
             raise TaskError(f"initial gave {len(x)} latents for {count} seeds; give one a seed")
+        if trajectory.sigmas[0] != task.trajectory.sigmas[0]:  # latents are noise times sigma
+            x = x * (trajectory.sigmas[0] / task.trajectory.sigmas[0])
         extra = dict(task.condition(prompts.prompts))
 
         def model(x, sigma):
@@ -131,47 +98,20 @@ class TaskRunner:
             }
             return task.denoise(x, sigma, **spread)
 
-        return x, model
+        return run(model, x, torch.tensor(trajectory.sigmas, dtype=torch.float32, device=x.device))
 
-    def _sigmas(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.tensor(list(self.task.sigmas), dtype=torch.float32, device=x.device)
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.task.decode(latents)
 
-    @torch.no_grad()
-    def observed(self, prompts: PromptSet, at: Observed | None = None) -> Observed:
-        """The model at given latents, or along its own trajectory; all prompts are one batch."""
-        x, model = self._start(prompts)
-        task = self.task
-
-        found = observed(
-            model, x, self._sigmas(x), solver=task.solver, facts=task.facts,
-            seeds=prompts.seeds, options=task.options, at=at,
-        )  # fmt: skip
-        self.model_evaluations += found.model_evaluations
-        return found
-
-    @torch.no_grad()
-    def _images_of(self, prompts: PromptSet, corrections, on_step) -> torch.Tensor:
-        task, count = self.task, len(prompts)
-        x, model = self._start(prompts)
-        result = rollout(
-            model,
-            x,
-            self._sigmas(x),
-            corrections,
-            solver=task.solver,
-            facts=task.facts,
-            seeds=prompts.seeds,
-            options=task.options,
-            samples=tuple(zip(prompts.prompts, prompts.seeds, strict=True)),
-            memo=self._memo,
-            callback=None if on_step is None else lambda state: on_step(),
-        )
-        self.model_evaluations += result.evaluations
-        images = task.decode(result.latents.flatten(0, 1)).float().cpu().clamp(0, 1)
-        expected = (len(corrections) * count, task.height, task.width, 3)
-        if images.shape != expected:
-            raise TaskError(f"decode gave {list(images.shape)}; {list(expected)} was expected")
-        return images.unflatten(0, (len(corrections), count))
+    def describe(self) -> dict[str, Any]:
+        return {
+            "model": dict(self.task.provenance),
+            "sampling": {
+                **self.trajectory.describe(),
+                "width": self.width,
+                "height": self.height,
+            },
+        }
 
 
 def _relieve() -> None:

@@ -3,12 +3,12 @@
 from .base import FeatureSpace
 from .frechet import frechet_distance
 from .results import Evaluation
-from .run import RUNNER_BYTES, Arm, Progress, evaluate
+from .run import SOURCE_BYTES, Arm, Progress, evaluate
 from .spaces import encoder_space, usable_spaces
 from .study import EvaluationError
 
 __all__ = [
-    "RUNNER_BYTES",
+    "SOURCE_BYTES",
     "Arm",
     "Evaluation",
     "EvaluationError",

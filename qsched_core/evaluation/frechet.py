@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from scipy.stats import t as student
 
-from ..search.guard import LEVEL, Interval
+from ..statistics import LEVEL, Interval
 
 FEW_PER_DIMENSION = 1.0  # images a dimension below which a covariance is singular
 GROUPS, FEWEST, MOST = 20, 6, 1024  # of the jackknife; images it is made for

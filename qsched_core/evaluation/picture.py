@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from PIL import Image
 
+from ..calibration.report import typical
 from ..canvas import FAINT, GREEN, GREY, INK, ORANGE, Canvas
-from ..search.guard import Interval
-from ..search.report import typical
+from ..statistics import Interval
 from .results import Evaluation
 from .table import cost_line, distance_lines, verdict
 

@@ -17,7 +17,7 @@ import torch
 
 from ..objective import Scores
 from ..prompts import PromptSet
-from ..search.guard import Interval, mean_interval
+from ..statistics import Interval, mean_interval
 from .study import ArmStudy, Part
 
 REFERENCES = "reference images"
@@ -33,7 +33,7 @@ class ArmResult:
     label: str
     scores: Scores
     seconds: float
-    model_evaluations: int
+    nfe: int
     new_images: int
     study: ArmStudy = field(repr=False)
     parts: tuple[Part, ...] = field(repr=False)
@@ -98,7 +98,7 @@ class ArmResult:
             "means": self.scores.means(),
             "intervals": {name: interval.to_dict() for name, interval in self.intervals.items()},
             "seconds": self.seconds,
-            "model_evaluations": self.model_evaluations,
+            "nfe": self.nfe,
             "new_images": self.new_images,
         }
 

@@ -5,69 +5,46 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from ..correction import correction_to_json
 from ..objective import Scores
-from ..precondition import ScalarCorrection
 from ..prompts import PromptSet
-from ..search.guard import paired_interval
-from ..search.journal import fingerprint
+from ..source import Measure, Source, in_levels
+from ..statistics import paired_interval
+from ..study.journal import fingerprint
+from ..trajectory import Candidate
 from .base import FeatureSpace
 from .frechet import FEWEST, MOST, few_images, frechet_difference, moments
 from .results import BLOCK, REFERENCES, ArmResult, Comparison, Distance, DistanceChange, Evaluation
-from .study import ArmStudy, EvaluationError, Part, check_folder, in_levels, keep_features
+from .study import ArmStudy, EvaluationError, Part, check_folder, keep_features
 from .study import kept_features as read_features
 
 VERSION = 2  # part of every arm's name: raise it when what is kept changes
 CORE = Path(__file__).resolve().parents[1]
-RUNNER_BYTES = 2**27  # that a source may keep: a prompt does not come again after its part
+SOURCE_BYTES = 2**27  # that a source may keep: a prompt does not come again after its part
 PART = 16  # prompts made and kept at a time; part of the name, as batches round differently
-
-
-class Source(Protocol):
-    """Makes pictures: the runner of a model."""
-
-    width: int
-    height: int
-    model_evaluations: int
-
-    def images(
-        self,
-        prompts: PromptSet,
-        corrections: Sequence[ScalarCorrection],
-        on_step: Callable[[], None] | None = None,
-    ) -> torch.Tensor:
-        """Pictures [candidates, prompts, height, width, 3] in [0, 1] on the CPU."""
-        ...
-
-
-class Measure(Protocol):
-    """What scores pictures: an Objective."""
-
-    def score(self, images: torch.Tensor, prompts: Sequence[str]) -> Scores: ...
-
-    def describe(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of making the pictures: a model and its coefficients.
+    """One way of making the pictures: a model, its trajectory and the correction on it.
 
-    ``facts`` is plain JSON that fixes the pictures beside coefficients, prompts and seeds; ``label``
-    is what a reader sees.
+    ``code`` is plain JSON that fixes the pictures beside those, prompts and seeds: which program
+    makes them.  ``label`` is what a reader sees.
     """
 
     name: str
     source: Source
-    correction: ScalarCorrection
-    facts: Mapping[str, Any]
+    candidate: Candidate
     label: str = ""
+    code: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         object.__setattr__(self, "label", self.label or self.name)
@@ -167,9 +144,10 @@ def arm_name(
         {
             "version": VERSION,
             "code": source_hash(CORE),
-            "facts": dict(arm.facts),
-            "c_x": list(arm.correction.c_x),
-            "c_eps": list(arm.correction.c_eps),
+            "source": arm.source.describe(),
+            "made_by": dict(arm.code),
+            "trajectory": arm.candidate.trajectory.to_json(),
+            "correction": correction_to_json(arm.candidate.correction),
             "prompts": prompts.hash,
             "objective": objective.describe(),
             "spaces": [dict(space.description) for space in spaces],
@@ -234,10 +212,10 @@ def _made(arms: Sequence[Arm], start: int, prompts: PromptSet, objective, spaces
     source = arms[0].source
     count = len(prompts) * len(arms)
     step = None if on_step is None else lambda: on_step(arms[0], count)
-    began, counted = time.perf_counter(), source.model_evaluations
-    pictures = source.images(prompts, [arm.correction for arm in arms], step)
+    began, counted = time.perf_counter(), source.nfe
+    pictures = source.images(prompts, [arm.candidate for arm in arms], step)
     sampling = (time.perf_counter() - began) / len(arms)
-    share, rest = divmod(source.model_evaluations - counted, len(arms))
+    share, rest = divmod(source.nfe - counted, len(arms))
     for k, made in enumerate(pictures):
         began = time.perf_counter()
         images = in_levels(made)
@@ -253,7 +231,7 @@ def _result(arm: Arm, study: ArmStudy, parts: tuple[Part, ...], new_images: int)
         arm.label,
         Scores.join([part.scores for part in parts]),
         sum(part.seconds for part in parts),
-        sum(part.model_evaluations for part in parts),
+        sum(part.nfe for part in parts),
         new_images,
         study,
         parts,

@@ -45,7 +45,7 @@ class Part:
     start: int
     scores: Scores
     seconds: float
-    model_evaluations: int
+    nfe: int
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -54,11 +54,6 @@ class Part:
 def as_bytes(images: torch.Tensor) -> torch.Tensor:
     """Images in [0, 1] as uint8, to the nearest of 256 levels."""
     return (images.clamp(0, 1) * 255).round().to(torch.uint8)
-
-
-def in_levels(images: torch.Tensor) -> torch.Tensor:
-    """Images in [0, 1], float32, in the 256 levels of a picture file; NaN stays."""
-    return (images.float().clamp(0, 1) * 255).round() / 255
 
 
 def check_folder(folder: Path, needed: int) -> None:
@@ -112,7 +107,7 @@ class ArmStudy:
                 start,
                 Scores.from_dict(content["scores"]),
                 float(content["seconds"]),
-                int(content["model_evaluations"]),
+                int(content["nfe"]),
             )
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("%s is damaged (%s); its pictures are made again", path, error)
@@ -133,7 +128,7 @@ class ArmStudy:
         content = {
             "scores": part.scores.to_dict(),
             "seconds": part.seconds,
-            "model_evaluations": part.model_evaluations,
+            "nfe": part.nfe,
         }
         data = save(tensors, {CONTENT: json.dumps(content)})
         try:

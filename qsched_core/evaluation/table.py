@@ -6,7 +6,7 @@ import csv
 from collections.abc import Callable, Iterable, Sequence
 from io import StringIO
 
-from ..search.guard import Interval
+from ..statistics import Interval
 from ..text import csv_cell, markdown, plain
 from .results import REFERENCES, Comparison, Evaluation
 
@@ -57,7 +57,7 @@ def _nearer(change: Interval) -> str:
 def cost_line(evaluation: Evaluation) -> str:
     """Images, model evaluations and seconds, and what was on disk already."""
     images = len(evaluation.prompts) * len(evaluation.arms)
-    evaluations = sum(arm.model_evaluations for arm in evaluation.arms)
+    evaluations = sum(arm.nfe for arm in evaluation.arms)
     seconds = sum(arm.seconds for arm in evaluation.arms)
     return (
         f"{images} images ({images - evaluation.new_images} from earlier runs), {evaluations} model "

@@ -17,15 +17,7 @@ from .base import (
     largest_magnitude,
     round_to_int,
 )
-from .kitchen import (
-    INT4_MAX,
-    KitchenFormat,
-    backend,
-    kitchen,
-    pack_int4,
-    place,
-    unpack_int4,
-)
+from .kitchen import INT4_MAX, KitchenFormat, backend, kitchen, pack_int4, place, unpack_int4
 
 TABLE_DTYPE = torch.bfloat16
 RANK = 32

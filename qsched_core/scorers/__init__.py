@@ -4,16 +4,7 @@ from __future__ import annotations
 
 from ..text import shown
 from . import aesthetic, clip_iqa, hps, noun_phrases, open_clip, pickscore, pyiqa
-from .base import (
-    Batch,
-    Placement,
-    Scorer,
-    ScorerEntry,
-    ScorerError,
-    Sources,
-    check_images,
-    stay,
-)
+from .base import Batch, Placement, Scorer, ScorerEntry, ScorerError, Sources, check_images, stay
 from .open_clip import DualEncoder, load_file, load_named
 
 SCORERS: dict[str, ScorerEntry] = {

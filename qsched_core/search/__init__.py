@@ -1,34 +1,18 @@
-"""Learning the coefficients: spaces, strategies, stores, the guard and the calibration."""
+"""How candidates are found: spaces, strategies, samplers, pruners, and the engine that runs them."""
 
-from .calibrate import CalibrationResult, calibrate
-from .control import Control, Reference
-from .database import COMMAND_LINE, Database, StorageRule, check_shared, workflow_rule
-from .engine import Evaluate, Progress, Trial, best_of
-from .errors import CalibrationError
-from .fidelity import FIDELITIES
-from .precheck import PreCheck, precheck
+from .engine import Monitor, Progress, Search, Trial, best_of
+from .pruners import PRUNERS
 from .settings import CalibrationSettings
 from .strategies import STRATEGIES, get_strategy
 
 __all__ = [
-    "COMMAND_LINE",
-    "FIDELITIES",
+    "PRUNERS",
     "STRATEGIES",
-    "CalibrationError",
-    "CalibrationResult",
     "CalibrationSettings",
-    "Control",
-    "Database",
-    "Evaluate",
-    "PreCheck",
+    "Monitor",
     "Progress",
-    "Reference",
-    "StorageRule",
+    "Search",
     "Trial",
     "best_of",
-    "calibrate",
-    "check_shared",
     "get_strategy",
-    "precheck",
-    "workflow_rule",
 ]

@@ -1,4 +1,4 @@
-"""The search itself: proposes, evaluates, records; alone, or beside other workers."""
+"""The search itself: suggests, evaluates, records; alone, or beside other workers."""
 
 from __future__ import annotations
 
@@ -6,31 +6,24 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from ..objective import Scores
-from ..precondition import ScalarCorrection
 from ..prompts import PromptSet
-from .errors import CalibrationError
-from .fidelity import Judge, get_fidelity, rungs
-from .samplers import propose
+from ..source import Measure, OnPictures, Source, scored
+from ..study.errors import CalibrationError
+from ..study.store import Point, Record, Store
+from ..trajectory import Candidate, Trajectory
+from .pruners import Judge, get_pruner, rungs
+from .samplers import suggest
 from .settings import CalibrationSettings
-from .space import NOTHING, Point, on_edge
-from .store import Record, Store
+from .space import NOTHING, on_edge
 from .strategies import Past, Stage, get_strategy
 
 POLL_SECONDS = 1.0
 RECENT = 8
-
-
-class Evaluate(Protocol):
-    """Makes the images of every prompt under every correction and scores them."""
-
-    def __call__(
-        self, corrections: Sequence[ScalarCorrection], prompts: PromptSet
-    ) -> Sequence[Scores]: ...
 
 
 @dataclass(frozen=True)
@@ -39,16 +32,16 @@ class Trial:
 
     ``value`` is the mean JAQ of the calibration prompts; of a ``pruned`` trial, which saw the first
     of them only, that of c = 1 plus the mean gain over it on those.  ``seconds`` and
-    ``model_evaluations`` are its share of what it was evaluated together with.
+    ``nfe`` (model evaluations) are its share of what it was evaluated together with.
     """
 
     number: int
     stage: str
-    correction: ScalarCorrection
+    candidate: Candidate
     scores: Scores
     value: float
     seconds: float
-    model_evaluations: int
+    nfe: int
     edges: tuple[str, ...] = ()  # coordinates at the end of their searched range
     pruned: bool = False
 
@@ -56,12 +49,11 @@ class Trial:
         return {
             "number": self.number,
             "stage": self.stage,
-            "c_x": list(self.correction.c_x),
-            "c_eps": list(self.correction.c_eps),
+            **self.candidate.correction.to_json(),
             "jaq": self.value,
             "means": self.scores.means(),
             "seconds": self.seconds,
-            "model_evaluations": self.model_evaluations,
+            "nfe": self.nfe,
             "pruned": self.pruned,
         }
 
@@ -81,30 +73,41 @@ class Progress:
     resumed: bool
 
 
+@dataclass(frozen=True)
+class Monitor:
+    """What a calibration tells while it runs; each call may raise to stop it.
+
+    ``on_trial`` follows each trial, ``on_step`` each sampling step of a batch,
+    ``on_pictures(source, candidate, prompts, images)`` gets all pictures as they are scored, and ``idle`` is
+    called while other workers have the remaining trials.
+    """
+
+    on_trial: Callable[[Progress], None] | None = None
+    on_step: Callable[[], None] | None = None
+    on_pictures: OnPictures | None = None
+    idle: Callable[[], None] = lambda: None
+
+
 def best_of(trials: Sequence[Trial]) -> Trial:
     """The highest JAQ; the earlier one of equals, so that c = 1 wins a tie."""
     return max((t for t in trials if not t.pruned), key=lambda t: (t.value, -t.number))
 
 
 class Search:
-    """One worker's run of one study.
-
-    ``idle`` is called while other workers have the remaining trials; it may raise to stop.
-    """
+    """One worker's run of one study: candidates from ``source``, scored by ``measure``."""
 
     def __init__(
         self,
         store: Store,
-        evaluate: Evaluate,
+        source: Source,
+        measure: Measure,
         settings: CalibrationSettings,
         prompts: PromptSet,
-        on_trial: Callable[[Progress], None] | None = None,
-        count_evaluations: Callable[[], int] = lambda: 0,
-        idle: Callable[[], None] = lambda: None,
+        monitor: Monitor | None = None,
     ):
-        self.store, self.evaluate, self.settings, self.prompts = store, evaluate, settings, prompts
-        self.on_trial, self.count, self.idle = on_trial, count_evaluations, idle
-        self.fidelity = get_fidelity(settings.fidelity)
+        self.store, self.source, self.measure = store, source, measure
+        self.settings, self.prompts, self.monitor = settings, prompts, monitor or Monitor()
+        self.pruner = get_pruner(settings.pruner)
         self.trials: list[Trial] = []
         # The scores of c = 1, slot 0 of the first stage.  While a stage runs, trials are in the
         # order of their arrival, and another worker's may come before it.
@@ -112,13 +115,13 @@ class Search:
         self.new_trials = 0
         self.total = 1 + settings.budget
 
-    def stages(self, steps: int) -> None:
+    def stages(self, trajectory: Trajectory) -> None:
         """Run every stage of the strategy."""
-        plan = self.settings.plan(steps)
+        plan = self.settings.plan(trajectory)
         strategy = get_strategy(self.settings.strategy)
         for build in strategy.stages(plan):
             finished = [t for t in self.trials if not t.pruned]
-            stage = build(plan, [Past(t.correction, t.value) for t in finished])
+            stage = build(plan, [Past(t.candidate, t.value) for t in finished])
             if stage.trials > self.total - len(self.trials):
                 self.total = len(self.trials) + stage.trials
             self._run(stage)
@@ -153,7 +156,7 @@ class Search:
         self.trials[started:] = ordered
 
     def _wait(self) -> None:
-        self.idle()
+        self.monitor.idle()
         time.sleep(POLL_SECONDS)
 
     def _next(
@@ -173,16 +176,16 @@ class Search:
         past += [(point, worst) for point in working.values()]
         points: dict[int, Point] = {}
         for slot in free[: self.settings.proposals]:
-            points[slot] = propose(
+            points[slot] = suggest(
                 stage.sampler, stage.space, past, self.settings.seed, stage.name, slot
             )
             past.append((points[slot], worst))
         return points
 
     def _evaluated(self, stage: Stage, points: Mapping[int, Point], done: Mapping[int, Record]):
-        if self.fidelity.name == "full" or self.base is None:
-            corrections = [stage.space.correction(point) for point in points.values()]
-            measured = self._measure(corrections, self.prompts)
+        if self.pruner.name == "full" or self.base is None:
+            candidates = [stage.space.candidate(point) for point in points.values()]
+            measured = self._measure(candidates, self.prompts)
             for (slot, point), cost in zip(points.items(), measured, strict=True):
                 yield Record(slot, point, *cost)
             return
@@ -193,17 +196,17 @@ class Search:
             yield record
 
     def _in_rungs(self, stage: Stage, slot: int, point: Point, finished) -> Record:
-        judge = Judge(self.fidelity, len(self.prompts), finished)
+        judge = Judge(self.pruner, len(self.prompts), finished)
         parts, start, pruned = [], 0, False
         for stop in rungs(len(self.prompts)):
             part = self.prompts.part(start, stop)
-            parts += self._measure([stage.space.correction(point)], part)
+            parts += self._measure([stage.space.candidate(point)], part)
             start = stop
             if judge.give_up(Scores.join([scores for scores, _, _ in parts]).jaq):
                 pruned = True
                 break
-        scores, seconds, evaluations = zip(*parts, strict=True)
-        return Record(slot, point, Scores.join(scores), sum(seconds), sum(evaluations), pruned)
+        scores, seconds, nfe = zip(*parts, strict=True)
+        return Record(slot, point, Scores.join(scores), sum(seconds), sum(nfe), pruned)
 
     def _value(self, record: Record) -> float:
         if not record.pruned or self.base is None:
@@ -215,11 +218,11 @@ class Search:
         return Trial(
             number,
             stage.name,
-            stage.space.correction(record.point),
+            stage.space.candidate(record.point),
             record.scores,
             self._value(record),
             record.seconds,
-            record.model_evaluations,
+            record.nfe,
             tuple(on_edge(stage.space, record.point)),
             record.pruned,
         )
@@ -227,23 +230,27 @@ class Search:
     def _note(self, stage: Stage, record: Record, resumed: bool) -> None:
         trial = self._trial(stage, record, len(self.trials))
         self.trials.append(trial)
-        if self.on_trial is not None:
+        if self.monitor.on_trial is not None:
             best = best_of(self.trials)
             recent = self.trials[-RECENT:]
             left = fmean(t.seconds for t in recent) * (self.total - len(self.trials))
-            self.on_trial(Progress(trial, self.total, best, best is trial, left, resumed))
+            self.monitor.on_trial(Progress(trial, self.total, best, best is trial, left, resumed))
 
     def judged(
-        self, name: str, corrections: Sequence[ScalarCorrection], prompts: PromptSet, evaluate=None
+        self,
+        name: str,
+        candidates: Sequence[Candidate],
+        prompts: PromptSet,
+        source: Source | None = None,
     ) -> list[Record]:
-        """Evaluate on other prompts than the search's, or with another ``evaluate``; kept as well.
+        """Evaluate on other prompts than the search's, or from another source; kept as well.
 
         ``name`` and the prompts name what is kept: the same again is not evaluated again.
         """
         stage = f"{name} {prompts.hash[:24]}"
         while True:
             done = self.store.records(stage)
-            missing = [slot for slot in range(len(corrections)) if slot not in done]
+            missing = [slot for slot in range(len(candidates)) if slot not in done]
             if not missing:
                 return list(done.values())
             if any(slot in self.store.working(stage) for slot in missing):
@@ -253,17 +260,26 @@ class Search:
                 if not claim.points:
                     self._wait()
                     continue
-                mine = [corrections[slot] for slot in claim.points]
-                measured = self._measure(mine, prompts, evaluate)
+                mine = [candidates[slot] for slot in claim.points]
+                measured = self._measure(mine, prompts, source)
                 for slot, cost in zip(claim.points, measured, strict=True):
                     claim.finish(Record(slot, {}, *cost))
 
     def _measure(
-        self, corrections: Sequence[ScalarCorrection], prompts: PromptSet, evaluate=None
+        self, candidates: Sequence[Candidate], prompts: PromptSet, source: Source | None = None
     ) -> list[tuple[Scores, float, int]]:
-        started, counted = time.perf_counter(), self.count()
+        """Scores, seconds and NFE of every candidate."""
+        source = source or self.source
+        started, counted = time.perf_counter(), source.nfe
         try:
-            scores = list((evaluate or self.evaluate)(corrections, prompts))
+            scores = scored(
+                source,
+                self.measure,
+                candidates,
+                prompts,
+                self.monitor.on_step,
+                self.monitor.on_pictures,
+            )
         except torch.OutOfMemoryError:
             raise
         except (ValueError, RuntimeError) as error:
@@ -273,11 +289,11 @@ class Search:
                 f"{what} failed: {error}. The {number - 1} trials before it are kept; mend the "
                 "cause and run the same again to go on from there"
             ) from error
-        seconds = (time.perf_counter() - started) / len(corrections)
-        share, rest = divmod(self.count() - counted, len(corrections))
-        if len(scores) != len(corrections) or any(len(s) != len(prompts) for s in scores):
+        seconds = (time.perf_counter() - started) / len(candidates)
+        share, rest = divmod(source.nfe - counted, len(candidates))
+        if any(len(s) != len(prompts) for s in scores):
             raise CalibrationError(
-                f"evaluate gave scores for {[len(s) for s in scores]} images; "
-                f"{len(corrections)} candidates of {len(prompts)} prompts each were asked for"
+                f"the objective gave scores for {[len(s) for s in scores]} images; "
+                f"{len(candidates)} candidates of {len(prompts)} prompts each were asked for"
             )
         return [(s, seconds, share + (i < rest)) for i, s in enumerate(scores)]

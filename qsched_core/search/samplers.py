@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from ..optional import missing, require
-from .journal import distributions, finished_trial
-from .space import Point, Space
+from ..study.journal import distributions, finished_trial
+from ..study.store import Point
+from .space import Space
 
 Past = Sequence[tuple[Point, float]]
 DIGITS = 4  # of a proposed coefficient: none matters beyond, and rounding hides a GPU's last bits
@@ -81,7 +82,7 @@ def quiet(optuna) -> Iterator[None]:
         optuna.logging.set_verbosity(level)
 
 
-def propose(
+def suggest(
     sampler: str, space: Space, past: Past, seed: int, stage: str, slot: int
 ) -> dict[str, float]:
     """The point of ``space`` to try next, ``past`` being (point, value) pairs, higher is better."""

@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..optional import MissingDependencyError
+from ..study.errors import CalibrationError
 from ..text import shown
-from .errors import CalibrationError
-from .fidelity import get_fidelity
+from ..trajectory import Trajectory
+from .pruners import get_pruner
 from .space import check_radius, check_range
 from .strategies import Plan, get_strategy
 
@@ -19,7 +20,7 @@ class CalibrationSettings:
 
     ``budget`` counts candidates beside c = 1; 0 is the strategy's default.  ``low`` and ``high``
     bound the ramp's values (None: the strategy's own), ``ends`` searches where the ramps end as
-    well as where they start, ``radius`` bounds the per-step refinement.  ``fidelity`` is how early
+    well as where they start, ``radius`` bounds the per-step refinement.  ``pruner`` is how early
     bad candidates are given up.  A sampler makes ``proposals`` at a time, which are evaluated
     together; of candidates that don't depend on results ``together`` are, which changes none.
     Raises CalibrationError on any invalid field, MissingDependencyError if something needs a package.
@@ -33,12 +34,12 @@ class CalibrationSettings:
     high: float | None = None
     radius: float = 0.1
     ends: bool = False
-    fidelity: str = "full"
+    pruner: str = "full"
     proposals: int = 1
     together: int = 4
 
     def __post_init__(self):
-        strategy, fidelity = get_strategy(self.strategy), get_fidelity(self.fidelity)
+        strategy, pruner = get_strategy(self.strategy), get_pruner(self.pruner)
         object.__setattr__(self, "budget", strategy.budget(self.budget, self.ends))
         for name, default in zip(("low", "high"), strategy.box, strict=True):
             if getattr(self, name) is None:
@@ -54,15 +55,15 @@ class CalibrationSettings:
             )
         check_range(self.low, self.high)
         check_radius(self.radius)
-        reason = strategy.available() or fidelity.available()
+        reason = strategy.available() or pruner.available()
         if reason:
             raise MissingDependencyError(reason)
 
-    def plan(self, steps: int) -> Plan:
-        return Plan(steps, self.budget, self.seed, self.low, self.high, self.radius, self.ends)
+    def plan(self, trajectory: Trajectory) -> Plan:
+        return Plan(trajectory, self.budget, self.seed, self.low, self.high, self.radius, self.ends)
 
     def search(self) -> dict[str, Any]:
         """What the proposals depend on: plain JSON."""
-        return {
-            name: value for name, value in asdict(self).items() if name not in ("guard", "together")
-        }
+        content = asdict(self)
+        content["fidelity"] = content.pop("pruner")  # its name in the studies there are
+        return {name: v for name, v in content.items() if name not in ("guard", "together")}

@@ -1,4 +1,4 @@
-"""What is searched: boxes of named numbers, each point of which is a correction."""
+"""What is searched: boxes of named numbers, each point of which is a candidate."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ from typing import Protocol
 
 import torch
 
-from ..precondition import ScalarCorrection
-from ..schedule import MAX_COEFFICIENT, MIN_COEFFICIENT, linear_ramp
+from ..correction.scalar import MAX_COEFFICIENT, MIN_COEFFICIENT, ScalarCorrection
+from ..study.errors import CalibrationError
+from ..study.store import Point, Range
 from ..text import shown
-from .errors import CalibrationError
-
-Point = Mapping[str, float]
-Range = tuple[float, float]
+from ..trajectory import Candidate, Trajectory
 
 
 class Space(Protocol):
@@ -28,8 +26,8 @@ class Space(Protocol):
     @property
     def start(self) -> dict[str, float]: ...
 
-    def correction(self, point: Point) -> ScalarCorrection:
-        """The coefficients at ``point``."""
+    def candidate(self, point: Point) -> Candidate:
+        """What is made at ``point``."""
         ...
 
 
@@ -59,7 +57,7 @@ class RampSpace:
     With ``ends`` the values they run to are free as well.
     """
 
-    steps: int
+    trajectory: Trajectory
     low: float = 0.8
     high: float = 1.2
     ends: bool = False
@@ -70,7 +68,7 @@ class RampSpace:
     @property
     def bounds(self):
         names = ["c_x start", "c_eps start"]
-        if self.ends and self.steps > 1:
+        if self.ends and self.trajectory.steps > 1:
             names += ["c_x end", "c_eps end"]
         return dict.fromkeys(names, (self.low, self.high))
 
@@ -78,13 +76,13 @@ class RampSpace:
     def start(self):
         return dict.fromkeys(self.bounds, 1.0)
 
-    def correction(self, point):
-        return ScalarCorrection(
-            *(
-                linear_ramp(point[f"{name} start"], point.get(f"{name} end", 1.0), self.steps)
-                for name in ("c_x", "c_eps")
-            )
-        )
+    def candidate(self, point):
+        ends = {
+            name: (point[f"{name} start"], point.get(f"{name} end", 1.0))
+            for name in ("c_x", "c_eps")
+        }
+        correction = ScalarCorrection.ramp(ends, self.trajectory.steps)
+        return Candidate(self.trajectory, correction)
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ class StepSpace:
     ``free`` names the steps that are searched (all by default); the others stay at the centre.
     """
 
-    centre: ScalarCorrection
+    centre: Candidate
     radius: float = 0.1
     free: tuple[int, ...] | None = None
 
@@ -115,20 +113,19 @@ class StepSpace:
     def start(self):
         return self.point(self.centre)
 
-    def point(self, correction: ScalarCorrection) -> dict[str, float]:
+    def point(self, candidate: Candidate) -> dict[str, float]:
         """The point whose correction this is."""
-        steps = range(len(self.centre.c_x)) if self.free is None else self.free
-        return {
-            f"{name}[{i}]": getattr(correction, name)[i] for name in ("c_x", "c_eps") for i in steps
-        }
+        steps = range(candidate.correction.steps) if self.free is None else self.free
+        rows = candidate.correction.rows()
+        return {f"{name}[{i}]": values[i] for name, values in rows.items() for i in steps}
 
-    def correction(self, point):
-        return ScalarCorrection(
-            *(
-                tuple(point.get(f"{name}[{i}]", kept) for i, kept in enumerate(values))
-                for name, values in (("c_x", self.centre.c_x), ("c_eps", self.centre.c_eps))
-            )
-        )
+    def candidate(self, point):
+        correction = self.centre.correction
+        rows = {
+            name: tuple(point.get(f"{name}[{i}]", kept) for i, kept in enumerate(values))
+            for name, values in correction.rows().items()
+        }
+        return Candidate(self.centre.trajectory, correction.with_rows(rows))
 
 
 class _Nothing:
@@ -137,7 +134,7 @@ class _Nothing:
     bounds: Mapping[str, Range] = MappingProxyType({})
     start: Point = MappingProxyType({})
 
-    def correction(self, point):
+    def candidate(self, point):
         raise CalibrationError("nothing is searched here")
 
 

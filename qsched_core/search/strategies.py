@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..optional import missing
-from ..precondition import ScalarCorrection
+from ..study.errors import CalibrationError
+from ..study.store import Point
 from ..text import shown
-from .errors import CalibrationError
+from ..trajectory import Candidate, Trajectory
 from .samplers import SAMPLERS
-from .space import Point, RampSpace, Space, StepSpace, grid_points, sobol_points
+from .space import RampSpace, Space, StepSpace, grid_points, sobol_points
 
 RAMP_DESIGN = 4  # points spread over the ramp's box before the sampler takes over
 RAMP_SHARE = 24 / 64  # of the budget, where steps are refined after the ramp
@@ -25,7 +26,7 @@ PAPER, WIDE = (0.8, 1.2), (0.6, 1.6)  # boxes of the ramp; the demo's best lies 
 class Past:
     """A finished candidate, as later stages see it."""
 
-    correction: ScalarCorrection
+    candidate: Candidate
     value: float
 
 
@@ -48,7 +49,7 @@ class Stage:
 class Plan:
     """What a strategy needs to know: see ``CalibrationSettings`` for the fields."""
 
-    steps: int
+    trajectory: Trajectory
     budget: int
     seed: int
     low: float
@@ -56,8 +57,12 @@ class Plan:
     radius: float
     ends: bool = False
 
+    @property
+    def steps(self) -> int:
+        return self.trajectory.steps
+
     def ramp(self) -> RampSpace:
-        return RampSpace(self.steps, self.low, self.high, self.ends)
+        return RampSpace(self.trajectory, self.low, self.high, self.ends)
 
 
 StageBuilder = Callable[[Plan, Sequence[Past]], Stage]
@@ -132,8 +137,7 @@ def _joint_stage(sampler: str) -> StageBuilder:
     """Every step's coefficients at once, around 1."""
 
     def build(plan: Plan, past: Sequence[Past]) -> Stage:
-        one = ScalarCorrection((1.0,) * plan.steps, (1.0,) * plan.steps)
-        space = StepSpace(one, plan.radius)
+        space = StepSpace(Candidate.identity(plan.trajectory), plan.radius)
         return Stage("steps", space, 1 + plan.budget, sampler, fixed=(space.start,))
 
     return build
@@ -152,7 +156,7 @@ def _block_stages(sampler: str, plan: Plan) -> list[StageBuilder]:
     def stage(i: int) -> StageBuilder:
         def build(plan: Plan, past: Sequence[Past]) -> Stage:
             best = max(past, key=lambda p: p.value)
-            space = StepSpace(best.correction, plan.radius, (i,))
+            space = StepSpace(best.candidate, plan.radius, (i,))
             trials = ends[i] - (ends[i - 1] if i else 0)
             history = ((space.start, best.value),)
             return Stage(f"step {i + 1}", space, trials, sampler, history=history)

@@ -4,33 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from .base import Step, ancestral_step, euler_step, integrate, noise_of, white_noise
+from .base import NoiseSampler, Step, Update, ancestral_step, euler_step, k_diffusion, white_noise
 
 
-@torch.no_grad()
-def sample_euler_ancestral(
-    model,
-    x,
-    sigmas,
-    extra_args=None,
-    callback=None,
-    disable=None,
-    *,
-    correction=None,
-    flow=False,
-    eta=1.0,
-    s_noise=1.0,
-    noise_sampler=None,
-) -> torch.Tensor:
+def euler_ancestral(
+    draw: NoiseSampler, *, flow: bool = False, eta: float = 1.0, s_noise: float = 1.0
+) -> Update:
     """Euler ancestral, for variance-exploding models and (``flow``) for rectified flow.
 
     x_next = x' + (sigma_down - sigma) * eps' + sigma_up * noise (k-diffusion; Karras et al. 2022,
     arXiv 2206.00364, algorithm 2 with the noise after the step).  ``eta`` in [0, 1] is the share of
     fresh noise, ``s_noise`` its scale.  The flow form keeps the signal at 1 - sigma and the noise at
-    sigma, as ComfyUI's ``sample_euler_ancestral_RF``.  x [n, ...]; ValueError as
-    :func:`~.base.integrate`.
+    sigma, as ComfyUI's ``sample_euler_ancestral_RF``.
     """
-    draw = noise_of(white_noise, noise_sampler, x, sigmas, extra_args)
 
     def update_ve(step: Step) -> torch.Tensor:
         down, up = ancestral_step(step.sigma, step.sigma_next, eta)
@@ -53,5 +39,7 @@ def sample_euler_ancestral(
             moved.mul_(alpha_next / alpha_down).add_(noise.mul_(renoise))
         return moved
 
-    update = update_flow if flow else update_ve
-    return integrate(update, model, x, sigmas, extra_args, callback, correction)
+    return update_flow if flow else update_ve
+
+
+sample_euler_ancestral = k_diffusion(euler_ancestral, white_noise)

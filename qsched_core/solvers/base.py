@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 
+from ..correction.base import StepCorrection
 from ..optional import require
-from ..precondition import Correction
 
 NoiseSampler = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 NoiseSource = Callable[[torch.Tensor, torch.Tensor, "int | None"], NoiseSampler]
@@ -109,7 +109,7 @@ class Step(NamedTuple):
 
     ``x`` and ``denoised`` [n, ...] are x' and D'; they may be the model's or the caller's own
     tensors, so an update never writes to them.  ``predict(x, sigma)`` evaluates the model again
-    inside the step and gives its corrected D' there.
+    inside the step and gives its corrected D' there.  ``mask`` is 0 where pixels are given.
     """
 
     x: torch.Tensor
@@ -117,19 +117,24 @@ class Step(NamedTuple):
     sigma: torch.Tensor
     sigma_next: torch.Tensor
     predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    mask: torch.Tensor | None
+
+
+Update = Callable[[Step], torch.Tensor]  # the latent at sigma_next: what makes a solver
 
 
 def integrate(
-    update: Callable[[Step], torch.Tensor],
+    update: Update | Sequence[Update],
     model,
     x: torch.Tensor,
     sigmas: torch.Tensor,
     extra_args: dict | None,
     callback,
-    correction: Correction | None,
+    correction: StepCorrection | None,
 ) -> torch.Tensor:
     """Evaluate, correct, update: the loop of every solver, from x [n, ...] at sigmas[0].
 
+    ``update`` makes every step, or there is one for each.
     ValueError for sigmas or a latent that cannot be sampled, and with the step's number when the
     model returns NaN or infinity.
     """
@@ -139,6 +144,7 @@ def integrate(
     ones = x.new_ones([x.shape[0]])
     mask = extra_args.get("denoise_mask")
     steps = len(sigmas) - 1
+    updates = [update] * steps if callable(update) else update
 
     def evaluate(i: int, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         denoised = model(x, sigma * ones, **extra_args)
@@ -161,8 +167,46 @@ def integrate(
 
         if correction is not None:
             x, denoised = correction(i, x, denoised, mask)
-        x = update(Step(x, denoised, sigma, sigmas[i + 1], predict))
+        x = updates[i](Step(x, denoised, sigma, sigmas[i + 1], predict, mask))
     return x
+
+
+def k_diffusion(
+    make: Callable[..., Update],
+    noise: NoiseSource | None = None,
+    prepare: Callable[..., torch.Tensor] | None = None,
+) -> Callable[..., torch.Tensor]:
+    """The solver of ``make`` as a function with k-diffusion's signature.
+
+    ``noise`` is what a stochastic one draws from (its seed is extra_args["seed"], or the caller
+    gives a ``noise_sampler``); ``prepare`` changes the sigmas first.
+    """
+
+    @torch.no_grad()
+    def sample(
+        model,
+        x: torch.Tensor,
+        sigmas: torch.Tensor,
+        extra_args: dict | None = None,
+        callback=None,
+        disable=None,
+        *,
+        correction: StepCorrection | None = None,
+        noise_sampler: NoiseSampler | None = None,
+        **settings,
+    ) -> torch.Tensor:
+        draws = []
+        if noise is not None:
+            draws.append(noise_of(noise, noise_sampler, x, sigmas, extra_args))
+        if prepare is not None:
+            sigmas = prepare(sigmas, **settings)
+        return integrate(
+            make(*draws, **settings), model, x, sigmas, extra_args, callback, correction
+        )
+
+    sample.__name__ = sample.__qualname__ = f"sample_{make.__name__}"
+    sample.__doc__ = f"{make.__doc__}\n    x [n, ...] at sigmas[0]; ValueError as integrate.\n    "
+    return sample
 
 
 def ancestral_step(
@@ -184,12 +228,3 @@ def euler_step(step: Step, sigma_to: torch.Tensor) -> torch.Tensor:
     """x' + (sigma_to - sigma) * eps', in one new tensor."""
     derivative = step.x - step.denoised
     return derivative.div_(step.sigma).mul_(sigma_to - step.sigma).add_(step.x)
-
-
-def log_snr(sigma: float, flow: bool) -> float:
-    """Half the log signal-to-noise ratio at noise level ``sigma``; infinite at its ends."""
-    if sigma <= 0:
-        return math.inf
-    if not flow:
-        return -math.log(sigma)
-    return -math.inf if sigma >= 1 else math.log((1 - sigma) / sigma)

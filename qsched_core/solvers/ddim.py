@@ -4,24 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from .base import Step, ancestral_step, euler_step, integrate, noise_of, white_noise
+from .base import NoiseSampler, Step, Update, ancestral_step, euler_step, k_diffusion, white_noise
 
 
-@torch.no_grad()
-def sample_ddim(
-    model,
-    x,
-    sigmas,
-    extra_args=None,
-    callback=None,
-    disable=None,
-    *,
-    correction=None,
-    flow=False,
-    eta=0.0,
-    s_noise=1.0,
-    noise_sampler=None,
-) -> torch.Tensor:
+def ddim(
+    draw: NoiseSampler, *, flow: bool = False, eta: float = 0.0, s_noise: float = 1.0
+) -> Update:
     """DDIM (arXiv 2010.02502, eq. 12 and 16); at ``eta`` 0 Euler's step, bit for bit.
 
     Eq. 12 divided by sqrt(alphabar_next), with sigma = sqrt(1 / alphabar - 1), is
@@ -31,10 +19,8 @@ def sample_ddim(
 
     ``flow`` models have the signal 1 - sigma: there sigma / (1 - sigma) stands for sigma in up's
     root, eps' = (x' - (1 - sigma) * D') / sigma is the noise that was predicted, and D' is scaled
-    by 1 - sigma_next.  ``eta`` is in [0, 1]; ``s_noise`` scales the fresh noise.  x [n, ...];
-    ValueError as :func:`~.base.integrate`.
+    by 1 - sigma_next.  ``eta`` is in [0, 1]; ``s_noise`` scales the fresh noise.
     """
-    draw = noise_of(white_noise, noise_sampler, x, sigmas, extra_args)
 
     def update_ve(step: Step) -> torch.Tensor:
         down, up = ancestral_step(step.sigma, step.sigma_next, eta)
@@ -52,5 +38,7 @@ def sample_ddim(
         moved = (step.x * (down / sigma)).add_(step.denoised * (alpha_next - down * alpha / sigma))
         return moved.add_(draw(sigma, sigma_next) * (s_noise * up))
 
-    update = update_flow if flow else update_ve
-    return integrate(update, model, x, sigmas, extra_args, callback, correction)
+    return update_flow if flow else update_ve
+
+
+sample_ddim = k_diffusion(ddim, white_noise)

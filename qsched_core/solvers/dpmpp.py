@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from .base import Step, ancestral_step, brownian_noise, integrate, noise_of
+from .base import NoiseSampler, Step, Update, ancestral_step, brownian_noise, k_diffusion
 
 
-@torch.no_grad()
-def sample_dpmpp_2m(
-    model, x, sigmas, extra_args=None, callback=None, disable=None, *, correction=None
-) -> torch.Tensor:
+def dpmpp_2m() -> Update:
     """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2) with lambda = -log(sigma).
 
     x_next = (sigma_next / sigma) * x' - (exp(-h) - 1) * ((1 + 1 / 2r) * D' - 1 / 2r * D'_before):
-    the history is the previous step's *corrected* prediction.  As ComfyUI, flow models use the same
-    lambda.  x [n, ...]; ValueError as :func:`~.base.integrate`.
+    the history is the previous step's *corrected* prediction, and begins with this update's first
+    step.  As ComfyUI, flow models use the same lambda.
     """
     before: tuple[torch.Tensor, torch.Tensor] | None = None  # the last step's lambda and D'
 
@@ -31,46 +28,29 @@ def sample_dpmpp_2m(
         moved = (following.neg().exp() / now.neg().exp()) * step.x
         return moved.sub_((-h).expm1() * denoised)
 
-    return integrate(update, model, x, sigmas, extra_args, callback, correction)
+    return update
 
 
-@torch.no_grad()
-def sample_dpmpp_sde(
-    model,
-    x,
-    sigmas,
-    extra_args=None,
-    callback=None,
-    disable=None,
+sample_dpmpp_2m = k_diffusion(dpmpp_2m)
+
+
+def dpmpp_sde(
+    draw: NoiseSampler,
     *,
-    correction=None,
-    flow=False,
-    first_sigma=None,
-    eta=1.0,
-    s_noise=1.0,
-    r=0.5,
-    noise_sampler=None,
-) -> torch.Tensor:
+    flow: bool = False,
+    first_sigma: float | None = None,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    r: float = 0.5,
+) -> Update:
     """DPM-Solver++ (stochastic; arXiv 2211.01095, section 5, as k-diffusion's two-stage form).
 
-    ``r`` places the second evaluation between the two noise levels in half-log-SNR.  The step's c_x
-    scales the state once, at the first evaluation; its c_eps corrects both outputs, the second as
-    D2' = x2 - c_eps * (x2 - D2), since x2 is already made of the scaled state.
-
-    ``flow`` models have lambda = log((1 - sigma) / sigma), infinite at 1: ``first_sigma`` takes the
-    place of a first sigma of 1 or more (required then).  Noise is a Brownian path over sigma.
-    ``eta`` in [0, 1] is the share of fresh noise, ``s_noise`` its scale.  x [n, ...]; ValueError as
-    :func:`~.base.integrate`.
+    ``r`` places the second evaluation between the two noise levels in half-log-SNR.  The step's
+    correction moves the state once, at the first evaluation; both outputs are corrected, the second
+    at an x that is made of the moved state.  ``flow`` models have lambda = log((1 - sigma) / sigma):
+    ``first_sigma`` is :func:`below_one`'s.  Noise is a Brownian path over sigma.  ``eta`` in [0, 1]
+    is the share of fresh noise, ``s_noise`` its scale.
     """
-    draw = noise_of(brownian_noise, noise_sampler, x, sigmas, extra_args)
-    if flow and len(sigmas) > 1 and sigmas[0] >= 1:
-        if first_sigma is None:
-            raise ValueError(
-                f"first_sigma is missing; a flow's first sigma of {float(sigmas[0]):.4g} has no "
-                "signal, so dpmpp_sde needs one just below 1 in its place"
-            )
-        sigmas = sigmas.clone()
-        sigmas[0] = first_sigma
 
     def lambda_of(sigma: torch.Tensor) -> torch.Tensor:
         return sigma.logit().neg() if flow else sigma.log().neg()
@@ -100,4 +80,26 @@ def sample_dpmpp_sde(
         mixed = ((1 - share) * step.denoised).add_(share * second)
         return advance(step, start, end, step.sigma_next, mixed)
 
-    return integrate(update, model, x, sigmas, extra_args, callback, correction)
+    return update
+
+
+def below_one(
+    sigmas: torch.Tensor, *, flow: bool = False, first_sigma: float | None = None, **_
+) -> torch.Tensor:
+    """``sigmas`` with ``first_sigma`` in place of a flow's first sigma of 1, which has no log-SNR.
+
+    ValueError where one is needed and not given.
+    """
+    if not flow or len(sigmas) < 2 or sigmas[0] < 1:
+        return sigmas
+    if first_sigma is None:
+        raise ValueError(
+            f"first_sigma is missing; a flow's first sigma of {float(sigmas[0]):.4g} has no "
+            "signal, so dpmpp_sde needs one just below 1 in its place"
+        )
+    sigmas = sigmas.clone()
+    sigmas[0] = first_sigma
+    return sigmas
+
+
+sample_dpmpp_sde = k_diffusion(dpmpp_sde, brownian_noise, below_one)

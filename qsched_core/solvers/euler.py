@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import torch
 
-from .base import euler_step, integrate
+from .base import Step, Update, euler_step, k_diffusion
 
 
-@torch.no_grad()
-def sample_euler(
-    model, x, sigmas, extra_args=None, callback=None, disable=None, *, correction=None
-) -> torch.Tensor:
-    """Euler steps (Karras et al. 2022, arXiv 2206.00364, algorithm 2 without churn).
+def euler() -> Update:
+    """x_next = x' + (sigma_next - sigma) * eps' (Karras et al. 2022, arXiv 2206.00364, algorithm 2
+    without churn).
 
-    With a correction: x_next = x' + (sigma_next - sigma) * c_eps * eps.  The same update serves
-    epsilon, v and flow models, whose difference is in how D is predicted.  x [n, ...] is the noisy
-    latent at sigmas[0]; ValueError as :func:`~.base.integrate`.
+    The same update serves epsilon, v and flow models, whose difference is in how D is predicted.
     """
-    return integrate(
-        lambda step: euler_step(step, step.sigma_next),
-        model, x, sigmas, extra_args, callback, correction,
-    )  # fmt: skip
+
+    def update(step: Step) -> torch.Tensor:
+        return euler_step(step, step.sigma_next)
+
+    return update
+
+
+sample_euler = k_diffusion(euler)

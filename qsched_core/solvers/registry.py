@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 
 from ..text import shown
-from .ancestral import sample_euler_ancestral
-from .base import NoiseSource, brownian_noise, white_noise
-from .ddim import sample_ddim
-from .dpmpp import sample_dpmpp_2m, sample_dpmpp_sde
-from .euler import sample_euler
-from .lcm import sample_lcm
-from .tcd import sample_tcd
+from .ancestral import euler_ancestral
+from .base import NoiseSource, Update, brownian_noise, k_diffusion, white_noise
+from .ddim import ddim
+from .dpmpp import below_one, dpmpp_2m, dpmpp_sde
+from .euler import euler
+from .lcm import lcm
+from .tcd import tcd
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Option:
 
 
 @dataclass(frozen=True, eq=False)
-class ModelFacts:
+class ModelInfo:
     """What solvers may need to know of a model.
 
     ``flow``: sigma is a flow's time in [0, 1].  ``s_noise``: the scale of the noise the model was
@@ -60,23 +61,35 @@ class ModelFacts:
 class Solver:
     """A registry entry.
 
+    ``make`` gives an update, which a multistep solver's history lives in: a new one begins anew.
     ``noise`` makes the noise sampler of a stochastic solver from (x, sigmas, seed); None for the
-    others.  ``facts`` are the fields of :class:`ModelFacts` that ``function`` takes as keywords,
-    ``options`` what a user may set.  ``new_inpaint_noise``: ComfyUI gives the known pixels of an
-    inpainting their own noise with this sampler.
+    others.  ``needs`` are the fields of :class:`ModelInfo` that ``make`` takes as keywords,
+    ``options`` what a user may set.  ``prepare`` changes the sigmas of a trajectory that begins
+    with this solver.
+    ``new_inpaint_noise``: ComfyUI gives the known pixels of an inpainting their own noise with this
+    sampler.
     """
 
-    name: str
-    function: Callable[..., torch.Tensor]
+    make: Callable[..., Update]
     noise: NoiseSource | None = None
     options: tuple[Option, ...] = ()
-    facts: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    prepare: Callable[..., torch.Tensor] | None = None
     new_inpaint_noise: bool = False
 
     def __post_init__(self):
-        unknown = set(self.facts) - {field.name for field in fields(ModelFacts)}
+        unknown = set(self.needs) - {field.name for field in fields(ModelInfo)}
         if unknown:
-            raise ValueError(f"facts={self.facts} of solver {self.name}: no {', '.join(unknown)}")
+            raise ValueError(f"needs={self.needs} of solver {self.name}: no {', '.join(unknown)}")
+
+    @property
+    def name(self) -> str:
+        return self.make.__name__
+
+    @cached_property
+    def function(self) -> Callable[..., torch.Tensor]:
+        """The solver alone, with k-diffusion's signature."""
+        return k_diffusion(self.make, self.noise, self.prepare)
 
     @property
     def stochastic(self) -> bool:
@@ -97,9 +110,9 @@ class Solver:
             for name, option in known.items()
         }
 
-    def bind(self, model: ModelFacts, **options: object) -> dict[str, object]:
-        """Keyword arguments that fit ``function`` to a model, with validated ``options``."""
-        return {name: getattr(model, name) for name in self.facts} | self.check(options)
+    def bind(self, model: ModelInfo, **options: object) -> dict[str, object]:
+        """Keyword arguments that fit ``make`` to a model, with validated ``options``."""
+        return {name: getattr(model, name) for name in self.needs} | self.check(options)
 
 
 def _share(name: str, default: float, tooltip: str) -> Option:
@@ -111,18 +124,16 @@ _ETA = "Share of fresh noise in every step. 0 is deterministic"
 SOLVERS: dict[str, Solver] = {
     solver.name: solver
     for solver in (
-        Solver("euler", sample_euler),
+        Solver(euler),
         Solver(
-            "euler_ancestral",
-            sample_euler_ancestral,
+            euler_ancestral,
             white_noise,
             (_share("eta", 1.0, f"{_ETA}, 1 is ComfyUI's default."),),
             ("flow", "s_noise"),
         ),
-        Solver("lcm", sample_lcm, white_noise, facts=("flow", "s_noise")),
+        Solver(lcm, white_noise, needs=("flow", "s_noise")),
         Solver(
-            "tcd",
-            sample_tcd,
+            tcd,
             white_noise,
             (
                 _share(
@@ -135,20 +146,19 @@ SOLVERS: dict[str, Solver] = {
             ("flow", "s_noise", "training_sigmas"),
         ),
         Solver(
-            "ddim",
-            sample_ddim,
+            ddim,
             white_noise,
             (_share("eta", 0.0, f"{_ETA} (ComfyUI's ddim), 1 is as random as DDPM."),),
             ("flow", "s_noise"),
             new_inpaint_noise=True,
         ),
-        Solver("dpmpp_2m", sample_dpmpp_2m),
+        Solver(dpmpp_2m),
         Solver(
-            "dpmpp_sde",
-            sample_dpmpp_sde,
+            dpmpp_sde,
             brownian_noise,
             (_share("eta", 1.0, f"{_ETA}, 1 is ComfyUI's default."),),
             ("flow", "s_noise", "first_sigma"),
+            prepare=below_one,
         ),
     )
 }

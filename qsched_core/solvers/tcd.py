@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import torch
 
-from .base import Step, integrate, noise_of, white_noise
+from .base import NoiseSampler, Step, Update, k_diffusion, white_noise
 
 _SAME_LEVEL = 1e-4  # relative: neighbouring training sigmas are some 1e-2 to 1e-3 apart
 
@@ -42,22 +42,14 @@ def target_sigma(sigma_next: float, gamma: float, training: list[float]) -> floa
     return min(training[int(target.floor())], sigma_next)
 
 
-@torch.no_grad()
-def sample_tcd(
-    model,
-    x,
-    sigmas,
-    extra_args=None,
-    callback=None,
-    disable=None,
+def tcd(
+    draw: NoiseSampler,
     *,
-    correction=None,
-    flow=False,
-    training_sigmas=None,
-    gamma=0.3,
-    s_noise=1.0,
-    noise_sampler=None,
-) -> torch.Tensor:
+    flow: bool = False,
+    training_sigmas: torch.Tensor | None = None,
+    gamma: float = 0.3,
+    s_noise: float = 1.0,
+) -> Update:
     """Strategic stochastic sampling of TCD (arXiv 2402.19159, algorithm 4).
 
     The step goes to s = floor((1 - gamma) * t_next) without noise, and back up to t_next with it.
@@ -81,12 +73,10 @@ def sample_tcd(
 
         x_next = (a_next / a_s) * (a_s * D' + s * eps') + sqrt(sigma_next^2 - (s * a_next / a_s)^2) * noise
 
-    ``s_noise`` scales the fresh noise.  x [n, ...]; ValueError as :func:`~.base.integrate`, or when
-    an epsilon model's training_sigmas are missing or do not rise.
+    ``s_noise`` scales the fresh noise.  ValueError when an epsilon model's training_sigmas are
+    missing or do not rise.
     """
-    draw = noise_of(white_noise, noise_sampler, x, sigmas, extra_args)
     training = [] if flow else _training(training_sigmas)
-    mask = (extra_args or {}).get("denoise_mask")
 
     def update_vp(step: Step) -> torch.Tensor:
         sigma, sigma_next = float(step.sigma), float(step.sigma_next)
@@ -96,7 +86,7 @@ def sample_tcd(
             moved = (step.x * (scale * end / sigma)).add_(
                 step.denoised, alpha=scale * (1 - end / sigma)
             )
-            return moved if mask is None else torch.lerp(step.denoised, moved, mask)
+            return moved if step.mask is None else torch.lerp(step.denoised, moved, step.mask)
         target = target_sigma(sigma_next, gamma, training)
         return move(step, target / sigma, 1 - target / sigma, sigma_next**2 - target**2)
 
@@ -118,8 +108,10 @@ def sample_tcd(
             moved.add_(noise, alpha=s_noise * variance**0.5)
         return moved
 
-    update = update_flow if flow else update_vp
-    return integrate(update, model, x, sigmas, extra_args, callback, correction)
+    return update_flow if flow else update_vp
+
+
+sample_tcd = k_diffusion(tcd, white_noise)
 
 
 def _training(sigmas: torch.Tensor | None) -> list[float]:

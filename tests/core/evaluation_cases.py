@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import torch
 
+from qsched_core.correction import ScalarCorrection
 from qsched_core.evaluation import Arm, FeatureSpace, evaluate
 from qsched_core.objective import Scores
-from qsched_core.precondition import ScalarCorrection
 from qsched_core.prompts import PromptSet
+from qsched_core.trajectory import Candidate, Trajectory
 
-ONE, OTHER = (ScalarCorrection((c,), (1.0,)) for c in (1.0, 1.1))
+TRAJECTORY = Trajectory.of((1.0, 0.0))
+
+
+def candidate(c_x: float) -> Candidate:
+    return Candidate(TRAJECTORY, ScalarCorrection((c_x,), (1.0,)))
+
+
+ONE, OTHER = candidate(1.0), candidate(1.1)
 
 
 class StopError(Exception):
@@ -19,18 +27,21 @@ class StopError(Exception):
 class PaintSource:
     """Noise of a prompt's seed, brighter by ``light`` and by the coefficient; stops when told to."""
 
-    width, height = 12, 8
+    trajectory, width, height, max_batch = TRAJECTORY, 12, 8, 16
 
-    def __init__(self, light: float = 0.0, stop_after: int | None = None):
-        self.light, self.stop_after = light, stop_after
-        self.model_evaluations = 0
+    def __init__(self, light: float = 0.0, stop_after: int | None = None, model: str = "int2"):
+        self.light, self.stop_after, self.model = light, stop_after, model
+        self.nfe = 0
         self.calls: list[tuple[int, int]] = []
 
-    def images(self, prompts, corrections, on_step=None):
+    def describe(self):
+        return {"model": self.model}
+
+    def images(self, prompts, candidates, on_step=None):
         if self.stop_after is not None and len(self.calls) >= self.stop_after:
             raise StopError
-        self.calls.append((len(corrections), len(prompts)))
-        self.model_evaluations += len(prompts) * (2 * len(corrections) + 1)
+        self.calls.append((len(candidates), len(prompts)))
+        self.nfe += len(prompts) * (2 * len(candidates) + 1)
         for _ in range(3):
             if on_step is not None:
                 on_step()
@@ -40,7 +51,7 @@ class PaintSource:
                 for seed in prompts.seeds
             ]
         )
-        return torch.stack([noise * 0.5 + self.light + c.c_x[0] - 1 for c in corrections])
+        return torch.stack([noise * 0.5 + self.light + c.correction.c_x[0] - 1 for c in candidates])
 
 
 class Brightness:
@@ -69,11 +80,11 @@ def prompt_set(count: int, first: int = 1) -> PromptSet:
 
 
 def three_arms(reference=None, model=None) -> list[Arm]:
-    reference, model = reference or PaintSource(0.2), model or PaintSource(0.1)
+    reference, model = reference or PaintSource(0.2, model="full"), model or PaintSource(0.1)
     return [
-        Arm("baseline", reference, ONE, {"model": "full"}),
-        Arm("quantized", model, ONE, {"model": "int2"}, "quantized (int2)"),
-        Arm("schedule", model, OTHER, {"model": "int2"}, "int2 + schedule"),
+        Arm("baseline", reference, ONE),
+        Arm("quantized", model, ONE, "quantized (int2)"),
+        Arm("schedule", model, OTHER, "int2 + schedule"),
     ]
 
 

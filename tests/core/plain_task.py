@@ -26,7 +26,7 @@ def initial(seeds):
     )
 
 
-def task(error: float, name: str, **more) -> Task:
+def task(error: float, name: str, source: str = "these weights", **more) -> Task:
     def denoise(x, sigma, target):
         time.sleep(float(os.environ.get("PLAIN_TASK_SLEEP", "0")))
         assert len(target) == len(x)
@@ -41,7 +41,7 @@ def task(error: float, name: str, **more) -> Task:
             "sigmas": (1.0, 0.7, 0.3, 0.0),
             "width": SIZE,
             "height": SIZE,
-            "provenance": {"model": name},
+            "provenance": {"model": name, "source_hash": source, "patches": ""},
             "max_batch": 16,
         }
         | more,
@@ -58,6 +58,10 @@ def full(device):
 
 def other_steps(device):
     return task(0.1, "full", sigmas=(1.0, 0.5, 0.0))
+
+
+def other_model(device):
+    return task(0.1, "full", "other weights")
 
 
 def broken(device):

@@ -9,13 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qsched_core.around import AroundCorrection, CorrectedModel
-from qsched_core.precondition import ScalarCorrection
+from qsched_core.correction import AroundCorrection, CorrectedModel, ScalarCorrection
 from qsched_core.solvers import sample_euler
 
 FLOW = (1.0, 0.9, 0.75, 0.5, 0.0)
 VE = (14.6146, 3.5, 1.2, 0.4, 0.0)
-ONES = ScalarCorrection((1.0,) * 4, (1.0,) * 4)
+ONES = ScalarCorrection.identity(4)
 COEFFICIENT = st.floats(0.8, 1.25)
 
 

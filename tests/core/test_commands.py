@@ -17,8 +17,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from qsched_core import calibrate, evaluate
+from qsched_core.cli import calibrate, evaluate
+from qsched_core.correction import ScalarCorrection
 from qsched_core.schedule import QSchedule
+from qsched_core.trajectory import Trajectory
 
 open_clip = pytest.importorskip("open_clip", reason="the objective needs open_clip")
 pytest.importorskip("optuna", reason="the search needs optuna")
@@ -95,8 +97,8 @@ def test_a_calibration_killed_half_way_continues_to_the_same_schedule(inputs, tm
     text = capsys.readouterr().out
     assert f"17 trials ({done} not made in this run)" in text and f"schedule: {out}" in text
     made, expected = QSchedule.load(out), QSchedule.load(tmp_path / "whole.json")
-    assert made.correction() == expected.correction() and not made.is_identity
-    assert made.provenance["model"] == {"model": "quantized"}
+    assert made.correction == expected.correction and not made.is_identity
+    assert made.provenance["model"]["model"] == "quantized"
 
 
 def test_a_reference_gives_control_and_pre_check(inputs, tmp_path, capsys):
@@ -106,13 +108,14 @@ def test_a_reference_gives_control_and_pre_check(inputs, tmp_path, capsys):
     ]  # fmt: skip
     assert calibrate.main([*controlled, "--out", str(tmp_path / "schedule.json")]) == 0
     text = capsys.readouterr().out
-    assert "control: " in text and "pre-check: the best two scalars a step remove 100.0%" in text
+    assert "control: " in text and "pre-check: the best correction of a step removes 100.0%" in text
     provenance = QSchedule.load(tmp_path / "schedule.json").provenance
     assert provenance["control"]["lost"]["n"] == 20
     assert provenance["precheck"]["total"] == pytest.approx(1, abs=1e-4)
-    wrong = [*controlled, "--reference-task", f"{FILE}:other_steps"]
-    assert calibrate.main([*wrong, "--out", str(tmp_path / "x.json")]) == 1
-    assert "reference-task samples at [1.0, 0.5, 0.0]" in capsys.readouterr().err
+    for name, reason in (("other_steps", "noise levels"), ("other_model", "other weights")):
+        wrong = [*controlled, "--reference-task", f"{FILE}:{name}"]
+        assert calibrate.main([*wrong, "--out", str(tmp_path / "x.json")]) == 1
+        assert reason in capsys.readouterr().err
 
 
 def test_a_shared_study_is_searched_once(inputs, tmp_path, capsys):
@@ -124,7 +127,7 @@ def test_a_shared_study_is_searched_once(inputs, tmp_path, capsys):
         assert calibrate.main([*shared, "--out", str(tmp_path / f"{name}.json")]) == 0
         assert f"5 trials ({found} not made" in capsys.readouterr().out
     one, two = (QSchedule.load(tmp_path / f"{name}.json") for name in ("one", "two"))
-    assert one.correction() == two.correction()
+    assert one.correction == two.correction
 
 
 def parts(folder: Path) -> int:
@@ -134,7 +137,9 @@ def parts(folder: Path) -> int:
 def test_an_evaluation_killed_half_way_continues_to_the_same_numbers(inputs, tmp_path, capsys):
     schedule, pictures = tmp_path / "schedule.json", tmp_path / "pictures"
     sigmas = plain_task.quantized("cpu").sigmas
-    QSchedule.ramp(sigmas, (1.0, 1.0), (1.5, 1.5)).save(schedule)  # 0.6 of the way becomes 0.9
+    QSchedule(Trajectory.of(sigmas), ScalarCorrection((1.0,) * 3, (1.5,) * 3)).save(
+        schedule
+    )  # 0.6 of the way becomes 0.9
     pictures.mkdir()
     for i in range(3):
         Image.new("RGB", (40 + i, 30), (80 * i, 90, 200)).save(pictures / f"{i}.png")
@@ -208,7 +213,7 @@ def test_an_error_is_one_line_and_exit_code_1(
 
 
 def test_prompts_from_text_files_and_from_the_bundle(inputs, tmp_path):
-    from qsched_core.commands import parser, prompts_of
+    from qsched_core.cli.common import parser, prompts_of
     from qsched_core.prompts import bundled_prompts
 
     for name in ("one", "two"):
@@ -232,7 +237,7 @@ def test_prompts_from_text_files_and_from_the_bundle(inputs, tmp_path):
 
 
 def test_an_interrupt_says_how_to_go_on(capsys):
-    from qsched_core.commands import run
+    from qsched_core.cli.common import run
 
     def stopped():
         raise KeyboardInterrupt

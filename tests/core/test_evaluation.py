@@ -15,6 +15,7 @@ from evaluation_cases import (
     Brightness,
     PaintSource,
     StopError,
+    candidate,
     evaluated,
     prompt_set,
     space,
@@ -22,7 +23,7 @@ from evaluation_cases import (
 )
 
 from qsched_core.evaluation import Arm, EvaluationError, results, run
-from qsched_core.search.guard import paired_interval
+from qsched_core.statistics import paired_interval
 
 LINUX = sys.platform == "linux"
 
@@ -30,7 +31,7 @@ LINUX = sys.platform == "linux"
 def content(evaluation):
     found = evaluation.to_dict()
     for arm in found["arms"].values():
-        del arm["seconds"], arm["new_images"], arm["model_evaluations"]
+        del arm["seconds"], arm["new_images"], arm["nfe"]
     del found["new_images"]
     return found
 
@@ -91,8 +92,8 @@ def test_arms_of_one_model_share_its_batches(tmp_path):
     arms = three_arms()
     made = evaluated(tmp_path, arms)
     assert arms[1].source.calls == [(2, 4), (2, 4), (2, 2)]
-    spent = sum(arm.source.model_evaluations for arm in arms[:2])
-    assert sum(arm.model_evaluations for arm in made.arms) == spent == 10 * 3 + 10 * 5
+    spent = sum(arm.source.nfe for arm in arms[:2])
+    assert sum(arm.nfe for arm in made.arms) == spent == 10 * 3 + 10 * 5
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 2])
@@ -122,7 +123,7 @@ def test_a_finished_evaluation_makes_nothing(tmp_path):
 def test_another_schedule_repeats_only_itself(tmp_path):
     evaluated(tmp_path)
     arms = three_arms()
-    arms[2] = Arm("schedule", arms[2].source, type(ONE)((0.9,), (1.0,)), arms[2].facts)
+    arms[2] = Arm("schedule", arms[2].source, candidate(0.9))
     made = evaluated(tmp_path, arms)
     assert made.new_images == 10 and not arms[0].source.calls
     assert {candidates for candidates, _ in arms[1].source.calls} == {1}
@@ -135,14 +136,14 @@ def test_another_schedule_repeats_only_itself(tmp_path):
         {"spaces": [space("others")]},
         {"count": 11},
         {"part": 5},
-        {"arms": [Arm("baseline", PaintSource(0.2), ONE, {"model": "another"})]},
-        {"arms": [Arm("baseline", PaintSource(0.2), OTHER, {"model": "full"})]},
+        {"arms": [Arm("baseline", PaintSource(0.2, model="another"), ONE)]},
+        {"arms": [Arm("baseline", PaintSource(0.2, model="full"), OTHER)]},
     ],
     ids=lambda change: next(iter(change)),
 )
 def test_what_the_numbers_depend_on_is_evaluated_anew(tmp_path, change):
     evaluated(tmp_path)
-    arms = [Arm("baseline", PaintSource(0.2), ONE, {"model": "full"})]
+    arms = [Arm("baseline", PaintSource(0.2, model="full"), ONE)]
     assert evaluated(tmp_path, arms).new_images == 0
     made = evaluated(tmp_path, **({"arms": arms} | change))
     assert made.new_images == len(made.prompts)

@@ -48,7 +48,7 @@ def test_the_text_has_verdicts_means_gains_distances_and_cost(made):
 
 def test_arms_that_don_t_differ_are_said_not_to(tmp_path):
     arms = three_arms()[1:]
-    arms[1] = type(arms[0])("schedule", arms[0].source, arms[0].correction, {"model": "int2"})
+    arms[1] = type(arms[0])("schedule", arms[0].source, arms[0].candidate)
     text = report_text(evaluated(tmp_path, arms))
     assert "no difference that can be told from chance" in text
 
@@ -96,7 +96,7 @@ def test_pictures_of_every_arm_are_in_it(tmp_path):
             made = super().images(prompts, corrections, on_step)
             return torch.zeros_like(made) + torch.tensor([self.light, 0, 1])
 
-    arms = three_arms(Flat(0.0), Flat(1.0))
+    arms = three_arms(Flat(0.0, model="full"), Flat(1.0))
     pixels = np.asarray(report_picture(evaluated(tmp_path, arms))).reshape(-1, 3)
     for color, least in (((0, 0, 255), 10_000), ((255, 0, 255), 20_000)):
         assert (pixels == color).all(1).sum() > least

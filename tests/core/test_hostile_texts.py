@@ -10,6 +10,7 @@ import json
 import time
 
 import pytest
+from schedule_cases import scalar_schedule
 
 from benchmarks import _hostile
 from qsched_core.files import safe_name
@@ -32,9 +33,9 @@ from qsched_core.prompts import (
     is_long,
     parse_prompts,
 )
-from qsched_core.schedule import QSchedule
-from qsched_core.schedule_checks import MAX_PARTS, ScheduleError
+from qsched_core.schedule import QSchedule, ScheduleError
 from qsched_core.solvers import get_solver
+from qsched_core.validation import MAX_PARTS
 
 SECONDS = 2.0  # for a whole set of texts that each took far more, or one of them did
 LONGEST_MESSAGE = 1500
@@ -152,19 +153,21 @@ def test_a_schedule_of_a_thousand_steps_that_was_calibrated_and_edited_is_read()
         "precheck": {"steps": column, "error": column},
         "best": {"c_x": column, "c_eps": column},
     }
-    made = QSchedule(sigmas, column, column, "euler", True, facts)
+    made = scalar_schedule(sigmas, column, column, "euler", True, facts)
     for i in range(200):
-        made = made.edited(i + 1, c_x=0.001)
+        made = made.edited({"c_x": 0.001}, i + 1)
     assert QSchedule.from_json(made.to_json()) == made
 
 
 def test_what_can_be_made_can_be_read():
     """The bounds of the parts and of the whole leave no schedule that is written and refused."""
     whole = {"a": [1] * (MAX_PARTS - 4010)}
-    made = QSchedule([1 - i / 1000 for i in range(1001)], [1] * 1000, [1] * 1000, provenance=whole)
+    made = scalar_schedule(
+        [1 - i / 1000 for i in range(1001)], [1] * 1000, [1] * 1000, provenance=whole
+    )
     assert QSchedule.from_json(made.to_json()) == made
     with pytest.raises(ScheduleError, match="brackets and commas"):
-        QSchedule((1.0, 0.0), (1.0,), (1.0,), provenance={"a": [1] * MAX_PARTS})
+        scalar_schedule((1.0, 0.0), (1.0,), (1.0,), provenance={"a": [1] * MAX_PARTS})
 
 
 def test_a_number_of_many_digits_is_named():

@@ -7,16 +7,17 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from schedule_cases import RAMPED, SIGMAS, schedules
+from schedule_cases import RAMPED, SIGMAS, scalar_schedule, schedules
 
-from qsched_core.schedule import EDITS, QSchedule, ScheduleError, linear_ramp
+from qsched_core.correction import ScalarCorrection
+from qsched_core.schedule import EDITS, QSchedule, ScheduleError
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
         ({"sigmas": (1.0, 0.9, 0.9, 0.5, 0.0)}, "decrease at every step; sigmas[2]=0.9"),
-        ({"sigmas": (1.0, 0.5, 0.0)}, "c_x has 4 values for 2 steps"),
+        ({"sigmas": (1.0, 0.5, 0.0)}, "the correction has 4 steps and the trajectory 2"),
         ({"sigmas": (14.6, 0.9, 0.75, 0.5, 0.0)}, "14.6"),
         ({"sigmas": (1.0, 0.9, 0.75, 0.5, -0.1)}, "-0.1"),
         ({"sigmas": (1.0,)}, "sigmas has 1 values"),
@@ -43,7 +44,7 @@ def test_invalid_fields_are_named(change, named):
     ones = (1.0,) * 4
     fields = {"sigmas": SIGMAS, "c_x": ones, "c_eps": ones, "flow": True} | change
     with pytest.raises(ScheduleError) as error:
-        QSchedule(**fields)
+        scalar_schedule(**fields)
     assert named in str(error.value)
     assert len(str(error.value)) < 400
 
@@ -52,20 +53,22 @@ def test_provenance_that_never_ends_is_refused():
     endless: dict = {}
     endless["again"] = [endless]
     with pytest.raises(ScheduleError, match="nested"):
-        QSchedule.identity(SIGMAS, endless=endless)
+        QSchedule.identity(RAMPED.trajectory, endless=endless)
 
 
 def test_provenance_is_a_copy():
     facts = {"model": {"format": "int2"}}
-    schedule = QSchedule.identity(SIGMAS, **facts)
+    schedule = QSchedule.identity(RAMPED.trajectory, **facts)
     facts["model"]["format"] = "nf4"
     assert schedule.provenance["model"]["format"] == "int2"
 
 
 def test_ramp_is_linear_and_meets_both_ends():
-    assert linear_ramp(0.8, 1.1, 4) == pytest.approx((0.8, 0.9, 1.0, 1.1))
-    assert linear_ramp(0.8, 1.1, 1) == (0.8,)
-    assert QSchedule.ramp(SIGMAS, (1.0, 1.0), (1.0, 1.0)).is_identity
+    ramp = ScalarCorrection.ramp({"c_x": (0.8, 1.1)}, 4)
+    assert ramp.c_x == pytest.approx((0.8, 0.9, 1.0, 1.1))
+    assert ramp.c_eps == (1.0,) * 4
+    assert ScalarCorrection.ramp({"c_eps": (0.8, 1.1)}, 1).c_eps == (0.8,)
+    assert ScalarCorrection.ramp({}, 4) == ScalarCorrection.identity(4)
 
 
 LEARNED = {
@@ -77,26 +80,26 @@ LEARNED = {
 
 
 def test_an_edit_changes_one_step_or_all():
-    second = RAMPED.edited(2, 1.02, 0.5, "multiply")
-    assert second.c_x == (1.0, 1.1 * 1.02, 1.2, 1.3)
-    assert second.c_eps == (0.9, 0.4, 0.7, 0.6)
-    every = RAMPED.edited(0, c_eps=0.01)
-    assert every.c_eps == pytest.approx((0.91, 0.81, 0.71, 0.61))
-    assert every.c_x == RAMPED.c_x
-    assert RAMPED.edited(4, c_x=1.0, mode="set").c_x == (1.0, 1.1, 1.2, 1.0)
+    second = RAMPED.edited({"c_x": 1.02, "c_eps": 0.5}, 2, "multiply")
+    assert second.correction.c_x == (1.0, 1.1 * 1.02, 1.2, 1.3)
+    assert second.correction.c_eps == (0.9, 0.4, 0.7, 0.6)
+    every = RAMPED.edited({"c_eps": 0.01})
+    assert every.correction.c_eps == pytest.approx((0.91, 0.81, 0.71, 0.61))
+    assert every.correction.c_x == RAMPED.correction.c_x
+    assert RAMPED.edited({"c_x": 1.0}, 4, "set").correction.c_x == (1.0, 1.1, 1.2, 1.0)
     assert (every.sigmas, every.solver, every.flow) == (SIGMAS, RAMPED.solver, RAMPED.flow)
 
 
 def test_an_edited_schedule_claims_no_scores_of_its_own():
-    learned = QSchedule(SIGMAS, RAMPED.c_x, RAMPED.c_eps, provenance=LEARNED)
-    twice = learned.edited(1, c_x=0.01).edited(2, c_x=1.0, c_eps=0.9, mode="multiply")
+    learned = QSchedule(RAMPED.trajectory, RAMPED.correction, LEARNED)
+    twice = learned.edited({"c_x": 0.01}, 1).edited({"c_x": 1.0, "c_eps": 0.9}, 2, "multiply")
     facts = twice.provenance
     assert facts["source"] == "edit"
     assert facts["model"] == LEARNED["model"]  # it is still meant for that model
     assert not {"scores", "verdict"} & facts.keys()
     assert [edit["step"] for edit in facts["edits"]] == [1, 2]
     assert facts["original"] == {
-        "c_x": list(learned.c_x), "c_eps": list(learned.c_eps), "provenance": LEARNED,
+        "c_x": list(learned.correction.c_x), "c_eps": list(learned.correction.c_eps), "provenance": LEARNED,
     }  # fmt: skip
     assert learned.provenance == LEARNED
     assert QSchedule.from_json(twice.to_json()) == twice
@@ -104,41 +107,41 @@ def test_an_edited_schedule_claims_no_scores_of_its_own():
 
 @pytest.mark.parametrize(("mode", "neutral"), [("multiply", 1.0), ("add", 0.0)])
 def test_an_edit_that_changes_nothing_is_none(mode, neutral):
-    assert RAMPED.edited(0, neutral, neutral, mode) is RAMPED
-    assert RAMPED.edited(3, mode=mode) is RAMPED
+    assert RAMPED.edited({"c_x": neutral, "c_eps": neutral}, 0, mode) is RAMPED
+    assert RAMPED.edited({"c_x": None}, 3, mode) is RAMPED
 
 
 def test_a_provenance_that_only_looks_edited_is_kept_as_it_is():
-    odd = QSchedule.identity(SIGMAS, edits=7, original="mine")
-    facts = odd.edited(1, c_x=1.1).provenance
+    odd = QSchedule.identity(RAMPED.trajectory, edits=7, original="mine")
+    facts = odd.edited({"c_x": 1.1}, 1).provenance
     assert facts["original"]["provenance"] == {"edits": 7, "original": "mine"}
 
 
 @pytest.mark.parametrize(
     ("edit", "named"),
     [
-        ({"step": 5, "c_x": 1.1}, "step=5 is not in the schedule; choose 1 to 4"),
-        ({"step": -1, "c_x": 1.1}, "step=-1"),
-        ({"step": 4, "c_x": 4.0, "mode": "multiply"}, "c_x of step 4=5.2"),
-        ({"step": 0, "c_eps": -0.7, "mode": "add"}, "c_eps of step 1=0.2"),
-        ({"step": 1, "c_x": 0.0, "mode": "set"}, "c_x of step 1=0"),
-        ({"step": 1, "c_x": math.nan}, "nan"),
+        ({"step": 5, "changes": {"c_x": 1.1}}, "step=5 is not in the schedule; choose 1 to 4"),
+        ({"step": -1, "changes": {"c_x": 1.1}}, "step=-1"),
+        ({"step": 4, "changes": {"c_x": 4.0}, "mode": "multiply"}, "c_x of step 4=5.2"),
+        ({"step": 0, "changes": {"c_eps": -0.7}, "mode": "add"}, "c_eps of step 1=0.2"),
+        ({"step": 1, "changes": {"c_x": 0.0}, "mode": "set"}, "c_x of step 1=0"),
+        ({"step": 1, "changes": {"c_x": math.nan}}, "nan"),
         ({"step": 1, "mode": "scale"}, "mode='scale'"),
     ],
 )
 def test_an_edit_that_can_not_be_made_is_named(edit, named):
     with pytest.raises(ScheduleError) as error:
-        RAMPED.edited(**edit)
+        RAMPED.edited(**{"changes": {}} | edit)
     assert named in str(error.value)
 
 
 @given(schedules(), st.integers(-2, 20), st.floats(-5, 5), st.sampled_from(EDITS))
 def test_an_edit_gives_a_valid_schedule_or_a_schedule_error(schedule, step, value, mode):
     try:
-        edited = schedule.edited(step, value, None, mode)
+        edited = schedule.edited({"c_x": value, "c_eps": None}, step, mode)
     except ScheduleError:
         return
-    assert edited.c_eps == schedule.c_eps
+    assert edited.correction.c_eps == schedule.correction.c_eps
     assert QSchedule.from_json(edited.to_json()) == edited
 
 
@@ -147,7 +150,10 @@ def test_an_edit_gives_a_valid_schedule_or_a_schedule_error(schedule, step, valu
 )
 def test_a_tail_is_the_end_of_the_trajectory(denoise, kept):
     assert RAMPED.tail(denoise) == SIGMAS[4 - kept :]
-    assert RAMPED.at(RAMPED.tail(denoise), "strict").correction.c_x == RAMPED.c_x[4 - kept :]
+    assert (
+        RAMPED.at(RAMPED.tail(denoise), "strict").correction.c_x
+        == RAMPED.correction.c_x[4 - kept :]
+    )
 
 
 @pytest.mark.parametrize("denoise", [0, -1, 1.01, math.nan])
@@ -157,7 +163,7 @@ def test_a_tail_of_nothing_is_refused(denoise):
 
 
 def test_saving_leaves_only_the_file(tmp_path):
-    schedule = QSchedule.identity(SIGMAS)
+    schedule = QSchedule.identity(RAMPED.trajectory)
     schedule.save(tmp_path / "deep" / "a.json")
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["a.json"]
     assert QSchedule.load(tmp_path / "deep" / "a.json") == schedule
@@ -166,9 +172,9 @@ def test_saving_leaves_only_the_file(tmp_path):
 def test_saving_over_a_file_is_asked_for(tmp_path):
     path = RAMPED.save(tmp_path / "a.json", overwrite=False)
     with pytest.raises(FileExistsError):
-        QSchedule.identity(SIGMAS).save(path, overwrite=False)
+        QSchedule.identity(RAMPED.trajectory).save(path, overwrite=False)
     assert QSchedule.load(path) == RAMPED
-    QSchedule.identity(SIGMAS).save(path)
+    QSchedule.identity(RAMPED.trajectory).save(path)
     assert QSchedule.load(path).is_identity
 
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from schedule_cases import RAMPED, SIGMAS, plain, schedules
+from schedule_cases import RAMPED, plain, scalar_schedule, schedules
 
 from qsched_core.canvas import INK, PAPER
 from qsched_core.schedule import QSchedule
-from qsched_core.schedule_chart import C_EPS, C_X, draw
-from qsched_core.schedule_summary import facts, original, scores, summary
+from qsched_core.schedule.chart import CURVES, draw
+from qsched_core.schedule.summary import facts, scores, summary
 
 PROVENANCE = {
     "source": "calibration",
@@ -28,10 +28,10 @@ PROVENANCE = {
     },
     "verdict": "helps",
     "guarded": False,
-    "model_evaluations": 2416,
+    "nfe": 2416,
     "seconds": 34.0,
 }
-LEARNED = QSchedule(SIGMAS, RAMPED.c_x, RAMPED.c_eps, provenance=PROVENANCE)
+LEARNED = QSchedule(RAMPED.trajectory, RAMPED.correction, PROVENANCE)
 
 
 def test_the_summary_tells_what_was_learned_for_what():
@@ -46,24 +46,26 @@ def test_the_summary_tells_what_was_learned_for_what():
         "calibration, 20 prompts: JAQ 4.5000 -> 4.7000 (+0.2000, 95 % of it in +0.1000 to +0.3000)",
         "held-out, 64 prompts: JAQ 4.4800 -> 4.5900 (+0.1100)",
         "verdict: helps",
-        "cost: 2416 model evaluations, 34 s",
+        "cost: 2416 model evaluations (NFE), 34 s",
     ):
         assert told in text
 
 
 def test_an_edited_schedule_shows_no_scores_but_its_edits():
-    edited = LEARNED.edited(2, c_x=0.01).edited(0, c_eps=1.01, mode="multiply")
+    edited = LEARNED.edited({"c_x": 0.01}, 2).edited({"c_eps": 1.01}, 0, "multiply")
     assert scores(edited) == []
     told = dict(facts(edited))
     assert told["origin"] == "edited by hand (step 2 c_x +0.01; all steps c_eps x 1.01)"
     assert told["verdict"] == "not measured since it was edited (the original: helps)"
     assert told["model"] == "demo.safetensors"
-    assert original(edited).c_x == LEARNED.c_x
-    assert original(LEARNED) is None
+    assert edited.original.correction == LEARNED.correction
+    assert LEARNED.original is None
 
 
 def test_a_guarded_schedule_says_whose_scores_are_shown():
-    guarded = QSchedule.identity(SIGMAS, **PROVENANCE | {"guarded": True, "verdict": "overfitted"})
+    guarded = QSchedule.identity(
+        RAMPED.trajectory, **PROVENANCE | {"guarded": True, "verdict": "overfitted"}
+    )
     assert "the scores are those of the best candidate" in dict(facts(guarded))["verdict"]
 
 
@@ -74,12 +76,12 @@ def _luminance(color: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-@pytest.mark.parametrize("color", [INK, C_X, C_EPS])
+@pytest.mark.parametrize("color", [INK, *CURVES])
 def test_text_and_curves_stand_out_from_the_ground(color):
     assert (_luminance(PAPER) + 0.05) / (_luminance(color) + 0.05) >= 4.5
 
 
-EDGES = QSchedule([1 - i / 16 for i in range(17)], [0.25, 4.0] * 8, [4.0, 0.25] * 8)
+EDGES = scalar_schedule([1 - i / 16 for i in range(17)], [0.25, 4.0] * 8, [4.0, 0.25] * 8)
 
 
 @pytest.mark.parametrize(
@@ -87,11 +89,11 @@ EDGES = QSchedule([1 - i / 16 for i in range(17)], [0.25, 4.0] * 8, [4.0, 0.25] 
     [
         RAMPED,
         LEARNED,
-        LEARNED.edited(1, c_x=0.02),
-        QSchedule.identity(SIGMAS),
-        QSchedule((1.0, 0.0), (1.03,), (0.95,)).edited(1, c_x=0.01),
+        LEARNED.edited({"c_x": 0.02}, 1),
+        QSchedule.identity(RAMPED.trajectory),
+        scalar_schedule((1.0, 0.0), (1.03,), (0.95,)).edited({"c_x": 0.01}, 1),
         EDGES,
-        QSchedule([1 - i / 1000 for i in range(1001)], [1.0] * 1000, [0.5] * 1000),
+        scalar_schedule([1 - i / 1000 for i in range(1001)], [1.0] * 1000, [0.5] * 1000),
     ],
     ids=["ramp", "learned", "edited", "identity", "1-step", "16-steps-at-the-limits", "1000-steps"],
 )
@@ -108,7 +110,7 @@ def test_the_picture_is_opaque_and_nothing_is_cut_off(schedule):
     assert (np.abs(margin - ground) <= 2).all()
     used = (np.abs(pixels - ground) > 60).any(axis=(1, 2)).nonzero()[0]
     assert used.max() < picture.height - 15
-    for color in (C_X, C_EPS):
+    for color in CURVES[:2]:
         exact = np.array([int(color[k : k + 2], 16) for k in (1, 3, 5)])
         assert (np.abs(pixels - exact).max(axis=2) <= 8).sum() > 50
 
@@ -123,9 +125,6 @@ keys = st.sampled_from([*PROVENANCE, "edits", "original", "jaq", "low", "c_x", "
 )
 @settings(max_examples=25)
 def test_any_provenance_is_drawn(schedule, found, source):
-    odd = QSchedule(
-        schedule.sigmas, schedule.c_x, schedule.c_eps, schedule.solver, schedule.flow,
-        found | {"source": source},
-    )  # fmt: skip
+    odd = QSchedule(schedule.trajectory, schedule.correction, found | {"source": source})
     assert draw(odd).height < 3000
     assert summary(odd).encode()

@@ -8,7 +8,7 @@ import json
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from schedule_cases import RAMPED, plain, schedules
+from schedule_cases import RAMPED, plain, scalar_schedule, schedules
 
 from qsched_core.schedule import QSchedule, ScheduleError
 
@@ -124,7 +124,8 @@ def test_every_field_but_the_provenance_is_needed(path):
     ("path", "value", "named"),
     [
         (("format",), "qsched2", "format"),
-        (("version",), 2, "version=2"),
+        (("version",), 3, "version=3"),
+        (("version",), 2, "trajectory is missing"),
         (("version",), True, "version=True"),
         (("version",), 1.0, "version=1.0"),
         (("solver",), None, "solver=None"),
@@ -198,6 +199,5 @@ def test_lists_of_numbers_stay_on_one_line():
 
 @given(st.dictionaries(st.text(st.characters(exclude_categories=("Cs",))), plain))
 def test_provenance_comes_back_as_it_was(facts):
-    schedule = QSchedule.identity((1.0, 0.0)).edited(1, c_x=0.1)
-    schedule = QSchedule(schedule.sigmas, schedule.c_x, schedule.c_eps, provenance=facts)
+    schedule = scalar_schedule((1.0, 0.0), (1.1,), (1.0,), provenance=facts)
     assert QSchedule.from_json(schedule.to_json()).provenance == facts

@@ -16,23 +16,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from planted import READER, TRAJECTORY, Planted
 
+from qsched_core.calibration import calibrate
+from qsched_core.calibration.guard import MIN_PROMPTS, judge
+from qsched_core.correction import ScalarCorrection
 from qsched_core.objective import Scores
-from qsched_core.precondition import ScalarCorrection
 from qsched_core.prompts import CalibrationPrompts
-from qsched_core.search import (
-    STRATEGIES,
-    CalibrationError,
-    CalibrationSettings,
-    calibrate,
-)
-from qsched_core.search.guard import MIN_PROMPTS, Interval, judge, paired_interval
-from qsched_core.search.journal import Journal
+from qsched_core.search import STRATEGIES, CalibrationSettings, Monitor
 from qsched_core.search.space import RampSpace, StepSpace, grid_points, on_edge
+from qsched_core.statistics import Interval, paired_interval
+from qsched_core.study import CalibrationError, StudyPlace
+from qsched_core.study.journal import Journal
+from qsched_core.trajectory import Candidate, Trajectory
 
 pytest.importorskip("optuna", reason="the search needs optuna")
 
-SIGMAS = (1.0, 0.9, 0.75, 0.5, 0.0)
 BEST = ScalarCorrection((1.06, 1.0, 1.03, 0.99), (0.92, 0.97, 1.0, 1.04))
 PROMPTS = CalibrationPrompts.of(
     [f"a thing {i}" for i in range(10)], [f"another {i}" for i in range(12)], 3
@@ -41,19 +40,19 @@ SMALL = {name: 16 if name == "grid" else 30 if "+" in name else 20 for name in S
 SMALL |= {"tpe": 40, "tpe+steps": 60}  # it learns slowest
 
 
-class World:
+class World(Planted):
     """A made-up model: JAQ falls with the squared distance from ``best``, a little by prompt."""
 
-    def __init__(self, best=BEST, heldout_best=None, noise=0.0):
+    def __init__(self, best=BEST, heldout_best=None, noise=0.0, **more):
+        super().__init__(**more)
         self.best, self.heldout_best, self.noise = best, heldout_best or best, noise
         self.calls: list[int] = []
-        self.evaluations = 0
 
-    def __call__(self, corrections, prompts):
-        self.calls.append(len(corrections))
-        self.evaluations += len(prompts) * (3 * len(corrections) + 1)
+    def __call__(self, candidates, prompts):
+        self.calls.append(len(candidates))
+        self.nfe += len(prompts) * (3 * len(candidates) + 1)
         best = self.best if prompts == PROMPTS.calibration else self.heldout_best
-        return [self.score(correction, best, prompts) for correction in corrections]
+        return [self.score(candidate.correction, best, prompts) for candidate in candidates]
 
     def score(self, correction, best, prompts):
         pairs = zip(correction.c_x + correction.c_eps, best.c_x + best.c_eps, strict=True)
@@ -79,21 +78,25 @@ class CrashingWorld(World):
         return super().__call__(corrections, prompts)
 
 
-def run(world, folder, settings=None, prompts=PROMPTS, provenance=None, **more):
-    settings = settings or CalibrationSettings("grid", 16)
-    return calibrate(
-        world, SIGMAS, True, "euler", settings, prompts, provenance or {"m": 1}, folder, **more
-    )
+def run(world, folder, settings=None, prompts=PROMPTS, reference=None, **told):
+    settings, place = settings or CalibrationSettings("grid", 16), StudyPlace(folder)
+    return calibrate(world, READER, prompts, settings, place, reference, Monitor(**told))
 
 
 def outcome(result):
     return (
-        result.schedule.correction(),
+        result.schedule.candidate,
         result.best,
         result.verdict,
-        [(t.number, t.stage, t.correction, t.scores) for t in result.trials],
+        [(t.number, t.stage, t.candidate, t.scores) for t in result.trials],
         result.heldout,
     )
+
+
+def at(*columns, trajectory=None):
+    """The candidate with these coefficients."""
+    steps = Trajectory.of([1 - i / len(columns[0]) for i in range(len(columns[0]) + 1)])
+    return Candidate(trajectory or steps, ScalarCorrection(*columns))
 
 
 # Space
@@ -105,46 +108,51 @@ def outcome(result):
     st.floats(0.8, 1.2),
 )
 def test_the_per_step_box_holds_its_centre_and_the_base_solver(c_x, radius, eps):
-    centre = ScalarCorrection(tuple(c_x), (eps,) * len(c_x))
+    centre = at(tuple(c_x), (eps,) * len(c_x))
     space = StepSpace(centre, radius)
-    assert space.correction(space.point(centre)) == centre
-    one = ScalarCorrection((1.0,) * len(c_x), (1.0,) * len(c_x))
+    assert space.candidate(space.point(centre)) == centre
+    one = Candidate.identity(centre.trajectory)
     for point in (space.start, space.point(one)):
         assert all(low <= point[name] <= high for name, (low, high) in space.bounds.items())
-    assert space.correction(space.point(one)) == one
+    assert space.candidate(space.point(one)) == one
 
 
 def test_steps_that_are_not_free_stay_at_the_centre():
-    centre = ScalarCorrection((1.1, 1.0, 0.9), (0.8, 1.2, 1.0))
+    centre = at((1.1, 1.0, 0.9), (0.8, 1.2, 1.0))
     space = StepSpace(centre, free=(2,))
     assert set(space.bounds) == {"c_x[2]", "c_eps[2]"}
-    moved = space.correction({"c_x[2]": 0.95, "c_eps[2]": 1.05})
-    assert moved == ScalarCorrection((1.1, 1.0, 0.95), (0.8, 1.2, 1.05))
+    moved = space.candidate({"c_x[2]": 0.95, "c_eps[2]": 1.05})
+    assert moved == at((1.1, 1.0, 0.95), (0.8, 1.2, 1.05))
 
 
 def test_a_ramp_may_end_elsewhere_than_at_1():
-    space = RampSpace(3, ends=True)
+    three = at((1.0,) * 3, (1.0,) * 3).trajectory
+    space = RampSpace(three, ends=True)
     point = {"c_x start": 1.2, "c_eps start": 0.8, "c_x end": 1.0, "c_eps end": 1.2}
     assert set(space.bounds) == set(point)
-    assert space.correction(point).c_eps == pytest.approx((0.8, 1.0, 1.2))
-    assert set(RampSpace(1, ends=True).bounds) == {"c_x start", "c_eps start"}
+    assert space.candidate(point).correction.c_eps == pytest.approx((0.8, 1.0, 1.2))
+    assert set(RampSpace(Trajectory.of((1.0, 0.0)), ends=True).bounds) == {
+        "c_x start",
+        "c_eps start",
+    }
 
 
 @given(st.integers(1, 16), st.floats(0.8, 1.2), st.floats(0.8, 1.2))
 def test_a_ramp_starts_at_its_point_and_ends_at_1(steps, x, eps):
-    correction = RampSpace(steps).correction({"c_x start": x, "c_eps start": eps})
+    trajectory = at((1.0,) * steps, (1.0,) * steps).trajectory
+    correction = RampSpace(trajectory).candidate({"c_x start": x, "c_eps start": eps}).correction
     assert (correction.c_x[0], correction.c_eps[0]) == (x, eps)
     if steps > 1:
         assert correction.c_x[-1] == correction.c_eps[-1] == pytest.approx(1, abs=1e-12)
 
 
 def test_the_paper_s_grid_is_ten_by_ten_from_end_to_end():
-    points = grid_points(RampSpace(4), 10)
+    points = grid_points(RampSpace(TRAJECTORY), 10)
     assert len(points) == len({tuple(p.values()) for p in points}) == 100
     assert {min(p.values()) for p in points[:1]} == {0.8}
     assert tuple(points[-1].values()) == pytest.approx((1.2, 1.2))
-    assert on_edge(RampSpace(4), points[0]) == ["c_x start", "c_eps start"]
-    assert on_edge(RampSpace(4), points[44]) == []
+    assert on_edge(RampSpace(TRAJECTORY), points[0]) == ["c_x start", "c_eps start"]
+    assert on_edge(RampSpace(TRAJECTORY), points[44]) == []
 
 
 @pytest.mark.parametrize(
@@ -186,14 +194,14 @@ def test_a_strategy_makes_its_budget_of_trials_from_1_on_and_helps(name, tmp_pat
     world = World()
     result = run(world, tmp_path, CalibrationSettings(name, SMALL[name]), on_trial=seen.append)
     assert len(result.trials) == len(seen) == 1 + SMALL[name]
-    assert result.baseline.correction == ScalarCorrection((1.0,) * 4, (1.0,) * 4)
+    assert result.baseline.candidate == Candidate.identity(TRAJECTORY)
     assert result.winner.value == max(t.value for t in result.trials)
     assert [p.trial for p in seen] == list(result.trials)
     assert {p.total for p in seen} == {len(result.trials)} and seen[-1].seconds_left == 0
     assert [p.best.value for p in seen] == sorted(p.best.value for p in seen)
     assert sum(world.calls) == len(result.trials) + 2  # and two on held-out prompts
     assert result.verdict.kind == "helps"
-    assert result.schedule.correction() == result.best
+    assert result.schedule.candidate == result.best
     json.dumps(result.to_dict(), allow_nan=False)
 
 
@@ -228,9 +236,8 @@ def test_it_runs_where_gradients_are_off_as_in_a_node(tmp_path):
 
 
 def test_a_one_step_model_can_be_calibrated(tmp_path):
-    world = World(ScalarCorrection((1.05,), (0.95,)))
-    settings = CalibrationSettings("gp+steps", 10)
-    result = calibrate(world, (1.0, 0.0), True, "euler", settings, PROMPTS, {}, tmp_path)
+    world = World(ScalarCorrection((1.05,), (0.95,)), trajectory=Trajectory.of((1.0, 0.0)))
+    result = run(world, tmp_path, CalibrationSettings("gp+steps", 10))
     assert result.winner.value > result.baseline.value
 
 
@@ -245,16 +252,21 @@ def test_how_many_are_evaluated_together_changes_nothing_but_the_batches(togethe
 
 def test_costs_add_up_to_what_the_model_did(tmp_path):
     world = World()
-    result = run(world, tmp_path, count_evaluations=lambda: world.evaluations)
-    assert result.model_evaluations == world.evaluations > 0
-    again = run(world, tmp_path, count_evaluations=lambda: world.evaluations)
-    assert again.model_evaluations == result.model_evaluations
+    result = run(world, tmp_path)
+    assert result.nfe == world.nfe > 0
+    again = run(world, tmp_path)
+    assert again.nfe == result.nfe
     assert again.seconds == result.seconds
 
 
 def test_scores_that_do_not_fit_are_refused(tmp_path):
+    class Short(type(READER)):
+        def score(self, images, prompts):
+            return super().score(images[1:], prompts)
+
+    settings, place = CalibrationSettings("grid", 16), StudyPlace(tmp_path)
     with pytest.raises(CalibrationError, match="candidates of 10 prompts"):
-        run(lambda corrections, prompts: [], tmp_path)
+        calibrate(World(), Short(), PROMPTS, settings, place)
 
 
 # Journal
@@ -330,13 +342,13 @@ def test_whatever_changes_the_scores_is_another_study(tmp_path):
     fewer = CalibrationPrompts(PROMPTS.calibration.part(0, 9), PROMPTS.heldout)
     for change in (
         {},
-        {"provenance": {"m": 2}},
+        {"world": World(model={"m": 2})},
         {"prompts": fewer},
         {"settings": replace(settings, budget=4)},
         {"settings": replace(settings, seed=1)},
         {"settings": replace(settings, high=1.1)},
     ):
-        assert run(World(), tmp_path, **change).new_trials > 0
+        assert run(**{"world": World(), "folder": tmp_path} | change).new_trials > 0
     for change in ({"guard": False}, {"together": 1}):
         assert run(World(), tmp_path, replace(settings, **change)).new_trials == 0
 
@@ -345,14 +357,14 @@ def test_a_study_that_runs_is_left_alone_and_others_are_free(tmp_path):
     name = run(World(), tmp_path).journal.stem
 
     def nested(corrections, prompts):
-        assert run(World(), tmp_path, provenance={"m": 2}).new_trials
+        assert run(World(model={"m": 2}), tmp_path).new_trials
         with pytest.raises(CalibrationError, match="running already"):
-            run(World(), tmp_path, provenance={"m": 3})
+            run(World(model={"m": 3}), tmp_path)
         raise CrashError
 
     with pytest.raises(CrashError):
-        run(nested, tmp_path, provenance={"m": 3})
-    assert run(World(), tmp_path, provenance={"m": 3}).new_trials  # the lock went with its holder
+        run(Planted(nested, {"m": 3}), tmp_path)
+    assert run(World(model={"m": 3}), tmp_path).new_trials  # the lock went with its holder
     with Journal(tmp_path, name):
         pass
 
@@ -386,17 +398,17 @@ def test_a_damaged_journal_is_named(tmp_path):
 
 
 def test_a_gain_that_does_not_carry_over_is_called_overfitted_and_kept_out(tmp_path):
-    world = World(heldout_best=ScalarCorrection((1.0,) * 4, (1.0,) * 4))
+    world = World(heldout_best=ScalarCorrection.identity(4))
     result = run(world, tmp_path)
     assert result.verdict.kind == "overfitted"
     assert result.schedule.is_identity and result.heldout.high < 0 < result.calibration.low
     unguarded = run(world, tmp_path, CalibrationSettings("grid", 16, guard=False))
-    assert unguarded.schedule.correction() == unguarded.best != result.schedule.correction()
+    assert unguarded.schedule.candidate == unguarded.best != result.schedule.candidate
     assert unguarded.verdict.kind == "overfitted"
 
 
 def test_a_model_that_is_best_as_it_is_keeps_1(tmp_path):
-    ones = ScalarCorrection((1.0,) * 4, (1.0,) * 4)
+    ones = ScalarCorrection.identity(4)
     world = World(ones)
     result = run(world, tmp_path)
     assert result.verdict.kind == "no effect" and result.schedule.is_identity
@@ -408,7 +420,7 @@ def test_a_scorer_that_sees_nothing_is_reported(tmp_path):
         ones = (1.0,) * len(prompts)
         return [Scores(ones, ones, ones)] * len(corrections)
 
-    result = run(constant, tmp_path)
+    result = run(Planted(constant), tmp_path)
     assert result.schedule.is_identity
     assert any("every candidate scored the same" in warning for warning in result.warnings)
 
@@ -433,7 +445,7 @@ def test_pure_noise_rarely_passes_the_guard(tmp_path):
             return [Scores(row, row, row) for row in rows]
 
         settings = CalibrationSettings("grid", 4)
-        passed += not run(noise, tmp_path, settings, prompts).schedule.is_identity
+        passed += not run(Planted(noise), tmp_path, settings, prompts).schedule.is_identity
     assert passed <= 0.05 * 60
 
 

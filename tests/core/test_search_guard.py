@@ -8,13 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import skew, t, ttest_1samp
 
-from qsched_core.search.guard import (
-    MIN_PROMPTS,
-    Interval,
-    judge,
-    mean_interval,
-    paired_interval,
-)
+from qsched_core.calibration.guard import MIN_PROMPTS, judge
+from qsched_core.statistics import Interval, mean_interval, paired_interval
 
 UP, ACROSS = Interval(0.1, 0.05, 0.15, 40), Interval(0.1, -0.05, 0.25, 40)
 

@@ -10,35 +10,54 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_search import PROMPTS, SIGMAS, World, run
+from test_search import PROMPTS, World, run
 
+from qsched_core.calibration import precheck
+from qsched_core.calibration.report import report_text
+from qsched_core.correction import ScalarCorrection
 from qsched_core.objective import Scores
-from qsched_core.precondition import ScalarCorrection
-from qsched_core.search import (
-    CalibrationError,
-    CalibrationSettings,
-    Reference,
-    calibrate,
-    precheck,
-)
-from qsched_core.search.report import report_text
+from qsched_core.search import CalibrationSettings
+from qsched_core.study import CalibrationError
+from qsched_core.trajectory import Observed
 
 SETTINGS = CalibrationSettings("grid", 16, high=1.2)
-ONES = ScalarCorrection((1.0,) * 4, (1.0,) * 4)
+ONES = ScalarCorrection.identity(4)
 
 
-def controlled(reference, folder, world=None, **more):
-    return calibrate(
-        world or World(), SIGMAS, True, "euler", SETTINGS, PROMPTS, {"m": 1}, folder,
-        reference=reference, **more,
-    )  # fmt: skip
+LEVELS = (1.0, 0.7, 0.4, 0.0)
+
+
+def tensors(seed, prompts=8, steps=3):
+    draw = torch.Generator().manual_seed(seed)
+    shape = (steps, prompts, 4, 8, 8)
+    return [torch.randn(shape, generator=draw, dtype=torch.float64) for _ in range(3)]
+
+
+class Seen(World):
+    """A world whose model can be looked at: noise, and how often it was."""
+
+    def __init__(self, *args, error=0.0, **more):
+        super().__init__(*args, **more)
+        self.error, self.looks = error, []
+
+    def observed(self, prompts, at=None):
+        self.looks.append(list(self.calls))
+        count = self.trajectory.steps
+        x, exact, noise = (tuple(t) for t in tensors(2, len(prompts), count))
+        outputs = tuple(e + self.error * n for e, n in zip(exact, noise, strict=True))
+        self.nfe += count * len(prompts)
+        return Observed(self.trajectory.sigmas[:-1], x, outputs, count * len(prompts))
+
+
+def controlled(reference, folder, world=None):
+    return run(world or Seen(error=0.1), folder, SETTINGS, reference=reference)
 
 
 # Control
 
 
 def test_a_reference_that_is_best_as_it_is_shows_repair(tmp_path):
-    result = controlled(Reference(World(ONES), {"m": "full"}), tmp_path)
+    result = controlled(Seen(ONES, model={"m": "full"}), tmp_path)
     control = result.control
     assert control.kind == "repair" and control.gain.high < 0 < control.repair.low
     assert control.repair.mean == pytest.approx(result.heldout.mean - control.gain.mean)
@@ -50,39 +69,29 @@ def test_a_reference_that_is_best_as_it_is_shows_repair(tmp_path):
 
 
 def test_a_reference_that_gains_as_much_shows_sharpening(tmp_path):
-    control = controlled(Reference(World(), {"m": "full"}), tmp_path).control
+    control = controlled(Seen(model={"m": "full"}), tmp_path).control
     assert control.kind == "sharpening"
     assert control.repair.mean == pytest.approx(0, abs=1e-9) and "no repair" in control.text
 
 
 def test_the_control_is_made_once_and_costs_are_counted(tmp_path):
-    first, world = World(ONES), World()
-    counts = lambda: first.evaluations + world.evaluations  # noqa: E731
-    one = controlled(Reference(first, {"m": 1}), tmp_path, world, count_evaluations=counts)
-    assert first.calls == [2] and one.model_evaluations == counts()
-    again = World(ONES)
-    assert controlled(Reference(again, {"m": 1}), tmp_path).control == one.control
+    first, world = Seen(ONES), Seen(error=0.1)
+    one = controlled(first, tmp_path, world)
+    assert first.calls == [2] and one.nfe == first.nfe + world.nfe
+    again = Seen(ONES)
+    assert controlled(again, tmp_path).control == one.control
     assert again.calls == []
-    other = World(ONES)
-    controlled(Reference(other, {"m": 2}), tmp_path)  # another reference is another control
+    other = Seen(ONES, model={"m": 2})
+    controlled(other, tmp_path)  # another reference is another control
     assert other.calls == [2]
 
 
 def test_without_a_winner_or_a_reference_there_is_no_control(tmp_path):
-    assert controlled(Reference(World(), {}), tmp_path, World(ONES)).control is None
+    assert controlled(Seen(), tmp_path, Seen(ONES)).control is None
     assert run(World(), tmp_path / "none").control is None
 
 
 # Pre-check
-
-
-def tensors(seed, prompts=8, steps=3):
-    draw = torch.Generator().manual_seed(seed)
-    shape = (steps, prompts, 4, 8, 8)
-    return [torch.randn(shape, generator=draw, dtype=torch.float64) for _ in range(3)]
-
-
-LEVELS = (1.0, 0.7, 0.4, 0.0)
 
 
 @given(st.integers(0, 99), st.floats(0.8, 1.2), st.floats(-0.2, 0.2))
@@ -127,7 +136,7 @@ def test_the_least_squares_is_the_correction_that_the_sampler_applies():
             left += float((step - target[judge]).square().sum())
     found = precheck(list(x), list(ours), list(exact), LEVELS)
     assert found.total == pytest.approx(1 - left / energy, abs=1e-9)
-    assert found.model_evaluations == 2 * 3 * 8
+    assert found.nfe == 2 * 3 * 8
 
 
 def test_equal_models_have_nothing_to_remove():
@@ -144,16 +153,11 @@ def test_what_does_not_fit_is_told(prompts):
 
 
 def test_the_pre_check_is_made_once_before_the_search(tmp_path):
-    world, made = World(), []
-
-    def check():
-        made.append(list(world.calls))
-        x, exact, noise = tensors(2)
-        return precheck(list(x), list(exact + noise), list(exact), LEVELS)
-
-    first = controlled(Reference(World(ONES), {}, check), tmp_path, world)
-    again = controlled(Reference(World(ONES), {}, check), tmp_path)
-    assert made == [[]] and first.precheck == again.precheck
+    world, later = Seen(error=0.1), Seen(error=0.1)
+    first = controlled(Seen(ONES), tmp_path, world)
+    again = controlled(Seen(ONES), tmp_path, later)
+    assert world.looks == [[]] and later.looks == []
+    assert first.precheck == again.precheck
     assert first.precheck.text in report_text(first)
     assert first.schedule.provenance["precheck"]["prompts"] == 8
 
@@ -245,12 +249,12 @@ def test_an_inverted_scorer_helps_itself_and_is_not_hidden(tmp_path):
     assert any("edge" in warning for warning in result.warnings)
 
 
-# Fidelity
+# Pruners
 
 
-@pytest.mark.parametrize("fidelity", ["wilcoxon", "hyperband"])
-def test_bad_candidates_do_not_see_every_prompt(fidelity, tmp_path):
-    settings = CalibrationSettings("gp", 20, fidelity=fidelity)
+@pytest.mark.parametrize("pruner", ["wilcoxon", "hyperband"])
+def test_bad_candidates_do_not_see_every_prompt(pruner, tmp_path):
+    settings = CalibrationSettings("gp", 20, pruner=pruner)
     world, full = World(noise=0.01), World(noise=0.01)
     result = run(world, tmp_path, settings)
     whole = run(full, tmp_path / "full", CalibrationSettings("gp", 20))

@@ -9,15 +9,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from qsched_core.calibration import CalibrationResult, Control, PreCheck
+from qsched_core.calibration.guard import judge
+from qsched_core.calibration.report import (
+    Sample,
+    report_path,
+    report_picture,
+    report_text,
+    typical,
+)
+from qsched_core.correction import ScalarCorrection
 from qsched_core.objective import Scores
-from qsched_core.precondition import ScalarCorrection
 from qsched_core.prompts import PromptSet
 from qsched_core.schedule import QSchedule
-from qsched_core.search import CalibrationResult, Trial, best_of
-from qsched_core.search.control import Control
-from qsched_core.search.guard import judge, paired_interval
-from qsched_core.search.precheck import PreCheck
-from qsched_core.search.report import Sample, report_path, report_picture, report_text, typical
+from qsched_core.search import Trial, best_of
+from qsched_core.statistics import paired_interval
+from qsched_core.trajectory import Candidate, Trajectory
 
 
 def scores(mean, n=8):
@@ -27,11 +34,12 @@ def scores(mean, n=8):
 
 def result(steps=4, values=(5.0, 4.0, 5.2), guard=True, heldout_gain=0.1):
     rng = np.random.default_rng(0)
-    trials = []
+    trials, trajectory = [], Trajectory.of([1 - i / steps for i in range(steps + 1)])
     for number, value in enumerate(values):
         c = np.ones((2, steps)) if number == 0 else rng.uniform(0.85, 1.15, (2, steps))
         correction = ScalarCorrection(*(tuple(map(float, row)) for row in c))
-        trials.append(Trial(number, "ramp", correction, scores(value), value, 1.5, 60))
+        candidate = Candidate(trajectory, correction)
+        trials.append(Trial(number, "ramp", candidate, scores(value), value, 1.5, 60))
     winner = best_of(trials)
     before, after = scores(5.0), scores(5.0 + heldout_gain)
     gains = [None, None]
@@ -40,10 +48,9 @@ def result(steps=4, values=(5.0, 4.0, 5.2), guard=True, heldout_gain=0.1):
             paired_interval(trials[0].scores.jaq, winner.scores.jaq),
             paired_interval(before.jaq, after.jaq),
         ]
-    sigmas = [1 - i / steps for i in range(steps + 1)]
     return CalibrationResult(
-        schedule=QSchedule.identity(sigmas),
-        best=winner.correction,
+        schedule=QSchedule.identity(trajectory),
+        best=winner.candidate,
         verdict=judge(*gains, guard),
         trials=tuple(trials),
         calibration=gains[0],
@@ -51,7 +58,7 @@ def result(steps=4, values=(5.0, 4.0, 5.2), guard=True, heldout_gain=0.1):
         heldout_before=before,
         heldout_after=after,
         warnings=("look out",),
-        model_evaluations=180,
+        nfe=180,
         seconds=4.5,
         journal=Path("study.journal"),
         where="study.journal",
@@ -70,8 +77,8 @@ def test_the_text_has_verdict_scores_coefficients_warnings_and_cost():
     assert text.startswith(made.verdict.text)
     for part in ("calibration jaq", "held-out quality", "warning: look out", "step 4: c_x"):
         assert part in text
-    assert "3 trials (1 not made in this run), 180 model evaluations" in text
-    assert f"{made.best.c_x[2]:.4f}" in text
+    assert "3 trials (1 not made in this run), 180 model evaluations (NFE)" in text
+    assert f"{made.best.correction.c_x[2]:.4f}" in text
 
 
 def test_what_the_guard_refused_is_said_to_be_unused():
@@ -90,14 +97,15 @@ def test_a_picture_shows_its_numbers_for_any_size(steps, values):
     ground = pixels[0, 0]
     for edge in (pixels[:, :12], pixels[:, -12:], pixels[:12], pixels[-4:]):
         assert (edge == ground).all(), "something is cut off"
-    c_x = tuple(c + 0.05 for c in made.best.c_x)
+    best = made.best.correction
+    other = best.with_rows({"c_x": tuple(c + 0.05 for c in best.c_x)})
     moved = replace(made.trials[-1], value=made.trials[-1].value - 0.02)
-    for other in (
-        replace(made, best=replace(made.best, c_x=c_x)),
+    for changed_result in (
+        replace(made, best=replace(made.best, correction=other)),
         replace(made, trials=(*made.trials[:-1], moved)),
         replace(made, verdict=replace(made.verdict, text="something else: told at length")),
     ):
-        changed = np.asarray(report_picture(other))
+        changed = np.asarray(report_picture(changed_result))
         assert changed.shape != pixels.shape or (changed != pixels).any()
 
 

@@ -15,21 +15,18 @@ from statistics import fmean
 from types import SimpleNamespace
 
 import pytest
+from planted import READER, TRAJECTORY, Planted
 from postgres import PASSWORD, postgres, why_not
-from test_search import PROMPTS, SIGMAS, World, outcome
+from test_search import PROMPTS, World, outcome
 
+from qsched_core.calibration import calibrate
 from qsched_core.objective import Scores
-from qsched_core.search import (
-    COMMAND_LINE,
-    CalibrationError,
-    CalibrationSettings,
-    calibrate,
-    check_shared,
-)
+from qsched_core.search import CalibrationSettings, Monitor
 from qsched_core.search import engine as engine_module
-from qsched_core.search.shared import SharedStore, differing
 from qsched_core.search.space import RampSpace, grid_points
-from qsched_core.search.store import Record
+from qsched_core.study import COMMAND_LINE, CalibrationError, StudyPlace, check_shared
+from qsched_core.study.shared import SharedStore, differing
+from qsched_core.study.store import Record
 
 pytest.importorskip("sqlalchemy", reason="shared studies need sqlalchemy")
 SETTINGS = CalibrationSettings("gp", 12)
@@ -62,11 +59,9 @@ def impatient(monkeypatch):
     monkeypatch.setattr(engine_module, "POLL_SECONDS", 0.05)
 
 
-def work(world, folder, storage, study, settings=SETTINGS, provenance=None, **more):
-    return calibrate(
-        world, SIGMAS, True, "euler", settings, PROMPTS, provenance or {"m": 1}, folder,
-        storage=storage, study=study, **more,
-    )  # fmt: skip
+def work(world, folder, storage=None, study="", settings=SETTINGS):
+    place = StudyPlace(folder, storage, study)
+    return calibrate(world, READER, PROMPTS, settings, place)
 
 
 class SlowWorld(World):
@@ -84,7 +79,7 @@ class SlowWorld(World):
 
 def test_one_worker_finds_what_the_local_journal_finds(storage, study, tmp_path):
     shared = work(World(), tmp_path, storage, study)
-    local = calibrate(World(), SIGMAS, True, "euler", SETTINGS, PROMPTS, {"m": 1}, tmp_path)
+    local = work(World(), tmp_path)
     assert outcome(shared) == outcome(local)
     world = World()
     again = work(world, tmp_path, storage, study)
@@ -138,7 +133,7 @@ t.work(Killed(), sys.argv[1], t.COMMAND_LINE.database(sys.argv[2]), sys.argv[3],
     finally:
         del os.environ["QSCHED_GRACE_SECONDS"]
     assert len(result.trials) == 13 and result.new_trials == 10
-    local = calibrate(World(), SIGMAS, True, "euler", SETTINGS, PROMPTS, {"m": 1}, tmp_path)
+    local = work(World(), tmp_path)
     assert result.baseline.scores == local.baseline.scores
 
 
@@ -157,7 +152,7 @@ def test_what_a_failing_worker_had_is_free_at_once(storage, study, tmp_path):
 
 
 def test_a_slot_is_taken_once(storage, study):
-    space = RampSpace(4)
+    space = RampSpace(TRAJECTORY)
     with (
         SharedStore(storage, study, {"a": 1}) as one,
         SharedStore(storage, study, {"a": 1}) as other,
@@ -176,7 +171,7 @@ def test_a_slow_worker_that_beats_keeps_its_slot(storage, study):
     with (
         SharedStore(storage, study, {}, grace=1.0) as one,
         SharedStore(storage, study, {}, grace=1.0) as other,
-        one.claim("ramp", RampSpace(4), {0: POINT}),
+        one.claim("ramp", RampSpace(TRAJECTORY), {0: POINT}),
     ):
         for _ in range(10):
             time.sleep(0.25)
@@ -185,14 +180,14 @@ def test_a_slow_worker_that_beats_keeps_its_slot(storage, study):
 
 def test_another_study_under_the_same_name_is_refused_before_any_work(storage, study, tmp_path):
     work(World(), tmp_path, storage, study)
-    world = World()
+    world = World(model={"m": 2})
     with pytest.raises(
-        CalibrationError, match=r"begun with something else: provenance\.m: 1, here 2"
+        CalibrationError, match=r"begun with something else: provenance\.model\.m: 1, here 2"
     ):
-        work(world, tmp_path, storage, study, provenance={"m": 2})
+        work(world, tmp_path, storage, study)
     with pytest.raises(CalibrationError, match=r"search\.budget: 12, here 9"):
-        work(world, tmp_path, storage, study, CalibrationSettings("gp", 9))
-    assert world.calls == []
+        work(other := World(), tmp_path, storage, study, CalibrationSettings("gp", 9))
+    assert world.calls == other.calls == []
 
 
 class Others:
@@ -222,7 +217,7 @@ class Others:
 
 def grid_record(slot, prompts, pruned=False):
     """A point of the grid of 4 whose candidates differ from one prompt to another."""
-    space = RampSpace(4, low=0.8, high=1.2)
+    space = RampSpace(TRAJECTORY, low=0.8, high=1.2)
     points = [space.start, *(p for p in grid_points(space, 2) if p != space.start)]
     jaq = tuple(1 + slot + (0.5 + slot) * i for i in range(prompts))
     return Record(slot, points[slot], Scores(jaq, (0.0,) * prompts, jaq), 0.1, 1, pruned)
@@ -235,10 +230,10 @@ def test_given_up_trials_are_measured_against_c_1_whichever_trial_arrives_first(
     store = Others({0: [grid_record(1, whole)], 1: late}, dict.fromkeys((0, 2, 3, 4), POINT))
     told = []
     search = engine_module.Search(
-        store, World(), CalibrationSettings("grid", 4, fidelity="hyperband"), PROMPTS.calibration,
-        on_trial=lambda progress: told.append(progress.trial),
+        store, World(), READER, CalibrationSettings("grid", 4, pruner="hyperband"),
+        PROMPTS.calibration, Monitor(on_trial=lambda progress: told.append(progress.trial)),
     )  # fmt: skip
-    search.stages(4)
+    search.stages(TRAJECTORY)
     base = grid_record(0, whole).scores.jaq
     value = fmean(base) + fmean(pruned.scores.jaq) - fmean(base[:3])
     assert [trial.number for trial in search.trials if trial.pruned] == [2]
@@ -255,8 +250,9 @@ def test_nothing_is_given_up_before_c_1_is_known():
         return world(corrections, prompts)
 
     store = Others({0: [grid_record(1, whole)], 1: [grid_record(0, whole)]}, {0: POINT})
-    settings = CalibrationSettings("grid", 4, fidelity="hyperband", together=1)
-    engine_module.Search(store, evaluate, settings, PROMPTS.calibration).stages(4)
+    settings = CalibrationSettings("grid", 4, pruner="hyperband", together=1)
+    search = engine_module.Search(store, Planted(evaluate), READER, settings, PROMPTS.calibration)
+    search.stages(TRAJECTORY)
     assert seen[0] == (1, whole)  # slot 1 alone is done: every prompt
     assert seen[1][1] < whole  # c = 1 is there: a few first
 
@@ -270,7 +266,7 @@ def test_a_trial_of_thousands_of_prompts_fits_mysqls_columns(tmp_path):
     file = tmp_path / "study.db"
     database = COMMAND_LINE.database(f"sqlite:///{file}")
     with SharedStore(database, "x", {"a": "b" * 70_000}) as store:
-        with store.claim("ramp", RampSpace(4), {3: POINT}) as claim:
+        with store.claim("ramp", RampSpace(TRAJECTORY), {3: POINT}) as claim:
             claim.finish(record)
         store.put("notes", {"other": 1})
         store.put("notes", notes)
@@ -290,13 +286,14 @@ def test_who_waits_can_be_stopped(storage, study, tmp_path):
     def idle():
         raise StoppedError
 
-    space = RampSpace(4)
+    space = RampSpace(TRAJECTORY)
     with pytest.raises(StoppedError), SharedStore(storage, study, {}) as store:
         search = engine_module.Search(
-            store, World(), CalibrationSettings("grid", 4), PROMPTS.calibration, idle=idle
-        )
+            store, World(), READER, CalibrationSettings("grid", 4), PROMPTS.calibration,
+            Monitor(idle=idle),
+        )  # fmt: skip
         with store.claim("grid", space, dict.fromkeys(range(5), POINT)):
-            search.stages(4)
+            search.stages(TRAJECTORY)
 
 
 def test_the_password_is_nowhere(postgresql, study, tmp_path, caplog):

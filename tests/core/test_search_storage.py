@@ -13,10 +13,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from qsched_core.search import COMMAND_LINE, CalibrationError, check_shared, workflow_rule
-from qsched_core.search import shared as shared_module
-from qsched_core.search.database import MAX_STUDY, checked_study
-from qsched_core.search.shared import SharedStore
+from qsched_core.study import COMMAND_LINE, CalibrationError, check_shared, workflow_rule
+from qsched_core.study import shared as shared_module
+from qsched_core.study.database import MAX_STUDY, checked_study
+from qsched_core.study.shared import SharedStore
 
 pytest.importorskip("sqlalchemy", reason="shared studies need sqlalchemy")
 FOLDER = Path("user/qsched/studies").absolute()

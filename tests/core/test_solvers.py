@@ -7,10 +7,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qsched_core.precondition import BatchCorrection, ScalarCorrection, precondition
-from qsched_core.rollout import EvaluationMemo, rollout
-from qsched_core.solvers import SOLVERS, ModelFacts, get_solver, sample_euler
+from qsched_core.correction import ScalarCorrection
+from qsched_core.correction.scalar import precondition
+from qsched_core.solvers import SOLVERS, ModelInfo, get_solver, sample_euler, sample_steps
 from qsched_core.solvers.tcd import target_sigma, timestep_of
+from qsched_core.trajectory import (
+    Candidate,
+    EvaluationMemo,
+    StepSolver,
+    Trajectory,
+    by_trajectory,
+    rollout,
+)
 
 FLOW = torch.tensor([1.0, 0.9, 0.75, 0.5, 0.0])
 VE = torch.tensor([14.6146, 3.5, 1.2, 0.4, 0.0])
@@ -20,14 +28,19 @@ CORRECTION = ScalarCorrection((0.93, 0.97, 1.02, 1.04), (1.08, 0.99, 0.95, 1.03)
 scalars = st.floats(0.5, 2.0)
 
 
-def facts(flow):
+def info(flow):
     """What a ComfyUI model of either family would give the solvers."""
-    return ModelFacts(flow, first_sigma=0.9999) if flow else ModelFacts(flow, 1.0, TRAINING)
+    return ModelInfo(flow, first_sigma=0.9999) if flow else ModelInfo(flow, 1.0, TRAINING)
 
 
 def model(x, sigma, **_):
     """A denoiser that depends on the latent and the noise level, nonlinearly."""
     return torch.tanh(x * 0.7) / (1 + sigma.reshape(-1, *[1] * (x.ndim - 1)))
+
+
+def trajectory_of(sigmas, *solvers, flow=True):
+    """The trajectory with these solvers, one a step or one for all."""
+    return Trajectory(tuple(sigmas.tolist()), flow, tuple(StepSolver(name) for name in solvers))
 
 
 def noise(seed=0, shape=(2, 4, 6, 6)):
@@ -60,13 +73,13 @@ def test_known_pixels_are_untouched_for_any_coefficients(c_x, c_eps):
 @pytest.mark.parametrize(("sigmas", "flow"), [(FLOW, True), (VE, False)])
 def test_coefficients_of_one_are_the_base_solver_bit_for_bit(name, sigmas, flow):
     solver = get_solver(name)
-    args = {"extra_args": {"seed": 7}} | solver.bind(facts(flow))
+    args = {"extra_args": {"seed": 7}} | solver.bind(info(flow))
 
     def seeded(x, sigma, seed):
         return model(x, sigma)
 
     base = solver.function(seeded, noise(), sigmas, **args)
-    ones = ScalarCorrection((1.0,) * 4, (1.0,) * 4)
+    ones = ScalarCorrection.identity(4)
     assert torch.equal(solver.function(seeded, noise(), sigmas, correction=ones, **args), base)
 
 
@@ -74,7 +87,8 @@ def test_coefficients_of_one_are_the_base_solver_bit_for_bit(name, sigmas, flow)
 @pytest.mark.parametrize(("sigmas", "flow"), [(FLOW, True), (VE, False)])
 def test_a_batched_rollout_equals_each_trajectory_alone(name, sigmas, flow):
     x, seeds = noise(shape=(3, 4, 6, 6)), (5, 6, 7)
-    candidates = [CORRECTION, ScalarCorrection((1.0,) * 4, (1.0,) * 4)]
+    trajectory = trajectory_of(sigmas, name, flow=flow)
+    candidates = [Candidate(trajectory, CORRECTION), Candidate.identity(trajectory)]
     solver = get_solver(name)
     evaluations = 0
 
@@ -83,13 +97,13 @@ def test_a_batched_rollout_equals_each_trajectory_alone(name, sigmas, flow):
         evaluations += 1
         return model(x, sigma)
 
-    solver.function(counted, x, sigmas, {"seed": 1}, **solver.bind(facts(flow)))
+    solver.function(counted, x, sigmas, {"seed": 1}, **solver.bind(info(flow)))
     later = 2 * 3 * (evaluations - 1)  # every candidate, after the first evaluation
     memo = EvaluationMemo()
-    arguments = {"solver": name, "facts": facts(flow), "seeds": seeds, "memo": memo}
+    arguments = {"info": info(flow), "seeds": seeds, "memo": memo}
     many = rollout(model, x, sigmas, candidates, **arguments)
     assert many.latents.shape == (2, 3, 4, 6, 6)
-    assert many.evaluations == 3 + later
+    assert many.nfe == 3 + later
     for k, candidate in enumerate(candidates):
         for p, seed in enumerate(seeds):
             alone = solver.function(
@@ -97,15 +111,15 @@ def test_a_batched_rollout_equals_each_trajectory_alone(name, sigmas, flow):
                 x[p : p + 1],
                 sigmas,
                 extra_args={"seed": seed},
-                correction=candidate,
-                **solver.bind(facts(flow)),
+                correction=candidate.correction,
+                **solver.bind(info(flow)),
             )
             torch.testing.assert_close(many.latents[k, p : p + 1], alone, rtol=1e-6, atol=1e-6)
     again = rollout(model, x, sigmas, candidates, **arguments)
-    assert again.evaluations == 0
+    assert again.nfe == 0
     assert torch.equal(again.latents, many.latents)
     others = rollout(model, x, sigmas, candidates, **arguments | {"samples": ["a", "b", "c"]})
-    assert others.evaluations == many.evaluations  # other prompts share nothing
+    assert others.nfe == many.nfe  # other prompts share nothing
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -119,22 +133,22 @@ def test_candidates_that_differ_from_a_step_on_share_what_is_before_it(name, cha
         return model(x, sigma)
 
     def some(*c_x):
-        return ScalarCorrection(c_x, (1.0,) * 4)
+        return Candidate(trajectory_of(FLOW, name), ScalarCorrection(c_x, (1.0,) * 4))
 
     memo, changes = EvaluationMemo(), [1.01, 1.02, 0.99, 1.0]
-    arguments = {"solver": name, "facts": facts(True), "seeds": seeds, "memo": memo}
+    arguments = {"info": info(True), "seeds": seeds, "memo": memo}
     whole = rollout(counted, x, FLOW, [some(*changes)], **arguments)
     evaluations = len(each)
     changes[changed] += 0.05
     part = rollout(counted, x, FLOW, [some(*changes)], **arguments)
-    assert part.evaluations == sum(each[evaluations:])
+    assert part.nfe == sum(each[evaluations:])
     assert not torch.equal(part.latents, whole.latents)
     kept = rollout(model, x, FLOW, [some(*changes)], **arguments | {"memo": EvaluationMemo()})
     assert torch.equal(part.latents, kept.latents)
     if name == "dpmpp_sde":  # two a step; the second sees its own step's c_x
-        assert part.evaluations <= 2 * (2 * (4 - changed) - 1)
+        assert part.nfe <= 2 * (2 * (4 - changed) - 1)
     else:
-        assert part.evaluations == 2 * (3 - changed)
+        assert part.nfe == 2 * (3 - changed)
 
 
 def test_the_memo_gives_up_what_was_not_used_for_longest():
@@ -148,9 +162,92 @@ def test_the_memo_gives_up_what_was_not_used_for_longest():
     assert all(torch.equal(memo.get(key), rows[key]) for key in (b"\x00", b"\x02", b"\x03"))
 
 
+def rolled(x, sigmas, *solvers, flow, seeds=(3, 4)):
+    """Final latents [samples, ...] of one corrected candidate."""
+    candidate = Candidate(trajectory_of(sigmas, *solvers, flow=flow), CORRECTION)
+    return rollout(model, x, sigmas, [candidate], info=info(flow), seeds=seeds).latents[0]
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize(("sigmas", "flow"), [(FLOW, True), (VE, False)])
+def test_a_trajectory_of_one_solver_is_that_solver_bit_for_bit(name, sigmas, flow):
+    solver, x = get_solver(name), noise()
+    arguments = solver.bind(info(flow))
+    alone = solver.function(
+        lambda x, sigma, seed: model(x, sigma), x, sigmas, {"seed": 8},
+        correction=CORRECTION, **arguments,
+    )  # fmt: skip
+    steps = trajectory_of(sigmas, *[name] * 4, flow=flow).bind(info(flow))
+    made = sample_steps(
+        steps, lambda x, sigma, seed: model(x, sigma), x, sigmas, {"seed": 8},
+        correction=CORRECTION,
+    )  # fmt: skip
+    assert torch.equal(made, alone)
+
+
+def test_a_multistep_solver_begins_anew_where_the_solver_changes():
+    """A first step of 2M is Euler's; later ones are not."""
+    x = noise()
+    mixed = rolled(x, VE, "dpmpp_2m", "dpmpp_2m", "euler", "dpmpp_2m", flow=False)
+    same = rolled(x, VE, "dpmpp_2m", "dpmpp_2m", "euler", "euler", flow=False)
+    torch.testing.assert_close(mixed, same)
+    longer = torch.tensor([14.6146, 3.5, 1.2, 0.4, 0.2])  # a step to 0 is first order anyway
+    on = rolled(x, longer, *["dpmpp_2m"] * 4, flow=False)
+    anew = rolled(x, longer, *["dpmpp_2m"] * 2, "euler", "dpmpp_2m", flow=False)
+    assert not torch.allclose(on, anew)
+
+
+def test_solvers_that_draw_from_one_source_never_draw_the_same_noise_twice():
+    """Each on its own would begin with the seed's first draw."""
+    drawn = []
+
+    def source(x, sigmas, seed):
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(sigma, sigma_next):
+            drawn.append(torch.randn(x.shape, generator=generator))
+            return drawn[-1].to(x)
+
+        return draw
+
+    x = noise()
+    steps = trajectory_of(VE, "lcm", "euler_ancestral", "lcm", "euler", flow=False).bind(
+        info(False)
+    )
+    made = source(x, VE, 5)
+    sample_steps(steps, lambda x, sigma: model(x, sigma), x, VE, noise=lambda _: made)
+    assert len(drawn) == 3
+    twice = sample_steps(steps, lambda x, sigma, seed: model(x, sigma), x, VE, {"seed": 5})
+    again = sample_steps(steps, lambda x, sigma, seed: model(x, sigma), x, VE, {"seed": 5})
+    assert torch.equal(twice, again)
+    own = get_solver("euler_ancestral").function(
+        lambda x, sigma, seed: model(x, sigma), x, VE[:3], {"seed": 5}
+    )
+    first = steps[1:2] * 2
+    assert torch.equal(
+        sample_steps(first, lambda x, sigma, seed: model(x, sigma), x, VE[:3], {"seed": 5}), own
+    )
+
+
+def test_a_trajectory_has_a_solver_for_every_step():
+    steps = trajectory_of(VE, "euler", flow=False).bind(info(False))
+    with pytest.raises(ValueError, match="3 solvers for 4 steps"):
+        sample_steps(steps[:3], model, noise(), VE)
+
+
+def test_candidates_of_several_trajectories_are_grouped():
+    one, other = trajectory_of(FLOW, "euler"), trajectory_of(FLOW, "lcm")
+    candidates = [Candidate.identity(t) for t in (one, other, one)]
+    assert by_trajectory(candidates) == [[0, 2], [1]]
+    with pytest.raises(ValueError, match="several trajectories"):
+        rollout(model, noise(), FLOW, candidates, info=info(True), seeds=(1, 2))
+
+
 def test_a_batch_correction_gives_each_candidate_its_own_scalars():
     x, denoised = noise(1, (4, 1, 2, 2)), noise(2, (4, 1, 2, 2))
-    batch = BatchCorrection.of([ScalarCorrection((0.9,), (1.1,)), ScalarCorrection((1.2,), (0.7,))])
+    batch = ScalarCorrection.stack(
+        [ScalarCorrection((0.9,), (1.1,)), ScalarCorrection((1.2,), (0.7,))]
+    )
     scaled, corrected = batch(0, x, denoised)
     for rows, (c_x, c_eps) in ((slice(0, 2), (0.9, 1.1)), (slice(2, 4), (1.2, 0.7))):
         want = precondition(x[rows], denoised[rows], c_x, c_eps)
@@ -177,7 +274,7 @@ def test_a_second_evaluation_that_breaks_stops_with_the_step():
 
     solver = get_solver("dpmpp_sde")
     with pytest.raises(ValueError, match="step 2 of 4"):
-        solver.function(broken, noise(), FLOW, {"seed": 1}, **solver.bind(facts(True)))
+        solver.function(broken, noise(), FLOW, {"seed": 1}, **solver.bind(info(True)))
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -188,7 +285,7 @@ def test_what_can_not_be_sampled_is_refused_before_the_model_runs(name):
         def never(*_, **__):
             raise AssertionError("the model ran")
 
-        solver.function(never, x, sigmas, {"seed": 1}, **solver.bind(facts(True)))
+        solver.function(never, x, sigmas, {"seed": 1}, **solver.bind(info(True)))
 
     x = noise()
     with pytest.raises(ValueError, match="NaN or infinity before step 1"):
@@ -224,17 +321,17 @@ def test_options_are_checked_by_name_value_and_range(name):
     for option in solver.options:
         for value in (option.minimum - 0.1, option.maximum + 0.1, float("nan"), "1", True, None):
             with pytest.raises(ValueError, match=f"{option.name}=.*{name}.*from 0 to 1"):
-                solver.bind(facts(True), **{option.name: value})
-        assert solver.bind(facts(True), **{option.name: option.minimum})[option.name] == 0.0
-        assert solver.bind(facts(True))[option.name] == option.default
+                solver.bind(info(True), **{option.name: value})
+        assert solver.bind(info(True), **{option.name: option.minimum})[option.name] == 0.0
+        assert solver.bind(info(True))[option.name] == option.default
     with pytest.raises(ValueError, match=f"churn=1 is no option of solver {name}"):
-        solver.bind(facts(True), churn=1)
+        solver.bind(info(True), churn=1)
 
 
 def test_tcd_says_which_fact_of_the_model_is_missing():
     solver = get_solver("tcd")
     for training, words in ((None, "missing"), (TRAINING.flip(0), "must rise")):
-        arguments = solver.bind(ModelFacts(False, training_sigmas=training))
+        arguments = solver.bind(ModelInfo(False, training_sigmas=training))
         with pytest.raises(ValueError, match=f"training_sigmas.*{words}"):
             solver.function(model, noise(), VE, {"seed": 1}, **arguments)
 
@@ -242,7 +339,7 @@ def test_tcd_says_which_fact_of_the_model_is_missing():
 def test_a_flow_without_a_first_sigma_is_refused_by_dpmpp_sde():
     solver = get_solver("dpmpp_sde")
     with pytest.raises(ValueError, match="first_sigma is missing"):
-        solver.function(model, noise(), FLOW, {"seed": 1}, **solver.bind(ModelFacts(True)))
+        solver.function(model, noise(), FLOW, {"seed": 1}, **solver.bind(ModelInfo(True)))
 
 
 @given(st.floats(0, 1), st.floats(0.03, 14.6))

@@ -12,7 +12,7 @@ import math
 import pytest
 import torch
 
-from qsched_core.precondition import ScalarCorrection
+from qsched_core.correction import ScalarCorrection
 from qsched_core.solvers import (
     sample_ddim,
     sample_dpmpp_2m,

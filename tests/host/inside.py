@@ -22,7 +22,7 @@ def _import_host():
         package = types.ModuleType(name)
         package.__path__ = [str(folder)]
         sys.modules.setdefault(name, package)
-    return importlib.import_module("qsched_pack.nodes.host_loading")
+    return importlib.import_module("qsched_pack.nodes.host.weights.loading")
 
 
 loading = _import_host()

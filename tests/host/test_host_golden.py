@@ -19,8 +19,8 @@ from inside import (
     state_bytes,
 )
 
-info = importlib.import_module("qsched_pack.nodes.host_info")
-saving = importlib.import_module("qsched_pack.nodes.host_saving")
+info = importlib.import_module("qsched_pack.nodes.host.weights.provenance")
+saving = importlib.import_module("qsched_pack.nodes.host.weights.saving")
 
 GOLDEN = REPO / "tests" / "golden"
 EXPECTED = json.loads((GOLDEN / "models.json").read_text(encoding="utf-8"))

@@ -22,9 +22,11 @@ from inside import (
 MappedFile = importlib.import_module("qsched_pack.qsched_core.formats.files").MappedFile
 model_patcher = importlib.import_module("comfy.model_patcher")
 hooks = importlib.import_module("comfy.hooks")
-sampling = importlib.import_module("qsched_pack.nodes.host_sampling")
+sampling = importlib.import_module("qsched_pack.nodes.host.sampling")
+trajectories = importlib.import_module("qsched_pack.nodes.host.trajectories")
+corrections = importlib.import_module("qsched_pack.qsched_core.correction")
 schedules = importlib.import_module("qsched_pack.qsched_core.schedule")
-saving = importlib.import_module("qsched_pack.nodes.host_saving")
+saving = importlib.import_module("qsched_pack.nodes.host.weights.saving")
 
 
 def mapped(model) -> list[str]:
@@ -128,13 +130,13 @@ def test_hooks_on_a_saved_model(name, loaded, plain, sample, hooked, tmp_path):
 def test_a_strict_schedule_wants_the_loras_it_was_learned_with(loaded, lora, conditioning):
     """Merged into the weights or on top of them; the same LoRA at another strength is another."""
     model = loaded("nf4")
-    sigmas, flow = sampling.sampling_facts(model, "simple", 2)
+    trajectory = trajectories.trajectory_of(model, "euler", "simple", 2)
+    sigmas = torch.tensor(trajectory.sigmas)
+    correction = corrections.ScalarCorrection((0.9, 0.9), (1.1, 1.1))
 
     def draw(learned, used):
         provenance = {"model": loading.model_info(learned)}
-        schedule = schedules.QSchedule(
-            tuple(sigmas.tolist()), (0.9, 0.9), (1.1, 1.1), "euler", flow, provenance=provenance
-        )
+        schedule = schedules.QSchedule(trajectory, correction, provenance)
         empty = torch.zeros(1, 16, 12, 12)
         noise = comfy_sample.prepare_noise(empty, 3)
         sampler = sampling.make_sampler(schedule, "euler", "strict", None)

@@ -11,9 +11,9 @@ import torch
 
 samplers = importlib.import_module("comfy.samplers")
 model_sampling = importlib.import_module("comfy.model_sampling")
-model_facts = importlib.import_module("qsched_pack.nodes.host").model_facts
+solver_info = importlib.import_module("qsched_pack.nodes.host.trajectories").solver_info
 solvers = importlib.import_module("qsched_pack.qsched_core.solvers")
-ScalarCorrection = importlib.import_module("qsched_pack.qsched_core.precondition").ScalarCorrection
+ScalarCorrection = importlib.import_module("qsched_pack.qsched_core.correction").ScalarCorrection
 SOLVERS, get_solver = solvers.SOLVERS, solvers.get_solver
 
 FAMILIES = {
@@ -47,7 +47,7 @@ def sampling_of(family):
 
 def ours(name, denoiser, x, sigmas, correction, seed=11, **options):
     solver = get_solver(name)
-    arguments = solver.bind(model_facts(denoiser.sampling), **options)
+    arguments = solver.bind(solver_info(denoiser.sampling), **options)
     return solver.function(denoiser, x, sigmas, {"seed": seed}, correction=correction, **arguments)
 
 

@@ -27,13 +27,14 @@ controlnet = importlib.import_module("comfy.controlnet")
 custom = importlib.import_module("comfy_extras.nodes_custom_sampler")
 perp_neg = importlib.import_module("comfy_extras.nodes_perpneg")
 differential = importlib.import_module("comfy_extras.nodes_differential_diffusion")
-host = importlib.import_module("qsched_pack.nodes.host_sampling")
-trajectories = importlib.import_module("qsched_pack.nodes.host")
-encodings = importlib.import_module("qsched_pack.nodes.host_encoding")
-precondition = importlib.import_module("qsched_pack.qsched_core.precondition")
+host = importlib.import_module("qsched_pack.nodes.host.sampling")
+trajectories = importlib.import_module("qsched_pack.nodes.host.trajectories")
 prompt_sets = importlib.import_module("qsched_pack.qsched_core.prompts")
 schedules = importlib.import_module("qsched_pack.qsched_core.schedule")
 solvers = importlib.import_module("qsched_pack.qsched_core.solvers")
+corrections = importlib.import_module("qsched_pack.qsched_core.correction")
+candidates = importlib.import_module("qsched_pack.qsched_core.trajectory")
+sources = importlib.import_module("qsched_pack.nodes.host.source")
 save_file = importlib.import_module("safetensors.torch").save_file
 
 # As small as the models bear.
@@ -92,8 +93,8 @@ def levels_of(model) -> torch.Tensor:
 
 
 def schedule_of(model, solver: str, c_x=C_X, c_eps=C_EPS):
-    sigmas, flow = host.sampling_facts(model, "simple", STEPS)
-    return schedules.QSchedule(tuple(sigmas.tolist()), c_x, c_eps, solver, flow)
+    trajectory = trajectories.trajectory_of(model, solver, "simple", STEPS)
+    return schedules.QSchedule(trajectory, corrections.ScalarCorrection(c_x, c_eps))
 
 
 def ours(draw: Draw, solver: str, c_x=C_X, c_eps=C_EPS):
@@ -401,7 +402,7 @@ def test_the_ksampler_is_comfyuis_where_a_scheduler_makes_more_steps(steps, star
         seed=SEED, disable_pbar=True,
     )  # fmt: skip
     made = host.ksampler(
-        model, schedules.QSchedule.identity([1.0, 0.0], flow=False), "euler", "interpolate", None,
+        model, schedules.QSchedule.identity(candidates.Trajectory.of((1.0, 0.0), flow=False)), "euler", "interpolate", None,
         seed=SEED, steps=steps, cfg=1.0, scheduler="ddim_uniform", positive=positive,
         negative=positive, latent={"samples": latent}, start=start, end=end,
     )  # fmt: skip
@@ -415,7 +416,7 @@ def test_a_distilled_models_timesteps_are_all_known(files):
     (lcm,) = advanced.ModelSamplingDiscrete().patch(model, "lcm", False)
     sampling = lcm.get_model_object("model_sampling")
     assert len(sampling.sigmas) == 50
-    found = host.model_facts(sampling, lcm.model.model_config).training_sigmas
+    found = trajectories.solver_info(sampling, lcm.model.model_config).training_sigmas
     assert torch.equal(found, model.get_model_object("model_sampling").sigmas)
     draw = drawing(lcm, conditioning(SD15), shape=SD15.latent)
     assert torch.isfinite(draw(ours(draw, "tcd"))).all()
@@ -463,16 +464,14 @@ class Words:
 def test_the_pre_check_sees_the_latents_of_the_pictures(files, solver):
     """Each prompt has its own noise whatever is beside it, and every evaluation is counted."""
     model, steps = plain(files, SD15), 2
-    sigmas, _ = host.sampling_facts(model, "simple", steps)
+    trajectory = trajectories.trajectory_of(model, solver, "simple", steps)
     prompts = prompt_sets.PromptSet(("1", "2"), (11, 12))
 
     def seen(part):
-        runner = trajectories.TrajectoryRunner(
-            model, Words(), None, sigmas=sigmas, solver=solver, width=64, height=64
-        )
-        found = runner.observed(part)
+        source = sources.ComfySource(model, Words(), None, trajectory, width=64, height=64)
+        found = source.observed(part)
         each = 2 * steps - 1 if solver == "dpmpp_sde" else steps
-        assert found.model_evaluations == runner.model_evaluations == each * len(part)
+        assert found.nfe == source.nfe == each * len(part)
         return found
 
     together, alone = seen(prompts), seen(prompts.part(1, 2))
@@ -492,14 +491,14 @@ class Counted(Words):
 
 
 def test_a_prompt_is_encoded_once_however_many_nodes_use_it(files):
-    """A search, its control and an evaluation each have a runner of their own."""
+    """A search, its control and an evaluation each have a source of their own."""
     model, clip = plain(files, SD15), Counted()
-    sigmas, _ = host.sampling_facts(model, "simple", 2)
+    trajectory = trajectories.trajectory_of(model, "euler", "simple", 2)
 
     def observe(text_encoder, *prompts):
-        trajectories.TrajectoryRunner(
-            model, text_encoder, None, sigmas=sigmas, solver="euler", width=64, height=64
-        ).observed(prompt_sets.PromptSet(prompts, tuple(range(len(prompts)))))
+        sources.ComfySource(model, text_encoder, None, trajectory, width=64, height=64).observed(
+            prompt_sets.PromptSet(prompts, tuple(range(len(prompts))))
+        )
 
     observe(clip, "1", "2")
     observe(clip, "2", "3")
@@ -512,18 +511,6 @@ def test_a_prompt_is_encoded_once_however_many_nodes_use_it(files):
     assert clip.encoded == ["1", "2", "3", "1"], "it would give something else now"
 
 
-def test_kept_encodings_stay_within_their_bytes():
-    row = [[torch.zeros(1, 77, 768), {"pooled_output": torch.zeros(1, 768)}]]
-    size = 4 * 78 * 768
-    kept = encodings.Encodings(max_bytes=2 * size)
-    for key in "ab":
-        kept.put(key, row)
-    assert kept.get("a") is row
-    kept.put("c", row)
-    assert [kept.get(key) is not None for key in "abc"] == [True, False, True]
-    encodings.Encodings(max_bytes=size - 1).put("larger than all", row)
-
-
 class Decoder:
     """A VAE of one convolution on the CPU, and what it was given."""
 
@@ -534,17 +521,16 @@ class Decoder:
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         self.latents, self.made = latents, self.convolution(latents.to(self.device))
-        return self.made.movedim(1, -1).sigmoid()
+        larger = torch.nn.functional.interpolate(self.made, scale_factor=8)
+        return larger.movedim(1, -1).sigmoid()
 
 
 def test_a_vae_on_the_cpu_decodes_channels_last_to_the_same_pictures(files):
     model, vae = plain(files, SD15), Decoder()
-    sigmas, _ = host.sampling_facts(model, "simple", 2)
-    runner = trajectories.TrajectoryRunner(
-        model, Words(), vae, sigmas=sigmas, solver="euler", width=64, height=64
-    )
-    identity = precondition.ScalarCorrection((1.0,) * 2, (1.0,) * 2)
-    found = runner.images(prompt_sets.PromptSet(("1", "2"), (11, 12)), [identity])[0]
+    trajectory = trajectories.trajectory_of(model, "euler", "simple", 2)
+    source = sources.ComfySource(model, Words(), vae, trajectory, width=64, height=64)
+    identity = candidates.Candidate.identity(trajectory)
+    found = source.images(prompt_sets.PromptSet(("1", "2"), (11, 12)), [identity])[0]
     assert vae.made.is_contiguous(memory_format=torch.channels_last)
     wanted = vae.decode(vae.latents.contiguous())
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)

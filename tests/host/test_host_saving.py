@@ -30,8 +30,8 @@ from inside import (
     with_lora,
 )
 
-info = importlib.import_module("qsched_pack.nodes.host_info")
-saving = importlib.import_module("qsched_pack.nodes.host_saving")
+info = importlib.import_module("qsched_pack.nodes.host.weights.provenance")
+saving = importlib.import_module("qsched_pack.nodes.host.weights.saving")
 report = importlib.import_module("qsched_pack.qsched_core.formats.report")
 chart = importlib.import_module("qsched_pack.qsched_core.formats.chart")
 

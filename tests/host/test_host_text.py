@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import types
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from inside import (
     same_state,
 )
 
-text = importlib.import_module("qsched_pack.nodes.host_text")
+text = importlib.import_module("qsched_pack.nodes.host.weights.text")
 # Relative distance of the encoding, random weights of CLIP-L's shapes.
 DISTANCE = {"int8": 0.02, "int2": 0.6}
 PROMPT = "a red circle above a blue ring"
@@ -97,14 +96,7 @@ def random_lora(clip, seed: int):
 @pytest.mark.parametrize("name", ["", "nf4", "int8"])
 def test_a_clips_hash_is_of_its_loras_and_not_of_what_was_encoded_before(name, clip):
     """A search that goes on must find the CLIP it had, with a LoRA in its weights by then or not."""
-    scoring = importlib.import_module("qsched_pack.nodes.host_scoring")
-    model = types.SimpleNamespace(model_options={"qsched": {}}, patches={})
-    vae = types.SimpleNamespace(first_stage_model=torch.nn.Linear(2, 2))
-    other = types.SimpleNamespace(parameters=dict, describe=dict)
-
-    def found(clip):
-        return scoring.graph_provenance(model, clip, vae, other, other)["clip_hash"]
-
+    found = importlib.import_module("qsched_pack.nodes.host.weights.provenance").clip_hash
     bare = text.quantize_text_encoder(clip, Request(name)) if name else clip
     first, second = random_lora(bare, 1), random_lora(bare, 2)
     before = [found(c) for c in (bare, first, second)]

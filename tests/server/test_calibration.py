@@ -82,8 +82,8 @@ def test_a_calibration_reports_schedule_scores_and_cost(calibrated):
     # the first of the two steps is shared: 4 prompts once, then 4 candidates of 4; the last one
     # differs from another in the last step alone, which costs no evaluation
     held_out = 6 + 2 * 6
-    assert [trial["model_evaluations"] for trial in report["trials"]][-1] == 0
-    assert report["model_evaluations"] == 4 + 4 * 4 + held_out
+    assert [trial["nfe"] for trial in report["trials"]][-1] == 0
+    assert report["nfe"] == 4 + 4 * 4 + held_out
     assert entry["outputs"]["4"]["images"]
     assert report["text"] in report["report"]
 

@@ -15,12 +15,12 @@ from test_calibration import captions, node
 
 from demo.task import make
 from devtools.server import ComfyServer, ServerError
-from qsched_core.evaluation.study import in_levels
 from qsched_core.objective import Objective
 from qsched_core.prompts import PromptSet
 from qsched_core.scorers import load_file
-from qsched_core.search.guard import paired_interval
-from qsched_core.task import TaskRunner
+from qsched_core.statistics import paired_interval
+from qsched_core.task import TaskSource
+from qsched_core.trajectory import Candidate
 
 SCORER = "qsched_demo_scorer.safetensors"
 HELDOUT = captions(18, True)  # two parts
@@ -99,7 +99,7 @@ def test_three_arms_are_scored_and_compared(evaluated):
     assert report["gain"] == gains["quantized", "schedule"]
     assert report["c_eps"] == pytest.approx([1.06, 1.0]) and report["prompts"] == HELDOUT
     # the baseline makes 2 steps of 18; the first is shared between the other two
-    assert report["model_evaluations"] == 36 + 18 + 2 * 18
+    assert report["nfe"] == 36 + 18 + 2 * 18
 
 
 @pytest.mark.parametrize("arm,weight_format", [("baseline", "none"), ("quantized", "int2")])
@@ -108,9 +108,9 @@ def test_the_plain_torch_task_has_the_nodes_scores(evaluated, repo_root, arm, we
     report = evaluated[1]
     task = make(weight_format, torch.device("cpu"), sigmas=(1.0, 0.75, 0.0))
     prompts = PromptSet(tuple(report["prompts"]), tuple(report["seeds"]))
-    images = in_levels(TaskRunner(task).images(prompts, [task.identity()])[0])
+    pictures = TaskSource(task).images(prompts, [Candidate.identity(task.trajectory)])
     objective = Objective(load_file(repo_root / "demo" / "weights" / "scorer.safetensors"))
-    scores = objective.score(images, prompts.prompts)
+    scores = objective.score(pictures[0], prompts.prompts)
     assert scores.jaq == pytest.approx(report["arms"][arm]["scores"]["jaq"], abs=1e-3)
 
 
@@ -220,7 +220,7 @@ def test_an_interrupt_stops_it_within_a_step_and_keeps_its_parts(server):
         ({"objective": ["2", 0]}, "objective"),
         ({"steps": 0}, "steps"),
         ({"solver": "heun"}, "solver"),
-        ({"reference_model": ["11", 0]}, "reference_model samples other noise levels"),
+        ({"reference_model": ["11", 0]}, "the reference model has other noise levels"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )

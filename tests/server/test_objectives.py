@@ -88,7 +88,7 @@ def test_the_control_tells_whether_it_repairs(server):
     assert "pre-check: the best two scalars" in report["report"]
     held_out = 2 * (6 + 6 + 6 if report["control"] else 6 + 6)
     trials = 4 + 5 * 4  # cfg has no part in the count: a latent is guided once
-    assert report["model_evaluations"] <= trials + held_out + found["model_evaluations"]
+    assert report["nfe"] <= trials + held_out + found["nfe"]
     if report["control"] is None:  # nothing beat c = 1 in four trials
         assert report["best"]["c_x"] == [1.0, 1.0]
     else:

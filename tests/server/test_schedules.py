@@ -11,13 +11,14 @@ import pytest
 from PIL import Image
 
 from devtools.server import ComfyServer, ServerError
+from qsched_core.correction import ScalarCorrection
 from qsched_core.schedule import QSchedule
+from qsched_core.trajectory import Trajectory
 
 SCHEDULE = QSchedule(
-    (1.0, 0.9, 0.75, 0.5, 0.0),
-    (1.02, 1.01, 1.0, 1.0),
-    (0.95, 1.03, 0.98, 1.0),
-    provenance={"source": "calibration", "verdict": "helps", "model": {"source": "demo"}},
+    Trajectory.of((1.0, 0.9, 0.75, 0.5, 0.0)),
+    ScalarCorrection((1.02, 1.01, 1.0, 1.0), (0.95, 1.03, 0.98, 1.0)),
+    {"source": "calibration", "verdict": "helps", "model": {"source": "demo"}},
 )
 
 
@@ -133,7 +134,7 @@ def test_text_and_file_give_the_same_picture(server, learned):
     assert np.array_equal(picture(server, sampled(loaded, mode="strict")), expected)
     loaded = node("QSchedLoadSchedule", schedule_name="shared\\a v1.5.json")  # from Windows
     assert np.array_equal(picture(server, sampled(loaded, mode="strict")), expected)
-    plain = from_text(QSchedule.identity(learned.sigmas).to_json())
+    plain = from_text(QSchedule.identity(learned.trajectory).to_json())
     assert not np.array_equal(picture(server, sampled(plain)), expected)
 
 
@@ -177,14 +178,14 @@ def edited(**edit) -> dict:
 
 def test_edit_schedule_nudges_a_step(server):
     result = QSchedule.from_json(text_of(server, edited(c_eps=-0.02)))
-    assert result.c_eps == (0.95, 1.03 - 0.02, 0.98, 1.0)
-    assert result.c_x == SCHEDULE.c_x
+    assert result.correction.c_eps == (0.95, 1.03 - 0.02, 0.98, 1.0)
+    assert result.correction.c_x == SCHEDULE.correction.c_x
     assert result.provenance["original"]["provenance"] == SCHEDULE.provenance
     assert "verdict" not in result.provenance
     result = QSchedule.from_json(text_of(server, edited(step=0, mode="multiply", c_x=1.1)))
-    assert result.c_x == tuple(c * 1.1 for c in SCHEDULE.c_x)
+    assert result.correction.c_x == tuple(c * 1.1 for c in SCHEDULE.correction.c_x)
     result = QSchedule.from_json(text_of(server, edited(step=4, mode="set", c_x=0.9)))
-    assert (result.c_x[3], result.c_eps) == (0.9, SCHEDULE.c_eps)
+    assert (result.correction.c_x[3], result.correction.c_eps) == (0.9, SCHEDULE.correction.c_eps)
     assert QSchedule.from_json(text_of(server, edited())) == SCHEDULE
 
 
@@ -222,7 +223,7 @@ def test_files_appear_in_the_list_while_the_server_runs(server):
 def test_a_file_that_was_replaced_is_read_again(server):
     path = server.base / "models" / "qsched" / "replaced.json"
     prompt = shown(node("QSchedLoadSchedule", schedule_name="replaced.json"))
-    for schedule in (SCHEDULE, SCHEDULE.edited(1, c_x=0.01)):
+    for schedule in (SCHEDULE, SCHEDULE.edited({"c_x": 0.01}, 1)):
         schedule.save(path)
         assert QSchedule.from_json(text_of(server, prompt)) == schedule
     path.write_text("{")
@@ -266,7 +267,7 @@ def test_unicode_names_are_kept(server):
 def test_a_file_is_replaced_only_if_asked(server):
     path = server.base / "models" / "qsched" / "kept.json"
     server.run(saving("kept"))
-    other = SCHEDULE.edited(1, c_x=0.01)
+    other = SCHEDULE.edited({"c_x": 0.01}, 1)
     with pytest.raises(ServerError, match=r"name='kept': .*exists.*overwrite"):
         server.run(saving("kept", schedule=other))
     wired = saving(["20", 0], schedule=other)  # known only when it runs
@@ -308,7 +309,7 @@ def test_a_schedules_own_sigmas_sample_as_the_ksampler(server, learned):
 @pytest.mark.parametrize("denoise", [1.0, 0.5])
 def test_a_models_sigmas_are_basic_schedulers(server, learned, scheduler, denoise):
     same = {"model": ["1", 0], "scheduler": scheduler, "steps": 6, "denoise": denoise}
-    schedule = from_text(QSchedule.identity(learned.sigmas).to_json())
+    schedule = from_text(QSchedule.identity(learned.trajectory).to_json())
     pictures = []
     for kind in ("QSchedSigmas", "BasicScheduler"):
         prompt = custom(node(kind, **same), schedule)

@@ -90,7 +90,7 @@ def test_the_workflow_learns_saves_and_samples(server, short):
     assert len(report["trials"]) == 7  # c = 1 and the budget
     assert report["heldout"]["before"].keys() == report["heldout"]["after"].keys()
     # 4 prompts: the first step once, then 3 steps for each of 7 candidates; held-out on top
-    assert report["model_evaluations"] >= 4 + 7 * 4 * 3
+    assert report["nfe"] >= 4 + 7 * 4 * 3
     saved = json.loads((server.base / "models" / "qsched" / "short-101.json").read_text())
     assert saved["correction"] == json.loads(report["schedule"])["correction"]
     assert saved["provenance"]["model"]["format"] == "int2"

@@ -1,0 +1,133 @@
+"""A calibration on its node, inside ComfyUI (0.30.0): what it shows while it runs, and its report."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from io import BytesIO
+from pathlib import Path
+
+import comfy.model_management
+import comfy.utils
+import numpy as np
+import torch
+from PIL import Image
+
+from ...qsched_core.calibration import CalibrationResult
+from ...qsched_core.calibration.report import Sample, report_path, report_picture, typical
+from ...qsched_core.files import write_atomic
+from ...qsched_core.prompts import CalibrationPrompts, PromptSet
+from ...qsched_core.search import Monitor, Progress
+from ...qsched_core.trajectory import Candidate
+from .pictures import contact_sheet, shrink
+from .progress import progress_text
+from .source import ComfySource
+
+PREVIEWS = 12
+logger = logging.getLogger(__name__)
+
+Thumbnails = dict[tuple[Candidate, int], torch.Tensor]  # uint8 pictures by candidate and seed
+
+
+class CalibrationLive:
+    """Progress on the node: the bar, the best candidate's pictures, and a line of text.
+
+    ``thumbnails`` are of the source's own pictures, not of a reference's, and in the end those that
+    were judged on held-out prompts.
+    """
+
+    def __init__(self, node_id: str | None, source: ComfySource):
+        self.node_id, self.source = node_id, source
+        self.bar: comfy.utils.ProgressBar | None = None
+        self.preview: Image.Image | None = None
+        self.thumbnails: Thumbnails = {}
+
+    def monitor(self) -> Monitor:
+        return Monitor(on_trial=self.trial_done, on_pictures=self.pictures_made, idle=self.waiting)
+
+    def pictures_made(self, source, candidate: Candidate, prompts: PromptSet, images) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        if source is self.source:
+            kept = zip(prompts.seeds, shrink(images), strict=True)
+            self.thumbnails |= {(candidate, seed): picture for seed, picture in kept}
+
+    def trial_done(self, progress: Progress) -> None:
+        done = progress.trial.number + 1
+        if self.bar is None:
+            self.bar = comfy.utils.ProgressBar(progress.total, node_id=self.node_id)
+        if progress.improved or self.preview is None:
+            pictures = [
+                picture
+                for (candidate, _), picture in self.thumbnails.items()
+                if candidate == progress.trial.candidate
+            ]
+            self.preview = contact_sheet(torch.stack(pictures[:PREVIEWS])) if pictures else None
+        done_with = progress.trial.candidate
+        self.thumbnails = {k: v for k, v in self.thumbnails.items() if k[0] != done_with}
+        preview = None if self.preview is None else ("JPEG", self.preview, 1024)
+        self.bar.update_absolute(done, progress.total, preview)
+        progress_text(
+            self.node_id,
+            f"trial {done} of {progress.total}, best JAQ {progress.best.value:.4f}, "
+            f"about {_duration(progress.seconds_left)} left",
+        )
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    def waiting(self) -> None:
+        """Other servers have the remaining trials."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        progress_text(self.node_id, "waiting for the trials of other servers")
+
+
+def _duration(seconds: float) -> str:
+    text = time.strftime("%H:%M:%S", time.gmtime(max(0, round(seconds))))
+    return text.removeprefix("00:")
+
+
+def report_of(
+    result: CalibrationResult,
+    source: ComfySource,
+    thumbnails: Mapping,
+    prompts: CalibrationPrompts,
+) -> Image.Image:
+    """The report's picture; kept beside the study, so that a finished one makes no images."""
+    path = report_path(result, prompts.heldout)
+    pair = (result.baseline.candidate, result.winner.candidate)
+    gains = np.subtract(result.heldout_after.jaq, result.heldout_before.jaq).tolist()
+    chosen = typical(gains)
+    shown = PromptSet(
+        tuple(prompts.heldout.prompts[i] for i in chosen),
+        tuple(prompts.heldout.seeds[i] for i in chosen),
+    )
+    judged = all((candidate, seed) in thumbnails for candidate in pair for seed in shown.seeds)
+    if not judged and path.exists():
+        with Image.open(path) as kept:
+            return kept.convert("RGB")
+    if not judged:
+        thumbnails = {
+            (candidate, seed): picture
+            for candidate, images in zip(pair, source.images(shown, pair), strict=True)
+            for seed, picture in zip(shown.seeds, shrink(images), strict=True)
+        }
+    samples = [
+        Sample(
+            prompts.heldout.prompts[i],
+            gains[i],
+            *(Image.fromarray(thumbnails[candidate, seed].numpy()) for candidate in pair),
+        )
+        for i, seed in zip(chosen, shown.seeds, strict=True)
+    ]
+    picture = report_picture(result, samples)
+    _keep(picture, path)
+    return picture
+
+
+def _keep(picture: Image.Image, path: Path) -> None:
+    buffer = BytesIO()
+    picture.save(buffer, "PNG")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, buffer.getvalue())
+    except OSError as error:  # it would only have saved drawing it again
+        logger.warning("the report's picture could not be kept: %s", error)

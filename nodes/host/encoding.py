@@ -1,0 +1,54 @@
+"""Prompts encoded once: what a text encoder of ComfyUI (0.30.0) gave is kept as long as it lives."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from ...qsched_core.recent import Recent
+
+KEPT_BYTES = 2**29  # a text encoder; SD3's 4096 columns of 77 tokens are 1.2 MB a prompt
+
+
+# ComfyUI hands one CLIP to node after node: a search and the evaluations after it encode the same
+# prompts.  A CLIP that no node holds any more takes its entry with it.
+_encodings: WeakKeyDictionary[Any, Recent[list]] = WeakKeyDictionary()
+
+
+def encode(clip, text: str) -> list:
+    """The conditioning that ``clip`` gives for ``text``; nobody may write into its tensors."""
+    kept = _encodings.setdefault(clip, Recent(KEPT_BYTES))
+    key = (text, *_state(clip))
+    found = kept.get(key)
+    if found is None:
+        found = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+        kept.put(key, found, _size(found))
+    return found
+
+
+def _state(clip) -> tuple[Hashable, ...]:
+    """What changes a CLIP's answers.  ComfyUI's nodes make a clone for it; others may not."""
+    patcher = getattr(clip, "patcher", None)
+    return (
+        getattr(clip, "layer_idx", None),
+        getattr(patcher, "patches_uuid", None),
+        repr(getattr(clip, "tokenizer_options", None)),
+    )
+
+
+def _size(conditioning: list) -> int:
+    return sum(tensor.nbytes for tensor in _tensors(conditioning))
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from _tensors(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors(part)

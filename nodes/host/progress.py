@@ -1,0 +1,56 @@
+"""What a node says while it runs: ComfyUI's (0.30.0) bar, preview and text on the node."""
+
+from __future__ import annotations
+
+import logging
+
+import comfy.model_management
+import comfy.utils
+
+from ...qsched_core.evaluation import Arm
+from ...qsched_core.evaluation import Progress as EvaluationProgress
+from ...qsched_core.text import markup_free, plain
+
+logger = logging.getLogger(__name__)
+
+
+def report(node_id: str | None, text: str) -> None:
+    """Say something to the user: in the log, and on the node while it runs."""
+    logger.warning(plain(text))
+    progress_text(node_id, text)
+
+
+def progress_text(node_id: str | None, text: str) -> None:
+    """Show ``text`` on the running node, where there is a server to show it.
+
+    The page takes it for HTML: what would be a tag is escaped.
+    """
+    from server import PromptServer
+
+    server = getattr(PromptServer, "instance", None)
+    if server is not None and node_id is not None:
+        server.send_progress_text(markup_free(text), node_id)
+
+
+class EvaluationLive:
+    """Of an evaluation: a bar that moves with every step, and a line of text."""
+
+    def __init__(self, node_id: str | None, images: int, steps: int):
+        self.node_id, self.steps = node_id, steps
+        self.bar = comfy.utils.ProgressBar(images * steps, node_id=node_id)
+        self.done = self.within = 0.0
+
+    def step(self, arm: Arm, images: int) -> None:
+        """A step of a batch of the part that makes ``images``."""
+        batches = -(-images // arm.source.max_batch)
+        self.within = min(self.within + images / batches, images * self.steps)
+        self.bar.update_absolute(round(self.done + self.within))
+
+    def part(self, progress: EvaluationProgress) -> None:
+        """A finished part; an interrupt is raised here too."""
+        self.done, self.within = progress.done * self.steps, 0.0
+        self.bar.update_absolute(round(self.done))
+        progress_text(
+            self.node_id, f"{progress.arm.label}: {progress.done} of {progress.total} images"
+        )
+        comfy.model_management.throw_exception_if_processing_interrupted()

@@ -1,0 +1,222 @@
+"""A corrected solver as ComfyUI's SAMPLER (0.30.0), and KSampler around it."""
+
+from __future__ import annotations
+
+import comfy.k_diffusion.sampling as k_diffusion
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+
+from ...qsched_core.correction import (
+    AroundCorrection,
+    CorrectedModel,
+    Correction,
+    StepCorrection,
+)
+from ...qsched_core.schedule import QSchedule, ScheduleError
+from ...qsched_core.solvers import check_sigmas, get_solver
+from ...qsched_core.text import shown
+from .progress import report
+from .trajectories import is_flow, sampling_facts, solver_info
+from .weights.provenance import model_info
+
+
+def make_sampler(
+    schedule: QSchedule,
+    solver: str,
+    mode: str = "interpolate",
+    node_id: str | None = None,
+    **options: float,
+):
+    """A SAMPLER that runs ``solver`` corrected by ``schedule``.
+
+    The schedule is matched to the sigmas and to the model when sampling starts: ScheduleError if
+    they do not fit (or, with ``mode`` "strict", if anything differs from what was learned).
+    ``options`` are the solver's own (``get_solver(solver).options``): ValueError for one that it
+    does not have, or that is out of its range.
+    """
+    entry = get_solver(solver)
+    entry.check(options)
+
+    def sample(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        guider = model.inner_model
+        correction = _matched(schedule, solver, options, guider, sigmas, mode, node_id)
+        function = guider.model_options.get("denoise_mask_function")
+        if function is not None:
+            correction = _ChangingMask(correction, guider, sigmas, function)
+        base = guider.inner_model
+        info = solver_info(base.model_sampling, base.model_config)
+        return entry.function(
+            model, x, sigmas, extra_args, callback, disable,
+            correction=correction, **entry.bind(info, **options),
+        )  # fmt: skip
+
+    inpaint = {"random": True} if entry.new_inpaint_noise else {}
+    return comfy.samplers.KSAMPLER(sample, inpaint_options=inpaint)
+
+
+def make_around_sampler(
+    schedule: QSchedule, sampler, mode: str = "interpolate", node_id: str | None = None
+):
+    """A SAMPLER that corrects what the model answers to another ``sampler``.
+
+    See :mod:`qsched_core.correction.around` for what that approximates; errors as :func:`make_sampler`.
+    """
+    return _AroundSampler(schedule, sampler, mode, node_id)
+
+
+class _AroundSampler(comfy.samplers.Sampler):
+    def __init__(self, schedule: QSchedule, sampler, mode: str, node_id: str | None):
+        self._schedule, self._sampler = schedule, sampler
+        self._mode, self._node_id = mode, node_id
+
+    def sample(self, model_wrap, sigmas, *args, **kwargs):
+        # Another solver is no difference here: to be put around any is what this is for.
+        solver = self._schedule.solver
+        correction = _matched(
+            self._schedule, solver, _options_of(self._sampler, solver), model_wrap, sigmas,
+            self._mode, self._node_id,
+        )  # fmt: skip
+        around = AroundCorrection.of(sigmas.tolist(), correction)
+        return self._sampler.sample(CorrectedModel(model_wrap, around), sigmas, *args, **kwargs)
+
+    def max_denoise(self, model_wrap, sigmas):
+        return self._sampler.max_denoise(model_wrap, sigmas)
+
+
+class _ChangingMask:
+    """A correction under the mask of each step, where ComfyUI computes that from sigma.
+
+    Under differential diffusion a pixel is known until its step: until then it is not corrected.
+    """
+
+    def __init__(self, correction: StepCorrection, guider, sigmas: torch.Tensor, function):
+        self._correction, self._guider = correction, guider
+        self._sigmas, self._function = sigmas, function
+
+    def _mask(self, step: int, mask):
+        if mask is None:
+            return None
+        extra = {"model": self._guider, "sigmas": self._sigmas}
+        return self._function(self._sigmas[step].reshape(1), mask, extra_options=extra)
+
+    def __call__(self, step, x, denoised, mask=None):
+        return self._correction(step, x, denoised, self._mask(step, mask))
+
+    def intermediate(self, step, x, denoised, mask=None):
+        return self._correction.intermediate(step, x, denoised, self._mask(step, mask))
+
+
+def _matched(
+    schedule: QSchedule, solver: str, options, guider, sigmas: torch.Tensor, mode: str, node_id
+) -> Correction:
+    """The schedule brought to ``sigmas``; the user is told what differs, ScheduleError if strict."""
+    flow = is_flow(guider.inner_model.model_sampling)
+    if flow != schedule.flow and not schedule.is_identity:
+        learned, found = ("flow", "epsilon") if schedule.flow else ("epsilon", "flow")
+        raise ScheduleError(
+            f"the schedule was learned for a {learned} model but this is a {found} model; "
+            "calibrate it for this model"
+        )
+    differences = _differences(schedule, solver, options, guider.model_patcher)
+    if differences and mode == "strict":
+        raise ScheduleError(f"{differences}; calibrate again, or set mode to 'interpolate'")
+    check_sigmas(sigmas)
+    match = schedule.at(sigmas.tolist(), mode)
+    for text in (differences, match.note):
+        if text and not schedule.is_identity:
+            report(node_id, text)
+    return match.correction
+
+
+def _options_of(sampler, solver: str) -> dict[str, float] | None:
+    """The options that ``sampler`` runs ``solver`` with; None where it is another, or can't be told."""
+    named = {"ddim": "euler"}.get(solver, solver)  # ComfyUI's ddim is Euler's step
+    function = getattr(k_diffusion, f"sample_{named}", None)
+    if function is None or getattr(sampler, "sampler_function", None) is not function:
+        return None
+    known = {option.name for option in get_solver(solver).options}
+    return {k: v for k, v in sampler.extra_options.items() if k in known}
+
+
+def _differences(schedule: QSchedule, solver: str, options, model) -> str:
+    """What the schedule was learned for and is not used with, in words; empty if nothing.
+
+    ``options`` None is not compared.
+    """
+    parts = []
+    if solver != schedule.solver:
+        parts.append(f"solver {schedule.solver!r}, not {solver!r}")
+    elif options is not None:
+        sampling = schedule.provenance.get("sampling")
+        before = sampling.get("options") if isinstance(sampling, dict) else None
+        for name, value in get_solver(solver).check(options).items():
+            if isinstance(before, dict) and before.get(name, value) != value:
+                parts.append(f"{name} {shown(before[name])}, not {value}")
+    learned = schedule.provenance.get("model")
+    if isinstance(learned, dict):
+        found = model_info(model)
+        for key, label in (("format", "weight format"), ("source_hash", "model")):
+            if learned.get(key) and found.get(key) and learned[key] != found[key]:
+                name = {"source_hash": "source"}.get(key, key)
+                parts.append(
+                    f"{label} {shown(learned.get(name) or learned[key])}, "
+                    f"not {shown(found.get(name) or found[key])}"
+                )
+        before, now = _loras(learned), _loras(found)
+        if "patches" in learned and before != now:
+            parts.append(f"LoRAs {before or 'none'}, not {now or 'none'}")
+    return f"this schedule was learned for {'; '.join(parts)}" if parts else ""
+
+
+def _loras(info) -> str:
+    """Short hashes of the LoRAs on a model and of those in its weights, "" if there are none."""
+    found = {str(info.get(key) or "")[:8] for key in ("patches", "merged_patches")}
+    return " and ".join(sorted(found - {""}))
+
+
+def ksampler(
+    model, schedule, solver, mode, node_id, *, seed, steps, cfg, scheduler, positive, negative, latent,
+    denoise=1.0, start=0, end=None, add_noise=True, leftover_noise=False, options=None,
+):  # fmt: skip
+    """KSampler with a corrected solver: the LATENT dict it returns is KSampler's own.
+
+    Steps ``start`` to ``end`` of the trajectory are made; without ``leftover_noise`` the last of
+    them goes to sigma 0, as in ComfyUI's advanced KSampler.
+    """
+    image = comfy.sample.fix_empty_latent_channels(
+        model,
+        latent["samples"],
+        latent.get("downscale_ratio_spacial"),
+        latent.get("downscale_ratio_temporal"),
+    )
+    out = {k: v for k, v in latent.items() if not k.startswith("downscale_ratio_")}
+    sigmas, _ = sampling_facts(model, scheduler, steps, denoise)
+    if end is not None and end < len(sigmas) - 1:
+        sigmas = sigmas[: end + 1].clone()
+        if not leftover_noise:
+            sigmas[-1] = 0
+    if start >= len(sigmas) - 1:  # nothing to do: ComfyUI gives the latent back
+        return out | {"samples": image}
+    sigmas = sigmas[start:]
+    if add_noise:
+        noise = comfy.sample.prepare_noise(image, seed, latent.get("batch_index"))
+    else:
+        noise = torch.zeros(image.size(), dtype=image.dtype, layout=image.layout, device="cpu")
+    samples = comfy.sample.sample_custom(
+        model,
+        noise,
+        cfg,
+        make_sampler(schedule, solver, mode, node_id, **(options or {})),
+        sigmas,
+        positive,
+        negative,
+        image,
+        noise_mask=latent.get("noise_mask"),
+        callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
+    return out | {"samples": samples}

@@ -1,0 +1,65 @@
+"""Scorers inside ComfyUI (0.30.0): their files, and the memory manager they live under."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import comfy.model_management
+import comfy.model_patcher
+import folder_paths
+import torch
+
+from ...qsched_core.files import MOST_NAME
+from ...qsched_core.scorers import DualEncoder, ScorerError, load_file, load_named
+from ...qsched_core.text import shown
+from .folders import SCORER_FOLDER
+
+BY_NAME = "(by open_clip's name)"
+
+
+class ManagedPlacement:
+    """Brings scorers to the device as ComfyUI brings models: it may push others out, and be pushed."""
+
+    def __init__(self):
+        self._patchers: dict[int, comfy.model_patcher.ModelPatcher] = {}
+
+    def __call__(self, module: torch.nn.Module) -> torch.device:
+        patcher = self._patchers.get(id(module))
+        if patcher is None:
+            patcher = comfy.model_patcher.ModelPatcher(
+                module,
+                load_device=comfy.model_management.get_torch_device(),
+                offload_device=comfy.model_management.text_encoder_offload_device(),
+            )
+            self._patchers[id(module)] = patcher
+        comfy.model_management.load_models_gpu([patcher], force_full_load=True)
+        return patcher.load_device
+
+
+def scorer_files() -> list[str]:
+    """What ``models/clip_score`` holds, and the choice to go by name instead."""
+    return [*weight_files(), BY_NAME]
+
+
+def weight_files() -> list[str]:
+    """What ``models/clip_score`` holds."""
+    return folder_paths.get_filename_list(SCORER_FOLDER)
+
+
+def scorer_path(name: str, called: str = "clip_name") -> Path:
+    """Where the weights ``name`` are; ScorerError, naming the input ``called``, if nowhere."""
+    found = folder_paths.get_full_path(SCORER_FOLDER, name) if len(name) <= MOST_NAME else None
+    if found is None:
+        raise ScorerError(
+            f"{called}={shown(name)} is not in models/{SCORER_FOLDER}; refresh the list, or copy it there"
+        )
+    return Path(found)
+
+
+def load_encoder(
+    name: str, architecture: str, allow_download: bool, place: ManagedPlacement
+) -> DualEncoder:
+    """The dual encoder of a file in ``models/clip_score``, or of open_clip's name."""
+    if name == BY_NAME:
+        return load_named(architecture.strip(), allow_download, place)
+    return load_file(scorer_path(name), architecture.strip(), place, allow_download)

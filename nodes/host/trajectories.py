@@ -1,0 +1,111 @@
+"""Noise levels as ComfyUI (0.30.0) gives them, and what solvers need to know of its models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import comfy.model_sampling
+import comfy.samplers
+import torch
+
+from ...qsched_core.schedule import QSchedule, ScheduleError
+from ...qsched_core.solvers import ModelInfo, check_sigmas, get_solver
+from ...qsched_core.text import shown
+from ...qsched_core.trajectory import Trajectory
+
+SCHEDULERS = comfy.samplers.SCHEDULER_NAMES
+
+
+def model_sampling(model):
+    return model.get_model_object("model_sampling")
+
+
+def is_flow(sampling) -> bool:
+    """Whether sigma is a flow's time in [0, 1] rather than the noise's standard deviation."""
+    return isinstance(sampling, comfy.model_sampling.CONST)
+
+
+def sampling_facts(
+    model, scheduler: str, steps: int, denoise: float = 1.0
+) -> tuple[torch.Tensor, bool]:
+    """Sigmas (CPU) that KSampler would use, and whether the model is a flow.
+
+    They are ``steps`` + 1, but for schedulers that make more or fewer of some numbers of steps.
+    """
+    if scheduler not in SCHEDULERS:
+        raise ScheduleError(
+            f"scheduler={shown(scheduler)} is unknown; choose one of {', '.join(SCHEDULERS)}"
+        )
+    if steps < 1:
+        raise ScheduleError(f"steps={steps} must be at least 1")
+    if not 0 < denoise <= 1:
+        raise ScheduleError(f"denoise={denoise} must be above 0 and at most 1")
+    sampling = model_sampling(model)
+    if denoise > 0.9999:  # KSampler cuts nothing off then
+        sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, steps)
+    else:
+        sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, int(steps / denoise))
+        sigmas = sigmas[-(steps + 1) :]
+    return sigmas.cpu(), is_flow(sampling)
+
+
+def sigmas_of(
+    schedule: QSchedule | None, model, scheduler: str, steps: int, denoise: float
+) -> torch.Tensor:
+    """Sigmas [steps + 1] (CPU): the schedule's own, or with a model BasicScheduler's.
+
+    ScheduleError if neither is given; ValueError if what was asked for does not decrease.
+    """
+    if model is None:
+        if schedule is None:
+            raise ScheduleError("schedule and model are both missing; connect one of them")
+        if steps not in (0, schedule.steps):
+            raise ScheduleError(
+                f"steps={steps} needs a model: the schedule's own noise levels are {schedule.steps} "
+                "steps; connect a model, or set steps to 0"
+            )
+        sigmas = torch.tensor(schedule.tail(denoise))
+    elif steps == 0 and schedule is None:
+        raise ScheduleError("steps=0 needs a schedule, whose step count it is; set steps")
+    else:
+        steps = steps or schedule.steps
+        sigmas, _ = sampling_facts(model, scheduler, steps, denoise)
+        sigmas = sigmas[-(steps + 1) :]  # as BasicScheduler does, whatever denoise is
+    check_sigmas(sigmas)
+    return sigmas
+
+
+def solver_info(sampling, config=None) -> ModelInfo:
+    """What solvers need to know of a model, from its model_sampling object and its configuration."""
+    flow = is_flow(sampling)
+    return ModelInfo(
+        flow,
+        s_noise=float(getattr(sampling, "noise_scale", 1.0)) if flow else 1.0,
+        training_sigmas=None if flow else _training_sigmas(sampling, config),
+        # where ComfyUI moves a flow's sigma of 1, which has no log-SNR
+        first_sigma=float(sampling.percent_to_sigma(1e-4)) if flow else None,
+    )
+
+
+def _training_sigmas(sampling, config) -> torch.Tensor | None:
+    """Sigma of every training timestep, rising; None for a model that has no timesteps.
+
+    ComfyUI keeps every 20th alone of a distilled (LCM) model: its table is built anew.
+    """
+    sigmas = getattr(sampling, "sigmas", None)
+    if sigmas is None or len(sigmas) == getattr(sampling, "num_timesteps", len(sigmas)):
+        return sigmas
+    zsnr = getattr(sampling, "zsnr", None)
+    return comfy.model_sampling.ModelSamplingDiscrete(config, zsnr=zsnr).sigmas
+
+
+def trajectory_of(
+    model, solver: str, scheduler: str, steps: int, options: Mapping[str, float] | None = None
+) -> Trajectory:
+    """The trajectory that KSampler would run, every option of its solver said.
+
+    ScheduleError for what can't be sampled; ValueError for an option the solver does not have.
+    """
+    sigmas, flow = sampling_facts(model, scheduler, steps)
+    chosen = get_solver(solver).check(dict(options or {}))
+    return Trajectory.of(sigmas.tolist(), solver, flow, chosen)

@@ -1,0 +1,193 @@
+"""Weight files on ComfyUI's side (0.30.0): found, checked, and read without loading them."""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import comfy.model_detection
+import comfy.utils
+import folder_paths
+import torch
+
+from ....qsched_core.files import MOST_NAME
+from ....qsched_core.formats import FormatError
+from ....qsched_core.formats.files import DTYPES, Entry, MappedFile, check_unquantized
+from ....qsched_core.formats.layer_entry import SUFFIX, read_entry
+from ....qsched_core.formats.overrides import EARLY_WORK
+from ....qsched_core.formats.policy import Policy, parse_overrides
+from ....qsched_core.text import plain, shown
+from . import layouts
+
+HALF = (torch.float16, torch.bfloat16)
+SAFETENSORS = (".safetensors", ".sft")
+# How an SDXL predicts, where its weights do not say it.
+PREDICTION = (
+    "v_pred", "ztsnr", "edm_vpred.sigma_max", "edm_vpred.sigma_min", "edm_mean", "edm_std",
+)  # fmt: skip
+
+
+def weight_files(folder: str) -> list[str]:
+    """What ComfyUI's ``folder`` of models holds."""
+    return folder_paths.get_filename_list(folder)
+
+
+def model_path(folder: str, name: str, label: str) -> str:
+    """Where ComfyUI keeps the file; ValueError names the input if it is not there."""
+    path = folder_paths.get_full_path(folder, name) if len(name) <= MOST_NAME else None
+    if path is None:
+        raise ValueError(
+            f"{label}={shown(name)} is not in ComfyUI's {folder} folders "
+            f"({', '.join(folder_paths.get_folder_paths(folder))}); refresh the list, or put it there"
+        )
+    return path
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """The state dict of a file, its metadata, and the mapping its tensors are views of, if any.
+
+    ``prefix`` is what the diffusion model's keys start with.
+    """
+
+    name: str
+    state: dict[str, torch.Tensor]
+    metadata: Mapping[str, str] | None
+    prefix: str
+    mapped: MappedFile | None
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The diffusion model's part."""
+        return {k: v for k, v in self.state.items() if k.startswith(self.prefix)}
+
+    def with_prediction(self) -> dict[str, torch.Tensor]:
+        """``state`` with a checkpoint's keys for its prediction among the diffusion model's.
+
+        Loading that part alone, the host drops all others, and would take the model for epsilon.
+        """
+        found = {k: self.state[k] for k in PREDICTION if k in self.state}
+        return {self.prefix + k: v for k, v in found.items()} | self.state
+
+
+def check_file(path: str, weight_format: str, layers: str) -> None:
+    """FormatError if the file's header shows that it can't be loaded as asked."""
+    suffix = Path(path).suffix.lower()
+    if suffix in SAFETENSORS or suffix == ".gguf":
+        mapped = MappedFile(path)
+        name, prefix = Path(path).name, _prefix(mapped.entries)
+        _check_tensors(mapped.entries, mapped.metadata, weight_format, layers, name, mapped.tensor)
+        if layers.strip():
+            policy = Policy(weight_format, parse_overrides(layers))
+            facts = Path(path).stat()
+            names = _names_in(path, prefix, facts.st_size, facts.st_mtime_ns)
+            check_matched(policy, names, EARLY_WORK)
+
+
+def read_file(path: str, weight_format: str, layers: str) -> WeightFile:
+    """Open a weight file, memory-mapped; finished tensors where it has packed ones.
+
+    FormatError if it can't be read, or can't be loaded as asked.
+    """
+    name, mapped = Path(path).name, None
+    if Path(path).suffix.lower() in (*SAFETENSORS, ".gguf"):
+        mapped = MappedFile(path)
+        sd, metadata = mapped.state_dict(), mapped.metadata
+    else:
+        try:
+            sd, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
+        except (ValueError, RuntimeError, OSError, pickle.UnpicklingError) as error:
+            raise FormatError(f"{name} can't be read: {error}") from error
+    entries = {k: _entry(v) for k, v in sd.items() if isinstance(v, torch.Tensor)}
+    if _check_tensors(entries, metadata, weight_format, layers, name, sd.get):
+        kept = [v.dtype for v in sd.values() if v.dtype in (torch.float32, *HALF) and v.ndim == 1]
+        dtype = Counter(kept).most_common(1)[0][0] if kept else torch.float16
+        layouts.restore_saved(sd, dtype, name)
+    return WeightFile(name, sd, metadata, _prefix(sd), mapped)
+
+
+@lru_cache(maxsize=8)  # finding out which model it is takes longer than all the rest
+def _names_in(path: str, prefix: str, size: int, modified: int) -> Mapping[str, str]:
+    """``_layer_names`` of a file; ``size`` and ``modified`` say which version of it is meant."""
+    mapped = MappedFile(path)
+    return _layer_names(mapped.state_dict(), mapped.metadata, prefix)
+
+
+def _layer_names(state: Mapping, metadata, prefix: str) -> Mapping[str, str]:
+    """The kinds of a file's layers by name.
+
+    Empty for files whose layers ComfyUI renames (diffusers' names): the check after loading has
+    them.
+    """
+    if comfy.model_detection.model_config_from_unet(state, prefix, metadata=metadata) is None:
+        return {}
+    kinds = {2: "linear", 4: "conv2d"}
+    return {
+        key.removeprefix(prefix).removesuffix(".weight"): kinds[value.ndim]
+        for key, value in state.items()
+        if key.startswith(prefix) and key.endswith(".weight") and value.ndim in kinds
+    }
+
+
+def check_names(state: Mapping, metadata, prefix: str, policy: Policy) -> None:
+    """FormatError if a pattern of the overrides is in no layer's name, before anything is loaded."""
+    check_matched(policy, _layer_names(state, metadata, prefix))
+
+
+def check_matched(policy: Policy, layers: Mapping[str, str], most_work: int = 0) -> None:
+    """FormatError if a pattern of the overrides matches none of ``layers`` (kinds by name).
+
+    With ``most_work`` only as many comparisons are made.
+    """
+    unmatched = policy.unmatched(layers, most_work) if layers else []
+    if unmatched:
+        names = list(layers)
+        examples = ", ".join(names[:: max(1, len(names) // 4)][:4])
+        raise FormatError(
+            f"layers: {shown(unmatched[0])} matches none of this model's {len(names)} layers; they have "
+            f"names like {plain(examples, 400)}"
+        )
+
+
+def _entry(tensor: torch.Tensor) -> Entry:
+    kinds = {dtype: kind for kind, dtype in DTYPES.items()}
+    return Entry(kinds.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
+
+
+def _prefix(keys) -> str:
+    """What the diffusion model's keys start with in this file."""
+    prefix = comfy.model_detection.unet_prefix_from_state_dict(keys)
+    return prefix if any(key.startswith(prefix) for key in keys) else ""
+
+
+def _check_tensors(
+    tensors: Mapping[str, Entry], metadata, weight_format: str, layers: str, name: str, tensor
+) -> bool:
+    """Whether the diffusion model was saved in our formats; FormatError if it can't be loaded."""
+    prefix = _prefix(tensors)
+    part = {key: entry for key, entry in tensors.items() if key.startswith(prefix)}
+    entries = {key: read_entry(tensor(key), key, name) for key in part if key.endswith(SUFFIX)}
+    known = {key: layouts.saved_format(entry) for key, entry in entries.items()}
+    formats = set(known.values())
+    if None in formats and len(formats) > 1:
+        odd = next(key for key, found in known.items() if found is None)
+        raise FormatError(
+            f"{name}: layer {odd.removesuffix(SUFFIX)} is in format "
+            f"{str(entries[odd].get('format', ''))[:60]!r}, unknown here; open the file with ComfyUI's "
+            "own loader, or give the fp16 or bf16 file"
+        )
+    if not formats or None in formats:
+        check_unquantized(part, metadata, name)
+        return False
+    if weight_format not in formats:
+        raise FormatError(
+            f"{name} is quantized already, to {' and '.join(sorted(formats))}; set weight_format to "
+            "that, or give the fp16 or bf16 file"
+        )
+    if layers.strip():
+        raise FormatError(f"layers={shown(layers)}: {name} is quantized already; clear it")
+    return True

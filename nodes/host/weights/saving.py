@@ -1,0 +1,124 @@
+"""Saving quantized MODELs with ComfyUI's own writer (0.30.0): whole files or none."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import uuid
+from pathlib import Path
+
+import comfy.latent_formats
+import comfy.model_management
+import comfy.model_sampling
+import comfy.sd
+import folder_paths
+import torch
+from comfy.cli_args import args
+
+from ....qsched_core.formats import FormatError, get
+from .loading import METADATA, merge_patches
+from .provenance import INFO, model_info
+
+VERSION = 1  # of the provenance in the file
+
+
+def save_model(model, path: str | Path, clip=None, vae=None, merge_loras: bool = True, extra=None):
+    """Write ``model`` (with ``clip`` and ``vae``, a checkpoint) to ``path``; its metadata.
+
+    Its LoRAs are merged into the weights or left out.  FormatError for a MODEL that is not
+    quantized by this pack, OSError where the disk is too full; neither leaves a file.
+    """
+    path = Path(path)
+    if INFO not in model.model_options:
+        raise FormatError(
+            "model is not quantized by this pack; quantize it first, or save it with ComfyUI's own "
+            "Save Model"
+        )
+    if clip is not None and INFO in clip.patcher.model_options:
+        raise FormatError(
+            "clip is quantized, and ComfyUI's checkpoint loader could not open it; connect the "
+            "unquantized text encoder, and quantize it after loading"
+        )
+    if model.patches and merge_loras:
+        model = merge_patches(model)
+    elif model.patches:
+        model = model.clone()
+        model.patches, model.patches_uuid = {}, uuid.uuid4()
+    provenance = model_info(model)
+    if model.patches:
+        provenance["merged_patches"] = provenance["patches"]
+    provenance = {"version": VERSION, **provenance, "kind": file_kind(provenance)}
+    _check_space(path, [model.model, *(p.patcher.model for p in (clip, vae) if p is not None)])
+    metadata = {METADATA: json.dumps(provenance), "format": "pt", **(extra or {})}
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        keys = _extra_keys(model, alone=clip is None and vae is None)
+        comfy.sd.save_checkpoint(str(partial), model, clip, vae, metadata=metadata, extra_keys=keys)
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    return provenance
+
+
+def next_path(prefix: str) -> Path:
+    """The next free file of this name in ComfyUI's output folder; ValueError if it is outside."""
+    output = folder_paths.get_output_directory()
+    try:
+        folder, name, counter, *_ = folder_paths.get_save_image_path(prefix, output)
+    except Exception as error:  # the host raises it bare
+        raise ValueError(f"filename_prefix={prefix!r}: {error}") from error
+    return Path(folder) / f"{name}_{counter:05}_.safetensors"
+
+
+def workflow_metadata(hidden) -> dict[str, str]:
+    """The workflow that made the file, as ComfyUI writes it, unless the user turned that off."""
+    if args.disable_metadata:
+        return {}
+    found = {"prompt": hidden.prompt, **(hidden.extra_pnginfo or {})}
+    return {key: json.dumps(value) for key, value in found.items() if value is not None}
+
+
+def file_kind(provenance: dict) -> str:
+    """ "native" if plain ComfyUI opens a file of this model, "extended" if this pack alone does."""
+    kinds = {get(name).kind for name in provenance["quantized_layers"]}
+    return "extended" if "extended" in kinds else "native"
+
+
+def _check_space(path: Path, modules) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    needed = sum(comfy.model_management.module_size(m) for m in modules)
+    free = shutil.disk_usage(path.parent).free
+    if needed + (16 << 20) > free:
+        raise OSError(
+            f"{path.parent} has {free / 1e9:.2f} GB free, the file takes {needed / 1e9:.2f} GB; free "
+            "some space or choose another folder"
+        )
+
+
+def _extra_keys(model, alone: bool) -> dict[str, torch.Tensor]:
+    """The keys beside the weights that tell ComfyUI's loaders how the model predicts.
+
+    Of a model ``alone`` they stand among its weights too: ComfyUI's Load Diffusion Model reads
+    nothing else of a file.
+    """
+    sampling = model.get_model_object("model_sampling")
+    keys = {}
+    if isinstance(sampling, comfy.model_sampling.EDM):  # which is a V_PREDICTION too
+        form = model.get_model_object("latent_format")
+        if isinstance(form, comfy.latent_formats.SDXL_Playground_2_5):
+            keys = {"edm_mean": form.latents_mean, "edm_std": form.latents_std}
+    elif isinstance(sampling, comfy.model_sampling.V_PREDICTION):
+        if isinstance(sampling, comfy.model_sampling.ModelSamplingContinuousEDM):
+            keys = {f"edm_vpred.{n}": getattr(sampling, n) for n in ("sigma_max", "sigma_min")}
+        elif isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete):
+            keys = {"v_pred": torch.tensor([])}
+            if getattr(sampling, "zsnr", False):
+                keys["ztsnr"] = torch.tensor([])
+    keys = {key: torch.as_tensor(value).float().clone() for key, value in keys.items()}
+    prefixed = {f"model.diffusion_model.{k}": v.clone() for k, v in keys.items()} if alone else {}
+    return keys | prefixed

@@ -1,0 +1,88 @@
+"""Quantized text encoders: a CLIP of ComfyUI (0.30.0) with packed weights."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import comfy.model_management
+import torch
+
+from .files import check_matched
+from .loading import Request, check_plain, clone_with, load_again, merger, watch
+from .ops import LoadRecord, quantized_ops
+from .provenance import INFO, quantization
+
+
+def quantize_text_encoder(clip, request: Request):
+    """A new CLIP like ``clip`` whose linear layers are quantized; ``clip`` itself stays as it is.
+
+    The layers run weight-only: text is encoded once a prompt, in the precision ComfyUI encodes it
+    in.  LoRAs on them are merged in full precision before the rounding.  FormatError if it is
+    quantized already, or can't be quantized as asked.
+    """
+    out = clip.clone()
+    out.patcher = _quantize_patcher(clip.patcher, request)
+    out.cond_stage_model = out.patcher.model
+    return out
+
+
+def _quantize_patcher(patcher, request: Request, disable_dynamic: bool = False):
+    for name, parameter in patcher.model.named_parameters():
+        check_plain(name, parameter, "clip")
+    request.check_device(patcher.load_device)
+    # Weights that an earlier run patched in place go back to what they were.
+    comfy.model_management.unload_model_and_clones(patcher)
+    linears = {n: m for n, m in patcher.model.named_modules() if isinstance(m, torch.nn.Linear)}
+    record, merged = LoadRecord(), set()
+    watch(record, len(linears))
+    merge = merger(patcher.patches, patcher.load_device, "", merged)
+    policy = replace(request.policy, weight_only=True)
+    ops = quantized_ops(policy, record, patcher.load_device, merge)
+    shared: dict[int, object] = {}
+    for tensor in (*patcher.model.parameters(), *patcher.model.buffers()):
+        again = tensor.data
+        if isinstance(tensor, torch.nn.Parameter):
+            again = torch.nn.Parameter(again, requires_grad=tensor.requires_grad)
+        shared[id(tensor)] = again
+    for name, linear in linears.items():
+        new = _quantized(ops, linear, name)
+        if new.stored is not None:
+            shared[id(linear)] = new
+    check_matched(policy, record.kinds)
+    # The module tree anew, with the quantized layers in place of theirs; what is kept is shared.
+    out = clone_with(patcher, copy.deepcopy(patcher.model, shared), disable_dynamic)
+    kept = {n for n, c in record.choices.items() if c.format is None}
+    merged -= {f"{name}.weight" for name in kept}
+    out.patches = {key: p for key, p in out.patches.items() if key not in merged}
+    again = patcher.cached_patcher_init
+    out.cached_patcher_init = again and (_quantize_again, (again, patcher.patches, request))
+    out.model_options[INFO] = {
+        **quantization(record, request, patcher.load_device),
+        "source": "text encoder",
+        "compute_dtype": "float32",
+        "unquantized_bytes": comfy.model_management.module_size(patcher.model),
+        "weight_bytes": comfy.model_management.module_size(out.model),
+    }
+    return out
+
+
+def _quantized(ops, linear: torch.nn.Linear, name: str):
+    """``linear`` as a layer of ``ops``, whose policy decides."""
+    weight, bias = linear.weight, linear.bias
+    new = ops.Linear(
+        linear.in_features, linear.out_features, bias is not None, weight.device, weight.dtype
+    )
+    state = {f"{name}.weight": weight.data}
+    if bias is not None:
+        state[f"{name}.bias"] = bias.data
+    new._load_from_state_dict(state, f"{name}.", {}, True, [], [], [])
+    for key in ("weight", "bias"):  # what the host's dynamic loading casts to
+        dtype = getattr(linear, f"{key}_comfy_model_dtype", None)
+        if dtype is not None:
+            setattr(new, f"{key}_comfy_model_dtype", dtype)
+    return new
+
+
+def _quantize_again(init, patches, request: Request, disable_dynamic: bool = False):
+    return _quantize_patcher(load_again(init, patches, disable_dynamic), request, disable_dynamic)

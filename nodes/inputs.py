@@ -1,0 +1,135 @@
+"""Inputs that several nodes share, and what they make of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..qsched_core import objective as jaq
+from ..qsched_core.scorers import ScorerError
+from ..qsched_core.solvers import SOLVERS, get_solver
+from ..qsched_core.trajectory import MEMO_BYTES
+from .host.source import ComfySource
+from .host.trajectories import SCHEDULERS, trajectory_of
+from .types import Objective, Prompts
+
+OWN = -1.0  # what a widget says for "the solver's own default": below every option's range
+
+
+OPTIONS = tuple(dict.fromkeys(o.name for solver in SOLVERS.values() for o in solver.options))
+
+
+def option_inputs() -> list:
+    """A number for each option that some solver has, all optional."""
+    found: dict[str, list] = {}
+    for solver in SOLVERS.values():
+        for option in solver.options:
+            found.setdefault(option.name, []).append((solver.name, option))
+    return [
+        io.Float.Input(
+            name,
+            default=OWN,
+            min=OWN,
+            max=max(option.maximum for _, option in users),
+            step=0.01,
+            optional=True,
+            advanced=True,
+            tooltip="-1 is the solver's own default. "
+            + " ".join(f"{solver} ({o.default:g}): {o.tooltip}" for solver, o in users),
+        )
+        for name, users in found.items()
+    ]
+
+
+def collected(argument: str, names: Sequence[str], default: Any = None) -> Callable:
+    """Gives a function the inputs ``names`` as one dict, its ``argument``.
+
+    To ComfyUI it has an argument for each of them: it passes by name, and looks which names there
+    are.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.name != argument]
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        inputs = [inspect.Parameter(name, kind, default=default) for name in names]
+
+        @wraps(function)
+        def called(*args, **given):
+            chosen = {name: given.pop(name) for name in names if name in given}
+            return function(*args, **{argument: chosen}, **given)
+
+        called.__signature__ = signature.replace(parameters=[*own, *inputs])
+        return called
+
+    return decorate
+
+
+with_options = collected("options", OPTIONS, OWN)
+
+
+def checked_options(solver: str, options: dict[str, float]) -> dict[str, float]:
+    """Those that the user set; ValueError for one that ``solver`` does not have."""
+    chosen = {name: v for name, v in options.items() if v is not None and v != OWN}
+    get_solver(solver).check(chosen)
+    return chosen
+
+
+def wrong_options(solver: str | None, options: dict[str, float]) -> str | None:
+    """What is wrong with them, for a node's validation; a wired solver (None) is not known yet."""
+    if solver is None:
+        return None
+    try:
+        checked_options(solver, options)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def trajectory_inputs() -> list:
+    """The inputs that say which trajectory is run: the same for every node that makes images."""
+    return [
+        io.Model.Input("model", tooltip="The model, quantized or not."),
+        io.Clip.Input("clip"),
+        io.Vae.Input("vae"),
+        Prompts.Input("prompts"),
+        Objective.Input("objective"),
+        io.Combo.Input("solver", options=list(SOLVERS), tooltip="The base solver."),
+        io.Combo.Input("scheduler", options=list(SCHEDULERS), default="simple"),
+        io.Int.Input("steps", default=4, min=1, max=1000, tooltip="Sampling steps."),
+        io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, round=0.01),
+        io.Int.Input("width", default=512, min=16, max=16384, step=8),
+        io.Int.Input("height", default=512, min=16, max=16384, step=8),
+    ]
+
+
+def negative_input():
+    return io.String.Input(
+        "negative",
+        default="",
+        multiline=True,
+        optional=True,
+        tooltip="Negative prompt; it has no effect at cfg 1.",
+    )
+
+
+def source_of(
+    model, clip, vae, solver, scheduler, steps, cfg, width, height, negative, options,
+    memory=MEMO_BYTES,
+) -> ComfySource:  # fmt: skip
+    """The pictures of a model on KSampler's trajectory."""
+    trajectory = trajectory_of(model, solver, scheduler, steps, checked_options(solver, options))
+    return ComfySource(
+        model, clip, vae, trajectory, cfg=cfg, negative=negative, width=width, height=height,
+        memory=memory,
+    )  # fmt: skip
+
+
+def check_objective(objective) -> None:
+    """ScorerError for what does not come from an objective node."""
+    if not isinstance(objective, jaq.Objective):
+        raise ScorerError(f"objective={objective!r} must come from a JAQ Objective node")

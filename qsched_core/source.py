@@ -1,0 +1,301 @@
+"""Where pictures come from: a model on a trajectory, whatever runs it."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from .batches import Batches
+from .objective import Scores
+from .prompts import PromptSet
+from .solvers import ModelInfo
+from .trajectory import (
+    MEMO_BYTES,
+    Candidate,
+    EvaluationMemo,
+    Observed,
+    Trajectory,
+    by_trajectory,
+    observed,
+    rollout,
+)
+
+logger = logging.getLogger(__name__)
+
+SCORED_BYTES = 2**29  # pictures held at a time while they are scored
+IDENTITY_KEYS = ("source_hash", "patches")  # of a model's description: which weights it had
+
+# ``run(model, x, sigmas, extra_args)`` gives final latents [copies * prompts, ...] for initial
+# latents x [prompts, ...]; ``model(x, sigma, **extra_args)`` takes any multiple of them.
+Run = Callable[
+    [Callable[..., torch.Tensor], torch.Tensor, torch.Tensor, "dict | None"], torch.Tensor
+]
+
+
+# Gets a source's pictures [n, height, width, 3] of a candidate as they are scored.
+OnPictures = Callable[["Source", Candidate, PromptSet, torch.Tensor], None]
+
+
+class SourceError(ValueError):
+    """A source that can't make what is asked for; the message says what to change."""
+
+
+class Source(Protocol):
+    """Makes pictures of prompts under candidates, and counts its model evaluations.
+
+    ``trajectory`` is the one it samples by itself, ``nfe`` the latents that went through the model
+    so far, ``max_batch`` the most latents in a batch.
+    """
+
+    trajectory: Trajectory
+    width: int
+    height: int
+    nfe: int
+
+    @property
+    def max_batch(self) -> int: ...
+
+    def describe(self) -> dict[str, Any]:
+        """Plain JSON that fixes the pictures beside candidates, prompts and seeds.
+
+        "model" says what the model is, with its ``source_hash`` if there is one: the same for the
+        quantized model and the unquantized one.  "sampling" is how it is sampled.
+        """
+        ...
+
+    def images(
+        self,
+        prompts: PromptSet,
+        candidates: Sequence[Candidate],
+        on_step: Callable[[], None] | None = None,
+    ) -> torch.Tensor:
+        """Pictures [candidates, prompts, height, width, 3] in [0, 1] on the CPU.
+
+        ``on_step()`` is called after every sampling step of a batch.
+        """
+        ...
+
+    def observed(self, prompts: PromptSet, at: Observed | None = None) -> Observed:
+        """The model at given latents, or along its own trajectory; all prompts are one batch."""
+        ...
+
+
+class Measure(Protocol):
+    """What scores pictures: an Objective."""
+
+    def score(self, images: torch.Tensor, prompts: Sequence[str]) -> Scores: ...
+
+    def describe(self) -> dict[str, Any]: ...
+
+
+class ModelSource(ABC):
+    """A source that runs a model: what runs it says how to sample and how to decode.
+
+    Prompts and candidates share batches of at most ``max_batch`` latents, halved when memory runs
+    out (an exception of ``out_of_memory``; ``relieve`` then frees what can be freed), and candidates
+    share the evaluations that they have in common: ``memory`` bytes of model outputs are kept.
+    Each picture is what the model gives for its prompt and seed alone, up to the rounding of a
+    batched matrix product, in the 256 levels of a picture file: a saved picture scores the same.
+    """
+
+    def __init__(
+        self,
+        trajectory: Trajectory,
+        info: ModelInfo,
+        *,
+        width: int,
+        height: int,
+        max_batch: int,
+        memory: int = MEMO_BYTES,
+        out_of_memory: type[BaseException] | tuple[type[BaseException], ...] = (
+            torch.OutOfMemoryError
+        ),
+        relieve: Callable[[], None] = lambda: None,
+    ):
+        self.trajectory, self.info = trajectory, info
+        self.width, self.height = width, height
+        self.batches = Batches(max_batch, out_of_memory, relieve)
+        self.nfe = 0
+        self._memo = EvaluationMemo(memory)
+
+    @abstractmethod
+    def sample(
+        self, prompts: PromptSet, trajectory: Trajectory, copies: int, run: Run
+    ) -> torch.Tensor:
+        """Final latents [copies * prompts, ...]: what ``run`` gives for the prompts' initial latents,
+        conditioned model and sigmas."""
+
+    @abstractmethod
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pictures [n, height, width, 3] of latents [n, ...]."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """See :class:`Source`."""
+
+    def interrupted(self) -> None:  # noqa: B027  most sources can't be stopped in between
+        """Called between steps: raises where the user wants to stop."""
+
+    @property
+    def max_batch(self) -> int:
+        return self.batches.max_batch
+
+    @torch.no_grad()
+    def images(
+        self,
+        prompts: PromptSet,
+        candidates: Sequence[Candidate],
+        on_step: Callable[[], None] | None = None,
+    ) -> torch.Tensor:
+        out: list[torch.Tensor | None] = [None] * len(candidates)
+        for group in by_trajectory(candidates):
+            made = self.batches.images(
+                lambda part, few: self._made(part, few, on_step),
+                prompts,
+                [candidates[k] for k in group],
+            )
+            for k, pictures in zip(group, made, strict=True):
+                out[k] = pictures
+        return torch.stack(out)
+
+    def _made(self, prompts: PromptSet, candidates: Sequence[Candidate], on_step) -> torch.Tensor:
+        """One batch: candidates of one trajectory."""
+
+        def stepped(state) -> None:
+            self.interrupted()
+            if on_step is not None:
+                on_step()
+
+        def run(model, x, sigmas, extra_args=None):
+            result = rollout(
+                model,
+                x,
+                sigmas,
+                candidates,
+                info=self.info,
+                seeds=prompts.seeds,
+                samples=tuple(zip(prompts.prompts, prompts.seeds, strict=True)),
+                memo=self._memo,
+                extra_args=extra_args,
+                callback=stepped,
+            )
+            self.nfe += result.nfe
+            return result.latents.flatten(0, 1)
+
+        latents = self.sample(prompts, candidates[0].trajectory, len(candidates), run)
+        pictures = in_levels(self.decode(latents).cpu())
+        expected = (len(candidates) * len(prompts), self.height, self.width, 3)
+        if pictures.shape != expected:
+            raise SourceError(
+                f"decoding gave {list(pictures.shape)}; {list(expected)} was expected"
+            )
+        return pictures.unflatten(0, (len(candidates), len(prompts)))
+
+    @torch.no_grad()
+    def observed(self, prompts: PromptSet, at: Observed | None = None) -> Observed:
+        found: list[Observed] = []
+
+        def run(model, x, sigmas, extra_args=None):
+            def interruptible(x, sigma, **extra):
+                self.interrupted()
+                return model(x, sigma, **extra)
+
+            found.append(
+                observed(
+                    interruptible,
+                    x,
+                    sigmas,
+                    self.trajectory,
+                    info=self.info,
+                    seeds=prompts.seeds,
+                    at=at,
+                    extra_args=extra_args,
+                )
+            )
+            return x
+
+        self.sample(prompts, self.trajectory, 1, run)
+        self.nfe += found[0].nfe
+        return found[0]
+
+
+def in_levels(images: torch.Tensor) -> torch.Tensor:
+    """Images in [0, 1], float32, in the 256 levels of a picture file; NaN stays."""
+    return (images.float().clamp(0, 1) * 255).round() / 255
+
+
+def scored(
+    source: Source,
+    measure: Measure,
+    candidates: Sequence[Candidate],
+    prompts: PromptSet,
+    on_step: Callable[[], None] | None = None,
+    on_pictures: OnPictures | None = None,
+) -> list[Scores]:
+    """The scores of every candidate, made and scored in parts whose pictures fit memory.
+
+    ``on_pictures(source, candidate, prompts, images)`` gets each part's pictures [n, height, width, 3].
+    """
+    picture = source.width * source.height * 3 * 4
+    size = max(1, SCORED_BYTES // (picture * len(candidates)))
+    parts: list[list[Scores]] = [[] for _ in candidates]
+    for start in range(0, len(prompts), size):
+        few = prompts.part(start, start + size)
+        for k, images in enumerate(source.images(few, candidates, on_step)):
+            parts[k].append(measure.score(images, few.prompts))
+            if on_pictures is not None:
+                on_pictures(source, candidates[k], few, images)
+    return [Scores.join(each) for each in parts]
+
+
+def check_reference(source: Source, reference: Source) -> None:
+    """SourceError unless ``reference`` is the same model on the same trajectory, quantized or not.
+
+    The same: equal sampling and size, and the hash of the weights before quantization, with the
+    patches on them, where both models have one.  Where one has none that is logged.
+    """
+    mine, other = source.describe(), reference.describe()
+    one, two = source.trajectory, reference.trajectory
+    for what, ours, theirs in (
+        ("noise levels", one.sigmas, two.sigmas),
+        ("kind of noise levels", one.flow, two.flow),
+        ("solvers", one.solver, two.solver),
+        ("options of its solvers", one.solvers, two.solvers),
+        ("size of pictures", (source.width, source.height), (reference.width, reference.height)),
+        ("sampling", mine.get("sampling"), other.get("sampling")),
+    ):
+        if ours != theirs:
+            raise SourceError(
+                f"the reference model has other {what} than the model ({_short(theirs)}, not "
+                f"{_short(ours)}); connect the same model, not quantized, behind the same nodes"
+            )
+    models = [_identity(content.get("model")) for content in (mine, other)]
+    for key in IDENTITY_KEYS:
+        one, two = (model.get(key) for model in models)
+        if one is None or two is None:
+            logger.warning(
+                "whether the reference is the same model can't be told: %s has no %s",
+                "the model" if one is None else "the reference",
+                key,
+            )
+            return
+        if one != two:
+            what = {"patches": "LoRAs or other patches"}.get(key, "weights")
+            names = [model.get("source") or "unnamed" for model in models]
+            raise SourceError(
+                f"the reference model ({names[1]}) has other {what} than the model ({names[0]}); "
+                "connect the same model, not quantized"
+            )
+
+
+def _identity(model: Any) -> Mapping[str, Any]:
+    return model if isinstance(model, Mapping) else {}
+
+
+def _short(value: Any, most: int = 120) -> str:
+    text = str(value)
+    return text if len(text) <= most else f"{text[:most]}..."

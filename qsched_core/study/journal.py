@@ -1,0 +1,209 @@
+"""The study on disk: one Optuna journal a study, one appended line a finished trial.
+
+The file is an Optuna JournalStorage of JSON lines (optuna-dashboard opens it).  A trial is appended
+once, when it is finished; the samplers work on a copy in memory.  So a killed search leaves nothing
+half done, and what a resumed one proposes depends on the finished trials alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ..files import write_atomic
+from ..optional import require
+from .errors import CalibrationError
+from .store import Box, Point, Record
+
+MIN_FREE_BYTES = 16 * 2**20  # a journal of 200 trials with 100 prompts is about 2 MiB
+LINE_BYTES = 2**16
+
+
+def _optuna():
+    return require("optuna", "the search", "optuna")
+
+
+def fingerprint(content: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of plain JSON; TypeError or ValueError if it is not that."""
+    text = json.dumps(content, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def distributions(space: Box) -> dict:
+    """The box in Optuna's words."""
+    optuna = _optuna()
+    return {n: optuna.distributions.FloatDistribution(*ends) for n, ends in space.bounds.items()}
+
+
+def finished_trial(space: Box, point: Point, value: float, facts: Mapping[str, Any] | None = None):
+    """A finished Optuna trial at ``point``, to be added to a study."""
+    return _optuna().trial.create_trial(
+        params=dict(point),
+        distributions=distributions(space),
+        value=value,
+        user_attrs=dict(facts or {}),
+    )
+
+
+def journal_path(folder: str | Path, name: str) -> Path:
+    """The file of the study ``name`` (a fingerprint) in ``folder``."""
+    return Path(folder) / f"{name[:24]}.journal"
+
+
+class Journal:
+    """The file of the study ``name`` (a fingerprint) in ``folder``; a context manager.
+
+    While it is open no other may open it, in this process or another.  Raises CalibrationError where the
+    folder can't be written, is nearly full, or the study is running elsewhere.
+    """
+
+    def __init__(self, folder: str | Path, name: str):
+        self.name = name
+        self.path = journal_path(folder, name)
+        self.shared, self.where = False, str(self.path)
+        self._lock = None
+        self._studies: dict[str, Any] = {}
+
+    def __enter__(self) -> Journal:
+        self._check_folder()
+        self._lock = _exclusive(self.path.with_suffix(".lock"))
+        try:
+            self._open()
+        except BaseException:
+            self._lock.close()
+            raise
+        return self
+
+    def __exit__(self, *exception):
+        self._studies.clear()
+        self._lock.close()
+
+    def _check_folder(self) -> None:
+        folder = self.path.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(folder).free
+            probe = write_atomic(
+                folder / f"{self.path.name}.{os.getpid()}.probe", bytes(LINE_BYTES)
+            )
+            probe.unlink()
+        except OSError as error:
+            raise CalibrationError(
+                f"the study folder {folder} can't be written ({error}); "
+                "make it writable, free the disk, or choose another"
+            ) from None
+        if free < MIN_FREE_BYTES:
+            raise CalibrationError(
+                f"the study folder {folder} has {free / 2**20:.0f} MiB left and a search needs "
+                f"{MIN_FREE_BYTES // 2**20} MiB; free the disk or choose another"
+            )
+
+    def _open(self) -> None:
+        storages = _optuna().storages
+        try:
+            _drop_torn_line(self.path)
+            backend = storages.journal.JournalFileBackend(str(self.path), lock_obj=_HeldLock())
+            self._storage = storages.JournalStorage(backend)
+        except OSError as error:
+            raise CalibrationError(f"the study {self.path} can't be opened: {error}") from None
+        except (ValueError, KeyError) as error:
+            raise CalibrationError(
+                f"the study {self.path} is damaged ({error}); delete it to search anew"
+            ) from None
+
+    def _study(self, stage: str):
+        if stage not in self._studies:
+            self._studies[stage] = _optuna().create_study(
+                storage=self._storage,
+                study_name=f"{self.name}:{stage}",
+                direction="maximize",
+                load_if_exists=True,
+            )
+        return self._studies[stage]
+
+    def records(self, stage: str) -> dict[int, Record]:
+        """The finished trials of ``stage`` by slot, in the order of slots."""
+        trials = self._study(stage).get_trials(deepcopy=False)
+        records = [Record.of(trial.params, trial.user_attrs) for trial in trials]
+        return {r.slot: r for r in sorted(records, key=lambda r: r.slot)}
+
+    def working(self, stage: str) -> dict[int, Point]:
+        """Nothing: no other process may open this journal."""
+        return {}
+
+    def claim(self, stage: str, space: Box, points: Mapping[int, Point]) -> _Claim:
+        """All of ``points``."""
+        return _Claim(self._study(stage), space, points)
+
+    def get(self, key: str) -> Any:
+        """What was put under ``key``, or None."""
+        return self._study("notes").user_attrs.get(key)
+
+    def put(self, key: str, value: Any) -> None:
+        """Keep plain JSON beside the trials."""
+        self._study("notes").set_user_attr(key, value)
+
+
+class _Claim:
+    """Slots of a study that has one worker: nothing is written before they are finished."""
+
+    def __init__(self, study, space: Box, points: Mapping[int, Point]):
+        self.study, self.space, self.points = study, space, points
+
+    def __enter__(self) -> _Claim:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        pass
+
+    def finish(self, record: Record) -> None:
+        self.study.add_trial(
+            finished_trial(self.space, record.point, record.scores.mean(), record.facts())
+        )
+
+
+class _HeldLock:
+    """For Optuna's lock: the file is ours alone while the journal is open.
+
+    Unlike Optuna's lock files, the system's lock does not outlive a killed process.
+    """
+
+    def acquire(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        pass
+
+
+def _drop_torn_line(path: Path) -> None:
+    # A process killed while it appended leaves a line without an end; Optuna would append to it.
+    with suppress(FileNotFoundError), open(path, "r+b") as file:
+        data = file.read()
+        end = data.rfind(b"\n") + 1
+        if end < len(data):
+            file.truncate(end)
+
+
+def _exclusive(path: Path):
+    """An open file that holds the system's exclusive lock on ``path``."""
+    busy = f"this calibration is running already ({path.with_suffix('.journal')}); wait for it"
+    file = open(path, "ab")  # noqa: SIM115  the lock is held while it is open
+    try:
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise CalibrationError(f"{busy} ({error})") from None
+    return file

@@ -1,0 +1,105 @@
+"""Where a search keeps its trials: what every kind of storage offers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..objective import Scores
+
+Point = Mapping[str, float]
+Range = tuple[float, float]
+
+
+class Box(Protocol):
+    """What the points of a stage lie in."""
+
+    @property
+    def bounds(self) -> Mapping[str, Range]: ...
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished trial: its place in the stage, and what it gave.
+
+    A ``pruned`` trial saw the first prompts only; its scores are as many.
+    """
+
+    slot: int
+    point: Point
+    scores: Scores
+    seconds: float
+    nfe: int
+    pruned: bool = False
+
+    def facts(self) -> dict[str, Any]:
+        """Plain JSON of everything but the point."""
+        return {
+            "slot": self.slot,
+            "scores": self.scores.to_dict(),
+            "seconds": self.seconds,
+            "nfe": self.nfe,
+            "pruned": self.pruned,
+        }
+
+    @classmethod
+    def of(cls, point: Point, facts: Mapping[str, Any]) -> Record:
+        """The inverse of :meth:`facts`."""
+        return cls(
+            facts["slot"],
+            dict(point),
+            Scores.from_dict(facts["scores"]),
+            facts["seconds"],
+            facts["nfe"] if "nfe" in facts else facts["model_evaluations"],  # of older studies
+            facts["pruned"],
+        )
+
+
+class Claim(Protocol):
+    """Slots that are ours to evaluate; a context manager.
+
+    ``points`` are those that were won, by slot: none where another worker was quicker.  Leaving
+    without ``finish`` gives the slots back.
+    """
+
+    points: Mapping[int, Point]
+
+    def __enter__(self) -> Claim: ...
+
+    def __exit__(self, *exception) -> None: ...
+
+    def finish(self, record: Record) -> None:
+        """Keep the trial; on return it is stored for good."""
+        ...
+
+
+class Store(Protocol):
+    """The trials of one study, in stages; each stage has slots 0, 1, 2, ...
+
+    ``shared`` tells whether other workers may be at the same study; ``where`` names the place to
+    the user (no passwords).
+    """
+
+    shared: bool
+    where: str
+
+    def records(self, stage: str) -> dict[int, Record]:
+        """The finished trials by slot, in the order of slots."""
+        ...
+
+    def working(self, stage: str) -> dict[int, Point]:
+        """What other workers are evaluating now, by slot; those that stopped answering are not."""
+        ...
+
+    def claim(self, stage: str, space: Box, points: Mapping[int, Point]) -> Claim:
+        """Take the slots for this worker, so that no other evaluates them."""
+        ...
+
+    def get(self, key: str) -> Any:
+        """What was put under ``key``, or None."""
+        ...
+
+    def put(self, key: str, value: Any) -> None:
+        """Keep plain JSON beside the trials."""
+        ...
