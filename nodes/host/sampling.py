@@ -150,11 +150,10 @@ def _differences(schedule: QSchedule, solver: str, options, model) -> str:
     if solver != schedule.solver:
         parts.append(f"solver {schedule.solver!r}, not {solver!r}")
     elif options is not None:
-        sampling = schedule.provenance.get("sampling")
-        before = sampling.get("options") if isinstance(sampling, dict) else None
+        before = schedule.trajectory.options
         for name, value in get_solver(solver).check(options).items():
-            if isinstance(before, dict) and before.get(name, value) != value:
-                parts.append(f"{name} {shown(before[name])}, not {value}")
+            if before.get(name, value) != value:
+                parts.append(f"{name} {before[name]}, not {value}")
     learned = schedule.provenance.get("model")
     if isinstance(learned, dict):
         found = model_info(model)

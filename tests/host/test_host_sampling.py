@@ -6,7 +6,6 @@ ComfyUI's own sampler and of ours at coefficients of 1, and known pixels must su
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -334,8 +333,8 @@ def test_around_a_sampler_of_comfyuis(graph, name, files):
 
 def around_with(draw, sampler, options: dict, solver="euler_ancestral", mode="strict"):
     """Draw with a schedule of ``solver``, learned with ``options``, around ``sampler``."""
-    schedule = schedule_of(draw.model, solver)
-    learned = dataclasses.replace(schedule, provenance={"sampling": {"options": options}})
+    trajectory = trajectories.trajectory_of(draw.model, solver, "simple", STEPS, options)
+    learned = schedules.QSchedule(trajectory, corrections.ScalarCorrection(C_X, C_EPS))
     return draw(host.make_around_sampler(learned, sampler, mode))
 
 
