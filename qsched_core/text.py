@@ -92,7 +92,7 @@ def _scripts(run: str) -> str:
     return "/".join(dict.fromkeys(names)) or "symbols"
 
 
-def shown(value: Any, most: int = 80) -> str:
+def shown(value: Any, most: int = 120) -> str:
     """``value`` for an error message: short, on one line and encodable, whatever it is."""
     if isinstance(value, str):
         value = value[: most + 1]

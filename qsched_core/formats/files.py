@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
+from ..text import shown
 from .base import FormatError
-from .header import Entry, header_of, shown
+from .header import Entry, header_of
 
 TORCH_NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64",

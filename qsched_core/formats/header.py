@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..text import shown
 from .base import FormatError
 
 MAX_HEADER = 100_000_000  # bytes; what the safetensors library itself accepts
 MAX_DIMENSIONS = 64  # what torch's own operations can handle
 MAX_NUMBER = 2**63 - 1
-SHOWN = 120  # characters of a name in a message
 ITEM_BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
     "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4, "C64": 64,
@@ -104,11 +104,6 @@ def header_of(file: BinaryIO, name: str) -> Header:
     return Header(tensors, metadata, data)
 
 
-def shown(name: str) -> str:
-    """``name`` as it may stand in a message: quoted, escaped, and not too long."""
-    return repr(name if len(name) <= SHOWN else f"{name[:SHOWN]}...")
-
-
 def _parse(raw: bytes, name: str) -> dict[str, Any]:
     try:
         content = json.loads(
@@ -180,7 +175,7 @@ def _entry(info: Any) -> tuple[Entry, int]:
             raise ValueError(f"{shown(field)} is unknown")
     dtype, shape, offsets = (info[field] for field in FIELDS)
     if not isinstance(dtype, str) or dtype not in ITEM_BITS:
-        raise ValueError(f"its dtype is {shown(str(dtype))}, unknown to safetensors")
+        raise ValueError(f"its dtype is {shown(dtype)}, unknown to safetensors")
     if not isinstance(shape, list) or not all(map(_is_count, shape)):
         raise ValueError("its shape is no list of whole numbers from 0")
     if len(shape) > MAX_DIMENSIONS:

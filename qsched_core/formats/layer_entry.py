@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from ..text import shown
 from .base import FormatError, Packed
-from .header import shown
 
 SUFFIX = ".comfy_quant"
 MAX_ENTRY = 1 << 20  # bytes; a real one has some hundred

@@ -11,7 +11,6 @@ from ..optional import missing
 from .base import (
     CHUNK_ELEMENTS,
     Error,
-    FormatError,
     Packed,
     check_finite,
     largest_magnitude,
@@ -30,7 +29,7 @@ class SVDQuantW4A4(KitchenFormat):
     """W = proj_up proj_down^T + R / smooth, R in int4 with a scale every 64 weights of a row.
 
     The branch is the best of rank 32 (subspace iteration from a fixed seed); R is the rest, rounded
-    to the scales of least squared error.  The input is divided by ``smooth`` (1 unless given) and
+    to the scales of least squared error.  The input is divided by ``smooth`` (1 in what is packed here) and
     rounded to int4 in groups of 64, the branch multiplies it unrounded.  Arithmetic and layout are
     comfy-kitchen's: scale [in / 64, out], proj_down [in, 32], proj_up [out, 32], smooth_factor [in].
     """
@@ -68,11 +67,8 @@ class SVDQuantW4A4(KitchenFormat):
         tables = rows * columns // self.group + (rows + columns) * RANK + columns
         return rows * columns // 2 + 2 * tables
 
-    def quantize(self, weight, seed=None, like=None, measure=False, smooth=None):
-        """As every format; ``smooth`` [in] (positive) is what the input will be divided by.
-
-        With ``like``, branch and smoothing stay as they were, and what changed goes into the rest.
-        """
+    def quantize(self, weight, seed=None, like=None, measure=False):
+        """As every format; with ``like``, branch and smoothing stay, and the rest takes the change."""
         self.check(weight, like)
         shape = tuple(weight.shape)
         weight = weight.reshape(shape[0], -1)
@@ -80,8 +76,8 @@ class SVDQuantW4A4(KitchenFormat):
         if like is not None:
             down, up, smooth = (like.aux[n] for n in ("proj_down", "proj_up", "smooth_factor"))
         else:
-            smooth = _smooth(smooth, columns, weight.device)
-            up, down = low_rank(weight, smooth.float())
+            smooth = torch.ones(columns, dtype=TABLE_DTYPE, device=weight.device)
+            up, down = low_rank(weight)
         random = None
         if seed is not None:
             random = torch.Generator(weight.device).manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
@@ -162,24 +158,11 @@ def _nonzero(scale: torch.Tensor) -> torch.Tensor:
     return torch.where(scale == 0, torch.inf, scale)
 
 
-def _smooth(smooth, columns: int, device: torch.device) -> torch.Tensor:
-    if smooth is None:
-        return torch.ones(columns, dtype=TABLE_DTYPE, device=device)
-    found = tuple(smooth.shape)
-    smooth = smooth.to(device, TABLE_DTYPE)
-    if found != (columns,) or not (torch.isfinite(smooth).all() and (smooth > 0).all()):
-        raise FormatError(
-            f"smooth has shape {found}; it must be {columns} positive finite numbers, one for each "
-            "in feature"
-        )
-    return smooth
-
-
-def low_rank(weight: torch.Tensor, smooth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def low_rank(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """proj_up [out, 32] and proj_down [in, 32]: their product is nearest to ``weight``.
 
-    Nearest where columns weigh as ``smooth`` says.  Subspace iteration (Halko, Martinsson and
-    Tropp, 2011, algorithm 4.4), in fp32, some rows at a time.
+    Subspace iteration (Halko, Martinsson and Tropp, 2011, algorithm 4.4), in fp32, some rows at a
+    time.
     """
     rows, columns = weight.shape
     size = min(RANK + OVERSAMPLE, rows, columns)
@@ -189,7 +172,7 @@ def low_rank(weight: torch.Tensor, smooth: torch.Tensor) -> tuple[torch.Tensor, 
     # Neither overflow nor underflow in the squares.
     largest = largest_magnitude(weight)
     largest = torch.where(largest == 0, 1, largest)
-    factor = (smooth / largest).unsqueeze(1)
+    factor = 1 / largest
 
     def times(right):
         right = factor * right
@@ -208,7 +191,7 @@ def low_rank(weight: torch.Tensor, smooth: torch.Tensor) -> tuple[torch.Tensor, 
     # The square root of a singular value on each side keeps both within 16 bits' range.
     root = (s[:RANK] * largest).sqrt()
     up = left @ u[:, :RANK] * root
-    down = v[:RANK].t() * root / smooth.unsqueeze(1)
+    down = v[:RANK].t() * root
     missing_ranks = RANK - up.shape[1]
     return (
         F.pad(up, (0, missing_ranks)).to(TABLE_DTYPE),

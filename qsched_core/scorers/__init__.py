@@ -13,11 +13,6 @@ SCORERS: dict[str, ScorerEntry] = {
 }
 
 
-def available_scorers() -> dict[str, str | None]:
-    """Every scorer's name with None, or the reason why it can't be used."""
-    return {name: entry.available() for name, entry in SCORERS.items()}
-
-
 def scorer_names(measures: str = "") -> list[str]:
     """Names for ``measures`` "alignment" or "quality" ("": both), options as ``name:OPTION``."""
     return [
@@ -61,7 +56,6 @@ __all__ = [
     "ScorerEntry",
     "ScorerError",
     "Sources",
-    "available_scorers",
     "build_scorer",
     "check_images",
     "check_scorer",

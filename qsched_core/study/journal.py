@@ -16,6 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from ..files import write_atomic
 from ..optional import require
 from .errors import CalibrationError
@@ -66,23 +68,22 @@ class Journal:
     def __init__(self, folder: str | Path, name: str):
         self.name = name
         self.path = journal_path(folder, name)
-        self.shared, self.where = False, str(self.path)
-        self._lock = None
+        self.where = str(self.path)
         self._studies: dict[str, Any] = {}
 
     def __enter__(self) -> Journal:
         self._check_folder()
-        self._lock = _exclusive(self.path.with_suffix(".lock"))
+        self._lock = _locked(self.path)
         try:
             self._open()
         except BaseException:
-            self._lock.close()
+            self._lock.release()
             raise
         return self
 
     def __exit__(self, *exception):
         self._studies.clear()
-        self._lock.close()
+        self._lock.release()
 
     def _check_folder(self) -> None:
         folder = self.path.parent
@@ -190,20 +191,15 @@ def _drop_torn_line(path: Path) -> None:
             file.truncate(end)
 
 
-def _exclusive(path: Path):
-    """An open file that holds the system's exclusive lock on ``path``."""
-    busy = f"this calibration is running already ({path.with_suffix('.journal')}); wait for it"
-    file = open(path, "ab")  # noqa: SIM115  the lock is held while it is open
+def _locked(path: Path) -> FileLock:
+    """A lock on the journal ``path`` that is held; it goes with the process that holds it."""
+    lock = FileLock(path.with_suffix(".lock"), timeout=0, thread_local=False)
     try:
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock.acquire()
+    except Timeout:
+        raise CalibrationError(
+            f"this calibration is running already ({path}); wait for it"
+        ) from None
     except OSError as error:
-        file.close()
-        raise CalibrationError(f"{busy} ({error})") from None
-    return file
+        raise CalibrationError(f"the study {path} can't be locked: {error}") from None
+    return lock

@@ -46,8 +46,6 @@ class SharedStore:
     answer, and a study of that name that is about something else.
     """
 
-    shared = True
-
     def __init__(
         self,
         database: Database,

@@ -77,11 +77,9 @@ class Claim(Protocol):
 class Store(Protocol):
     """The trials of one study, in stages; each stage has slots 0, 1, 2, ...
 
-    ``shared`` tells whether other workers may be at the same study; ``where`` names the place to
-    the user (no passwords).
+    ``where`` names the place to the user (no passwords).
     """
 
-    shared: bool
     where: str
 
     def records(self, stage: str) -> dict[int, Record]:

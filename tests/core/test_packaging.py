@@ -50,7 +50,14 @@ def test_requirements_equal_the_dependencies():
 def test_requirements_leave_the_hosts_packages_and_versions_alone():
     for requirement in _requirements():
         name = re.split(r"[<>=!~\[; ]", requirement)[0].lower().replace("_", "-")
-        assert name not in {"torch", "torchvision", "transformers", "numpy", "comfy-kitchen"}
+        assert name not in {
+            "torch",
+            "torchvision",
+            "transformers",
+            "numpy",
+            "comfy-kitchen",
+            "filelock",
+        }
         assert not re.search(r"<|==|~=", requirement), f"{requirement}: no upper bounds"
 
 
