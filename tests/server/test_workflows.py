@@ -6,8 +6,10 @@ import asyncio
 import io
 import json
 import re
+from types import SimpleNamespace
 
 import aiohttp
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -17,12 +19,12 @@ WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 NAME = "qsched_learn_and_sample.json"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def workflow(repo_root):
     return json.loads((repo_root / "workflows" / "api" / NAME).read_text(encoding="utf-8"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def short(workflow):
     """The shipped graph with few prompts and a small budget; ``short(seed)`` is a study of its own."""
 
@@ -81,13 +83,48 @@ def test_every_template_has_a_thumbnail(repo_root):
         assert Image.open(template.with_suffix(".jpg")).width >= 200
 
 
-def test_the_workflow_learns_saves_and_samples(server, short):
-    entry = server.run(short(101), timeout=600)
-    picture = Image.open(io.BytesIO(server.image(entry["outputs"]["11"]["images"][0])))
-    assert picture.size == (96, 96)
-    assert len(picture.convert("RGB").getcolors(96 * 96)) > 50
+async def follow(server, prompt: dict) -> tuple[str, list[int], list[str]]:
+    """A prompt's id, and what its client hears of node 4: progress and lines of text."""
+    steps, texts = [], []
+    async with (
+        aiohttp.ClientSession() as session,
+        session.ws_connect(f"{server.url}/ws?clientId=follower") as socket,
+    ):
+        prompt_id = await asyncio.to_thread(server.queue, prompt, client_id="follower")
+        async for message in socket:
+            if message.type is aiohttp.WSMsgType.BINARY:
+                texts.append(message.data[4:].decode("utf-8", "replace"))
+                continue
+            event = json.loads(message.data)
+            if event["type"] == "progress" and event["data"]["node"] == "4":
+                steps.append(event["data"]["value"])
+            if event["type"] == "execution_error":
+                pytest.fail(event["data"]["exception_message"])
+            if event["type"] == "execution_success":
+                assert event["data"]["prompt_id"] == prompt_id
+                return prompt_id, steps, texts
+    raise AssertionError("the socket closed early")
+
+
+@pytest.fixture(scope="module")
+def learned(server, short) -> SimpleNamespace:
+    """The short workflow run once, with a client that listens: history entry, steps and texts."""
+    prompt_id, steps, texts = asyncio.run(asyncio.wait_for(follow(server, short(101)), 600))
+    entry = server.wait(prompt_id, 60)
     report = json.loads(entry["outputs"]["4"]["text"][0])
-    assert len(report["trials"]) == 7  # c = 1 and the budget
+    return SimpleNamespace(entry=entry, report=report, steps=steps, texts=texts)
+
+
+def test_the_workflow_learns_saves_and_samples(server, learned):
+    (made,) = learned.entry["outputs"]["11"]["images"]
+    picture = Image.open(io.BytesIO(server.image(made))).convert("RGB")
+    assert picture.size == (96, 96)
+    red, green, blue = np.moveaxis(np.asarray(picture, dtype=float) / 255, -1, 0)
+    # "a large red ring in the center of a white background", by a model of two bits
+    assert 0.05 < ((red - green > 0.2) & (red - blue > 0.2)).mean() < 0.6
+    assert (np.minimum(np.minimum(red, green), blue) > 0.7).mean() > 0.3
+    report = learned.report
+    assert report["new_trials"] == len(report["trials"]) == 7  # c = 1 and the budget
     assert report["heldout"]["before"].keys() == report["heldout"]["after"].keys()
     # 4 prompts: the first step once, then 3 steps for each of 7 candidates; held-out on top
     assert report["nfe"] >= 4 + 7 * 4 * 3
@@ -96,42 +133,18 @@ def test_the_workflow_learns_saves_and_samples(server, short):
     assert saved["provenance"]["model"]["format"] == "int2"
 
 
-def test_a_finished_study_is_not_repeated(server, short):
-    first = json.loads(server.run(short(102), 600)["outputs"]["4"]["text"][0])
-    again = short(102)
-    again["4"]["inputs"]["guard"] = False  # another prompt to ComfyUI, the same study
+def test_a_finished_study_is_not_repeated(server, short, learned):
+    again = short(101, guard=False)  # another prompt to ComfyUI, the same study
+    again["5"]["inputs"]["name"] = "short-again"
     second = json.loads(server.run(again, 600)["outputs"]["4"]["text"][0])
-    assert first["new_trials"] == 7
     assert second["new_trials"] == 0
-    assert [t["jaq"] for t in second["trials"]] == [t["jaq"] for t in first["trials"]]
+    assert [t["jaq"] for t in second["trials"]] == [t["jaq"] for t in learned.report["trials"]]
 
 
-def test_progress_and_text_arrive_on_the_websocket(server, short):
-    async def follow() -> tuple[list[int], list[str]]:
-        steps, texts = [], []
-        async with (
-            aiohttp.ClientSession() as session,
-            session.ws_connect(f"{server.url}/ws?clientId=follower") as socket,
-        ):
-            prompt_id = server.queue(short(103), client_id="follower")
-            async for message in socket:
-                if message.type is aiohttp.WSMsgType.BINARY:
-                    texts.append(message.data[4:].decode("utf-8", "replace"))
-                    continue
-                event = json.loads(message.data)
-                if event["type"] == "progress" and event["data"]["node"] == "4":
-                    steps.append(event["data"]["value"])
-                if event["type"] == "execution_error":
-                    pytest.fail(event["data"]["exception_message"])
-                if event["type"] == "execution_success":
-                    assert event["data"]["prompt_id"] == prompt_id
-                    return steps, texts
-        raise AssertionError("the socket closed early")
-
-    steps, texts = asyncio.run(asyncio.wait_for(follow(), 600))
-    assert steps == sorted(steps)
-    assert steps[-1] == 7
-    assert any(re.search(r"trial \d of 7, best JAQ", text) for text in texts)
+def test_progress_and_text_arrive_on_the_websocket(learned):
+    assert learned.steps == sorted(learned.steps)
+    assert learned.steps[-1] == 7
+    assert any(re.search(r"trial \d of 7, best JAQ", text) for text in learned.texts)
 
 
 @pytest.mark.parametrize(
