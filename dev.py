@@ -49,7 +49,7 @@ def test(environment, options, more):
 def lanes(more):
     """Two lanes side by side for the whole suite; what is selected runs in one, as pytest does."""
     if all(option == "--full" or option.startswith("--durations") for option in more):
-        return ["-n", "2", "--dist", "loadgroup", "--durations", "10"]
+        return ["-n", "2", "--dist", "loadscope", "--durations", "10"]
     return []
 
 

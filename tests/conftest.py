@@ -1,7 +1,7 @@
 """What every test shares: the repo root on sys.path, what a quick run leaves out, two lanes.
 
-A test marked ``full`` runs with ``--full`` alone.  With pytest-xdist (``-n 2 --dist loadgroup``)
-the tests of one module stay in one lane, as do all that use the one server.
+A test marked ``full`` runs with ``--full`` alone.  With pytest-xdist (``-n 2 --dist loadscope``)
+the tests of one file stay in one lane, as do all of tests/server, for there is one server.
 """
 
 from __future__ import annotations
@@ -60,9 +60,6 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=left)
         config.stash[LEFT_OUT].update(item.path.name for item in left)
         items[:] = [item for item in items if not item.get_closest_marker("full")]
-    for item in items:
-        lane = "server" if "server" in item.fixturenames else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(lane))
 
 
 def pytest_sessionfinish(session):
@@ -73,6 +70,20 @@ def pytest_sessionfinish(session):
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node):
     node.config.stash[LEFT_OUT] = Counter(getattr(node, "workeroutput", {}).get("left_out", {}))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    if config.getoption("dist") != "loadscope":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Lanes(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = Path(nodeid.partition("::")[0])
+            return path.parent.name if path.parent.name == "server" else path.name
+
+    return Lanes(config, log)
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 CONFTEST = Path(__file__).resolve().parents[1] / "conftest.py"
-INI = "[pytest]\nmarkers =\n    full: slow\n    gpu: a GPU\n    xdist_group: a lane\n"
-LANES = ("-n", "2", "--dist", "loadgroup")
+INI = "[pytest]\nmarkers =\n    full: slow\n    gpu: a GPU\n"
+LANES = ("-n", "2", "--dist", "loadscope")
 SOME = """
 import os
 import pytest
@@ -28,7 +28,8 @@ def test_case(case):
 def test_slow():
     pass
 
-def test_with_the_server(server, request):
+@pytest.mark.parametrize("case", range(12))
+def test_with_the_server(case, server, request):
     seen = request.config.rootpath / "servers"
     with open(seen, "a") as file:
         file.write(f"{server}\\n")
@@ -39,10 +40,11 @@ def test_with_the_server(server, request):
 def suite(tmp_path):
     """Runs a small suite with the conftest of this one: its exit code and output."""
     (tmp_path / "pytest.ini").write_text(INI, encoding="utf-8")
-    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "server").mkdir(parents=True)
     shutil.copy(CONFTEST, tmp_path / "tests")
     for name in ("one", "two"):
-        (tmp_path / "tests" / f"test_{name}.py").write_text(SOME, encoding="utf-8")
+        path = tmp_path / "tests" / "server" / f"test_{name}.py"
+        path.write_text(SOME, encoding="utf-8")
 
     def run(*options: str) -> str:
         done = subprocess.run(
@@ -64,11 +66,11 @@ def test_what_a_quick_run_leaves_out_is_said_at_its_end(suite, lanes):
         ["2", "of", "test_two.py"],
     ]
     assert last[2].split()[0] == "4" and "--full runs them too" in last[2]
-    assert "4 passed" in last[-1] and len(last) < 6
+    assert "26 passed" in last[-1] and len(last) < 6
     whole = suite("--full", *lanes)
-    assert "8 passed" in whole and "left out" not in whole
+    assert "30 passed" in whole and "left out" not in whole
 
 
-def test_all_that_use_the_server_are_in_one_lane(suite):
+def test_all_of_the_servers_tests_are_in_one_lane(suite):
     suite(*LANES)
     assert len(set((suite.folder / "servers").read_text().split())) == 1
