@@ -222,9 +222,9 @@ def contact_sheet(rows: list[Row], prompts: tuple[str, ...]) -> bytes:
         sheet.paragraph(label + column * CELL + 4, 4, prompt, CELL - 8, "black", 12, 15, most=4)
     for index, row in enumerate(rows):
         top = caption + index * CELL
-        facts = (row.name, f"{row.weight_bytes / 1e6:.1f} MB", f"JAQ {row.interval().mean:.3f}")
+        lines = (row.name, f"{row.weight_bytes / 1e6:.1f} MB", f"JAQ {row.interval().mean:.3f}")
         y = top + 30
-        for text in facts:
+        for text in lines:
             y = sheet.paragraph(8, y, text, label - 16, "black", 15, 22, most=2)
         for column, picture in enumerate(row.pictures):
             x = label + column * CELL + 2

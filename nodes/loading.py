@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 from ..qsched_core.formats import get, names
 from ..qsched_core.formats.chart import draw
 from ..qsched_core.formats.report import table
-from .host.weights import loading as host
+from .host.weights import loading
 from .host.weights.files import check_file, model_path, weight_files
 from .host.weights.provenance import INFO, describe, layer_rows, model_info, report_title
 from .host.weights.saving import next_path, save_model, workflow_metadata
@@ -33,7 +33,7 @@ def _layers_input():
 
 def _check(weight_format, layers) -> str | None:
     try:
-        host.Request(weight_format, layers).check_device()
+        loading.Request(weight_format, layers).check_device()
     except ValueError as error:
         return str(error)
     return None
@@ -41,7 +41,7 @@ def _check(weight_format, layers) -> str | None:
 
 def _check_file(folder: str, label: str, name: str, weight_format: str, layers: str):
     try:
-        host.Request(weight_format, layers).check_device()
+        loading.Request(weight_format, layers).check_device()
         check_file(model_path(folder, name, label), weight_format, layers)
     except (ValueError, OSError) as error:
         return str(error)
@@ -71,7 +71,7 @@ class QSchedLoadDiffusionModel(io.ComfyNode):
     @classmethod
     def execute(cls, unet_name, weight_format, layers="") -> io.NodeOutput:
         path = model_path("diffusion_models", unet_name, "unet_name")
-        model = host.load_diffusion_model(path, host.Request(weight_format, layers))
+        model = loading.load_diffusion_model(path, loading.Request(weight_format, layers))
         text = describe(model_info(model))
         return io.NodeOutput(model, text, ui=ui.PreviewText(text))
 
@@ -105,7 +105,7 @@ class QSchedLoadCheckpoint(io.ComfyNode):
     @classmethod
     def execute(cls, ckpt_name, weight_format, layers="") -> io.NodeOutput:
         path = model_path("checkpoints", ckpt_name, "ckpt_name")
-        model, clip, vae = host.load_checkpoint(path, host.Request(weight_format, layers))
+        model, clip, vae = loading.load_checkpoint(path, loading.Request(weight_format, layers))
         text = describe(model_info(model))
         return io.NodeOutput(model, clip, vae, text, ui=ui.PreviewText(text))
 
@@ -129,7 +129,7 @@ class QSchedQuantizeModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, weight_format, layers="") -> io.NodeOutput:
-        model = host.quantize_model(model, host.Request(weight_format, layers))
+        model = loading.quantize_model(model, loading.Request(weight_format, layers))
         text = describe(model_info(model))
         return io.NodeOutput(model, text, ui=ui.PreviewText(text))
 
@@ -153,7 +153,7 @@ class QSchedQuantizeTextEncoder(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, weight_format, layers="") -> io.NodeOutput:
-        clip = quantize_text_encoder(clip, host.Request(weight_format, layers))
+        clip = quantize_text_encoder(clip, loading.Request(weight_format, layers))
         text = describe(clip.patcher.model_options[INFO])
         return io.NodeOutput(clip, text, ui=ui.PreviewText(text))
 

@@ -127,14 +127,14 @@ class QSchedJAQObjective(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, clip_name, **inputs):
         names = [clip_name, *(inputs.get(f"{entry.name}_name", NONE) for entry in OWN_WEIGHTS)]
-        facts = []
+        versions = []
         for name in names:
             if name in (scoring.BY_NAME, NONE):
-                facts.append(name)
+                versions.append(name)
             else:
                 file = scoring.scorer_path(name).stat()
-                facts.append(f"{file.st_size} {file.st_mtime_ns}")
-        return " ".join(facts)
+                versions.append(f"{file.st_size} {file.st_mtime_ns}")
+        return " ".join(versions)
 
     @classmethod
     def execute(

@@ -95,8 +95,8 @@ class QSchedCalibrationPrompts(io.ComfyNode):
         source, file = _one(source), _one(file)
         if source != "file":
             return source
-        facts = input_file(file).stat()
-        return f"{facts.st_size} {facts.st_mtime_ns}"
+        stat = input_file(file).stat()
+        return f"{stat.st_size} {stat.st_mtime_ns}"
 
     @classmethod
     def execute(cls, source, calibration, heldout, seed, categories="", file="") -> io.NodeOutput:

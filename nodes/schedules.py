@@ -18,7 +18,7 @@ from ..qsched_core.solvers import SOLVERS
 from ..qsched_core.text import shown
 from ..qsched_core.trajectory import Trajectory
 from .host.folders import new_schedule_path, schedule_files, schedule_path
-from .host.trajectories import SCHEDULERS, sampling_facts, sigmas_of
+from .host.trajectories import SCHEDULERS, sigmas_and_flow, sigmas_of
 from .inputs import collected
 from .types import Schedule
 
@@ -73,7 +73,7 @@ class QSchedRamp(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, solver, scheduler, steps, **ends) -> io.NodeOutput:
-        sigmas, flow = sampling_facts(model, scheduler, steps)
+        sigmas, flow = sigmas_and_flow(model, scheduler, steps)
         trajectory = Trajectory.of(sigmas.tolist(), solver, flow)
         ramps = {p.name: (ends[_widget(p, "start")], ends[_widget(p, "end")]) for p in PARAMETERS}
         schedule = QSchedule(

@@ -19,7 +19,7 @@ from ...qsched_core.schedule import QSchedule, ScheduleError
 from ...qsched_core.solvers import check_sigmas, get_solver
 from ...qsched_core.text import shown
 from .progress import report
-from .trajectories import is_flow, sampling_facts, solver_info
+from .trajectories import is_flow, sigmas_and_flow, solver_info
 from .weights.provenance import model_info
 
 
@@ -192,7 +192,7 @@ def ksampler(
         latent.get("downscale_ratio_temporal"),
     )
     out = {k: v for k, v in latent.items() if not k.startswith("downscale_ratio_")}
-    sigmas, _ = sampling_facts(model, scheduler, steps, denoise)
+    sigmas, _ = sigmas_and_flow(model, scheduler, steps, denoise)
     if end is not None and end < len(sigmas) - 1:
         sigmas = sigmas[: end + 1].clone()
         if not leftover_noise:

@@ -25,7 +25,7 @@ def is_flow(sampling) -> bool:
     return isinstance(sampling, comfy.model_sampling.CONST)
 
 
-def sampling_facts(
+def sigmas_and_flow(
     model, scheduler: str, steps: int, denoise: float = 1.0
 ) -> tuple[torch.Tensor, bool]:
     """Sigmas (CPU) that KSampler would use, and whether the model is a flow.
@@ -69,7 +69,7 @@ def sigmas_of(
         raise ScheduleError("steps=0 needs a schedule, whose step count it is; set steps")
     else:
         steps = steps or schedule.steps
-        sigmas, _ = sampling_facts(model, scheduler, steps, denoise)
+        sigmas, _ = sigmas_and_flow(model, scheduler, steps, denoise)
         sigmas = sigmas[-(steps + 1) :]  # as BasicScheduler does, whatever denoise is
     check_sigmas(sigmas)
     return sigmas
@@ -106,6 +106,6 @@ def trajectory_of(
 
     ScheduleError for what can't be sampled; ValueError for an option the solver does not have.
     """
-    sigmas, flow = sampling_facts(model, scheduler, steps)
+    sigmas, flow = sigmas_and_flow(model, scheduler, steps)
     chosen = get_solver(solver).check(dict(options or {}))
     return Trajectory.of(sigmas.tolist(), solver, flow, chosen)

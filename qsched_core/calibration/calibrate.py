@@ -160,7 +160,7 @@ def calibrate(
     nfe = sum(cost.nfe for cost in costs)
     if checked is not None:
         nfe += checked.nfe
-    facts = {
+    learned = {
         "source": "calibration",
         **provenance,
         "search": {**search, "trials": len(trials)},
@@ -190,7 +190,7 @@ def calibrate(
     for warning in warnings:
         logger.warning(warning)
     return CalibrationResult(
-        schedule=QSchedule(chosen.trajectory, chosen.correction, facts),
+        schedule=QSchedule(chosen.trajectory, chosen.correction, learned),
         best=winner.candidate,
         verdict=verdict,
         trials=trials,

@@ -63,7 +63,7 @@ class Packed:
 
 
 @dataclass(frozen=True)
-class HostLayout:
+class NativeLayout:
     """How ComfyUI itself stores a native format.
 
     ``algorithm`` is its name in a file's "comfy_quant" entry, ``layout`` comfy-kitchen's class, and
@@ -78,7 +78,7 @@ class HostLayout:
 class WeightFormat(ABC):
     """One way to store a weight and to multiply by it.
 
-    ``host`` is None for an "extended" format, whose files this pack alone can open; for a "native"
+    ``native`` is None for an "extended" format, whose files this pack alone can open; for a "native"
     one it says how plain ComfyUI stores it.  ``kinds`` are the layers it is for; a convolution
     always runs on its dequantized weight.  ``low_bit_activations``: a linear layer's input is
     rounded too at run time, unless the layer is asked to run weight-only.  ``aux`` names the tables
@@ -88,7 +88,7 @@ class WeightFormat(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     bits: ClassVar[float]
-    host: ClassVar[HostLayout | None] = None
+    native: ClassVar[NativeLayout | None] = None
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv2d")
     aux: ClassVar[tuple[str, ...]] = ("scale",)
     group: ClassVar[int] = 1
@@ -96,8 +96,8 @@ class WeightFormat(ABC):
     low_bit_activations: ClassVar[bool] = False
 
     @property
-    def kind(self) -> Literal["native", "extended"]:
-        return "extended" if self.host is None else "native"
+    def file_kind(self) -> Literal["native", "extended"]:
+        return "extended" if self.native is None else "native"
 
     def available(self, device: torch.device | str) -> str | None:
         """Why this format can't run on ``device`` (and what would run instead), or None."""
@@ -114,7 +114,7 @@ class WeightFormat(ABC):
 
     def replaces_host(self, device: torch.device | str) -> bool:
         """Whether our arithmetic runs on ``device`` instead of the host's, to the same result."""
-        return self.host is None
+        return self.native is None
 
     def packed_bytes(self, shape: tuple[int, ...]) -> int:
         """Bytes that a weight of ``shape`` takes, tables and padding counted."""

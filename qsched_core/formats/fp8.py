@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .base import HostLayout, in_blocks, largest_magnitude, round_to_int
+from .base import NativeLayout, in_blocks, largest_magnitude, round_to_int
 from .kitchen import KitchenFormat, kitchen, place
 
 FP8 = torch.float8_e4m3fn
@@ -22,7 +22,7 @@ class FP8E4M3(KitchenFormat):
     name = "fp8_e4m3"
     title = "fp8 (e4m3) weights and activations"
     bits = 8.0
-    host = HostLayout("float8_e4m3fn", "TensorCoreFP8E4M3Layout")
+    native = NativeLayout("float8_e4m3fn", "TensorCoreFP8E4M3Layout")
     kinds = ("linear",)
 
     def unfit(self, shape):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from .base import (
-    HostLayout,
+    NativeLayout,
     Packed,
     WeightFormat,
     in_blocks,
@@ -27,7 +27,7 @@ class Int8(WeightFormat):
     name = "int8"
     title = "8-bit weights and activations (W8A8)"
     bits = 8.0
-    host = HostLayout("int8_tensorwise", "TensorWiseINT8Layout")
+    native = NativeLayout("int8_tensorwise", "TensorWiseINT8Layout")
     kinds = ("linear",)
     low_bit_activations = True
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .base import HostLayout, in_blocks, quantize_tokens, round_to_int
+from .base import NativeLayout, in_blocks, quantize_tokens, round_to_int
 from .int8 import fast_cpu, int8_product
 from .kitchen import KitchenFormat, backend, kitchen, place, rotate, rotation_size
 
@@ -19,7 +19,7 @@ class Int8ConvRot(KitchenFormat):
     name = "int8_convrot"
     title = "8-bit weights and activations (W8A8), rotated against outliers"
     bits = 8.0
-    host = HostLayout("int8_tensorwise", "TensorWiseINT8Layout")
+    native = NativeLayout("int8_tensorwise", "TensorWiseINT8Layout")
     kinds = ("linear",)
 
     def unfit(self, shape):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .base import HostLayout
+from .base import NativeLayout
 from .blocks import BlockFormat
 from .fp8 import FP8_MAX, HALF_STEP, round_fp8
 from .kitchen import kitchen
@@ -18,7 +18,7 @@ class MXFP8(BlockFormat):
     name = "mxfp8"
     title = "fp8 weights and activations in blocks of 32 (MXFP8)"
     bits = 8.25
-    host = HostLayout("mxfp8", "TensorCoreMXFP8Layout")
+    native = NativeLayout("mxfp8", "TensorCoreMXFP8Layout")
     group = 32
     out_multiple = 32
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import torch
 
-from .base import HostLayout, largest_magnitude
+from .base import NativeLayout, largest_magnitude
 from .blocks import BlockFormat
 from .fp8 import FP8, FP8_MAX
 from .kitchen import kitchen
@@ -30,7 +30,7 @@ class NVFP4(BlockFormat):
     name = "nvfp4"
     title = "fp4 weights and activations in blocks of 16 (NVFP4)"
     bits = 4.5
-    host = HostLayout(
+    native = NativeLayout(
         "nvfp4", "TensorCoreNVFP4Layout", {"scale": "_scale_2", "block_scale": "_scale"}
     )
     aux = ("scale", "block_scale")

@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from .base import HostLayout, in_blocks, round_to_int
+from .base import NativeLayout, in_blocks, round_to_int
 from .int8 import int8_product
 from .kitchen import (
     FORCE_INT8,
@@ -35,7 +35,7 @@ class W4A4(KitchenFormat):
     name = "w4a4"
     title = "4-bit weights and activations (W4A4), rotated against outliers"
     bits = 4.0
-    host = HostLayout("convrot_w4a4", "TensorCoreConvRotW4A4Layout")
+    native = NativeLayout("convrot_w4a4", "TensorCoreConvRotW4A4Layout")
     kinds = ("linear",)
 
     def unfit(self, shape):

@@ -24,12 +24,12 @@ MAX_COLUMNS = 16
 
 def draw(schedule: QSchedule) -> Image.Image:
     """RGB picture, 1200 pixels wide; with more than 16 steps the table shows some of them."""
-    facts, scores = summary.facts(schedule), summary.scores(schedule)
+    rows, scores = summary.provenance_rows(schedule), summary.scores(schedule)
     pen = Canvas(WIDTH, scale=2)
     y = _head(pen, schedule)
     y = _plot(pen, y, schedule)
     y = _table(pen, y, schedule)
-    y = _facts(pen, y + 26, facts)
+    y = _provenance(pen, y + 26, rows)
     if scores:
         y = _scores(pen, y + 18, scores)
     pen.frame(y + MARGIN)
@@ -175,10 +175,10 @@ def _shown(steps: int) -> list[int]:
     return sorted({round(k * (steps - 1) / (count - 1)) for k in range(count)})
 
 
-def _facts(pen: Canvas, top: float, facts: Sequence[tuple[str, str]]) -> float:
+def _provenance(pen: Canvas, top: float, rows: Sequence[tuple[str, str]]) -> float:
     pen.line([(MARGIN, top), (WIDTH - MARGIN, top)], FAINT, 1.5)
     y = top + 28
-    for label, value in facts:
+    for label, value in rows:
         pen.text(LEFT - 14, y, label, GREY, 20, "rm")
         for line in pen.wrap(value, WIDTH - MARGIN - LEFT, 20, most=3):
             pen.text(LEFT, y, line, INK, 20, "lm")

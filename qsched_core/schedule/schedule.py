@@ -179,12 +179,12 @@ class QSchedule:
 
     def _edited_provenance(self, edit: dict[str, Any]) -> dict[str, Any]:
         """Still for the same model and sampling; scores and verdict are the original's."""
-        facts = self.provenance
-        kept = {key: facts[key] for key in ("model", "sampling") if key in facts}
-        edits, original = facts.get("edits"), facts.get("original")
+        before = self.provenance
+        kept = {key: before[key] for key in ("model", "sampling") if key in before}
+        edits, original = before.get("edits"), before.get("original")
         if not isinstance(edits, list) or not isinstance(original, dict):  # the first edit
             edits = []
-            original = {**self.correction.rows(), "provenance": facts}
+            original = {**self.correction.rows(), "provenance": before}
         return {"source": "edit", **kept, "edits": [*edits, edit], "original": original}
 
     @property

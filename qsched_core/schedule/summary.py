@@ -43,7 +43,7 @@ def title(schedule: QSchedule) -> str:
     return f"{schedule.solver}, {steps}, {'flow' if schedule.flow else 'epsilon'} sigmas"
 
 
-def facts(schedule: QSchedule) -> list[tuple[str, str]]:
+def provenance_rows(schedule: QSchedule) -> list[tuple[str, str]]:
     """(label, value) of what the provenance tells, in the order of interest."""
     found = schedule.provenance
     rows = [
@@ -72,7 +72,7 @@ def scores(schedule: QSchedule) -> list[Score]:
 def summary(schedule: QSchedule) -> str:
     """The coefficients as a table, then everything the provenance tells, safe to be rendered."""
     lines = [schedule.describe()]
-    lines += [f"{label}: {markdown(value)}" for label, value in facts(schedule)]
+    lines += [f"{label}: {markdown(value)}" for label, value in provenance_rows(schedule)]
     lines += [str(score) for score in scores(schedule)]
     return "\n".join(lines)
 
@@ -120,10 +120,10 @@ def _verdict(found: Any) -> str:
         before = _text(found, "original", "provenance", "verdict")
         told = f" (the original: {before})" if before else ""
         return f"not measured since it was edited{told}"
-    kind = _text(found, "verdict")
-    if kind and _get(found, "guarded") is True:
-        return f"{kind}; the guard kept c = 1, the scores are those of the best candidate"
-    return kind
+    verdict = _text(found, "verdict")
+    if verdict and _get(found, "guarded") is True:
+        return f"{verdict}; the guard kept c = 1, the scores are those of the best candidate"
+    return verdict
 
 
 def _cost(found: Any) -> str:

@@ -37,8 +37,8 @@ class Number:
         return self._one(value)
 
     def _one(self, value: object) -> bool:
-        kinds = (int,) if self.whole else (int, float)
-        return type(value) in kinds and self.low <= value <= self.high
+        types = (int,) if self.whole else (int, float)
+        return type(value) in types and self.low <= value <= self.high
 
     def __str__(self) -> str:
         kind = "whole number" if self.whole else "number"

@@ -43,13 +43,15 @@ def distributions(space: Box) -> dict:
     return {n: optuna.distributions.FloatDistribution(*ends) for n, ends in space.bounds.items()}
 
 
-def finished_trial(space: Box, point: Point, value: float, facts: Mapping[str, Any] | None = None):
+def finished_trial(
+    space: Box, point: Point, value: float, attributes: Mapping[str, Any] | None = None
+):
     """A finished Optuna trial at ``point``, to be added to a study."""
     return _optuna().trial.create_trial(
         params=dict(point),
         distributions=distributions(space),
         value=value,
-        user_attrs=dict(facts or {}),
+        user_attrs=dict(attributes or {}),
     )
 
 
@@ -165,7 +167,7 @@ class _Claim:
 
     def finish(self, record: Record) -> None:
         self.study.add_trial(
-            finished_trial(self.space, record.point, record.scores.mean(), record.facts())
+            finished_trial(self.space, record.point, record.scores.mean(), record.attributes())
         )
 
 

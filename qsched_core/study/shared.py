@@ -234,7 +234,7 @@ class SharedStore:
         state = optuna.trial.TrialState.COMPLETE
 
         def write() -> None:
-            for key, value in _pieces("record", record.facts()):
+            for key, value in _pieces("record", record.attributes()):
                 self._storage.set_trial_user_attr(trial, key, value)
             self._storage.set_trial_state_values(trial, state, [record.scores.mean()])
 

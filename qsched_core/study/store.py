@@ -33,7 +33,7 @@ class Record:
     nfe: int
     pruned: bool = False
 
-    def facts(self) -> dict[str, Any]:
+    def attributes(self) -> dict[str, Any]:
         """Plain JSON of everything but the point."""
         return {
             "slot": self.slot,
@@ -44,15 +44,16 @@ class Record:
         }
 
     @classmethod
-    def of(cls, point: Point, facts: Mapping[str, Any]) -> Record:
-        """The inverse of :meth:`facts`."""
+    def of(cls, point: Point, attributes: Mapping[str, Any]) -> Record:
+        """The inverse of :meth:`attributes`."""
+        older = "model_evaluations"  # what studies of older nodes call it
         return cls(
-            facts["slot"],
+            attributes["slot"],
             dict(point),
-            Scores.from_dict(facts["scores"]),
-            facts["seconds"],
-            facts["nfe"] if "nfe" in facts else facts["model_evaluations"],  # of older studies
-            facts["pruned"],
+            Scores.from_dict(attributes["scores"]),
+            attributes["seconds"],
+            attributes["nfe" if "nfe" in attributes else older],
+            attributes["pruned"],
         )
 
 

@@ -70,7 +70,7 @@ def same(a, b) -> bool:
 
 def layout_of(name: str) -> str:
     """comfy-kitchen's class; ComfyUI registers its fp8 under a name of its own."""
-    return formats.get(name).host.layout.replace("FP8E4M3", "FP8")
+    return formats.get(name).native.layout.replace("FP8E4M3", "FP8")
 
 
 def kitchen_tensor(name: str, weight: torch.Tensor):

@@ -145,7 +145,7 @@ def test_formulas_larger_than_any_sum_are_refused():
 def test_a_schedule_of_a_thousand_steps_that_was_calibrated_and_edited_is_read():
     sigmas = [1 - i / 1000 for i in range(1001)]
     column = [1 + i / 7919 for i in range(1000)]
-    facts = {
+    provenance = {
         "source": "calibration",
         "model": {"source": "m" * 200, "format": "nf4", "source_hash": "0" * 64},
         "sampling": {"sigmas": sigmas, "cfg": 1.0, "negative": "blurry, [ugly], " * 20},
@@ -153,7 +153,7 @@ def test_a_schedule_of_a_thousand_steps_that_was_calibrated_and_edited_is_read()
         "precheck": {"steps": column, "error": column},
         "best": {"c_x": column, "c_eps": column},
     }
-    made = scalar_schedule(sigmas, column, column, "euler", True, facts)
+    made = scalar_schedule(sigmas, column, column, "euler", True, provenance)
     for i in range(200):
         made = made.edited({"c_x": 0.001}, i + 1)
     assert QSchedule.from_json(made.to_json()) == made

@@ -57,9 +57,9 @@ def test_provenance_that_never_ends_is_refused():
 
 
 def test_provenance_is_a_copy():
-    facts = {"model": {"format": "int2"}}
-    schedule = QSchedule.identity(RAMPED.trajectory, **facts)
-    facts["model"]["format"] = "nf4"
+    provenance = {"model": {"format": "int2"}}
+    schedule = QSchedule.identity(RAMPED.trajectory, **provenance)
+    provenance["model"]["format"] = "nf4"
     assert schedule.provenance["model"]["format"] == "int2"
 
 
@@ -93,12 +93,12 @@ def test_an_edit_changes_one_step_or_all():
 def test_an_edited_schedule_claims_no_scores_of_its_own():
     learned = QSchedule(RAMPED.trajectory, RAMPED.correction, LEARNED)
     twice = learned.edited({"c_x": 0.01}, 1).edited({"c_x": 1.0, "c_eps": 0.9}, 2, "multiply")
-    facts = twice.provenance
-    assert facts["source"] == "edit"
-    assert facts["model"] == LEARNED["model"]  # it is still meant for that model
-    assert not {"scores", "verdict"} & facts.keys()
-    assert [edit["step"] for edit in facts["edits"]] == [1, 2]
-    assert facts["original"] == {
+    provenance = twice.provenance
+    assert provenance["source"] == "edit"
+    assert provenance["model"] == LEARNED["model"]  # it is still meant for that model
+    assert not {"scores", "verdict"} & provenance.keys()
+    assert [edit["step"] for edit in provenance["edits"]] == [1, 2]
+    assert provenance["original"] == {
         "c_x": list(learned.correction.c_x), "c_eps": list(learned.correction.c_eps), "provenance": LEARNED,
     }  # fmt: skip
     assert learned.provenance == LEARNED
@@ -113,8 +113,8 @@ def test_an_edit_that_changes_nothing_is_none(mode, neutral):
 
 def test_a_provenance_that_only_looks_edited_is_kept_as_it_is():
     odd = QSchedule.identity(RAMPED.trajectory, edits=7, original="mine")
-    facts = odd.edited({"c_x": 1.1}, 1).provenance
-    assert facts["original"]["provenance"] == {"edits": 7, "original": "mine"}
+    provenance = odd.edited({"c_x": 1.1}, 1).provenance
+    assert provenance["original"]["provenance"] == {"edits": 7, "original": "mine"}
 
 
 @pytest.mark.parametrize(

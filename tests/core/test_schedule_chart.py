@@ -11,7 +11,7 @@ from schedule_cases import RAMPED, plain, scalar_schedule, schedules
 from qsched_core.canvas import INK, PAPER
 from qsched_core.schedule import QSchedule
 from qsched_core.schedule.chart import CURVES, draw
-from qsched_core.schedule.summary import facts, scores, summary
+from qsched_core.schedule.summary import provenance_rows, scores, summary
 
 PROVENANCE = {
     "source": "calibration",
@@ -54,7 +54,7 @@ def test_the_summary_tells_what_was_learned_for_what():
 def test_an_edited_schedule_shows_no_scores_but_its_edits():
     edited = LEARNED.edited({"c_x": 0.01}, 2).edited({"c_eps": 1.01}, 0, "multiply")
     assert scores(edited) == []
-    told = dict(facts(edited))
+    told = dict(provenance_rows(edited))
     assert told["origin"] == "edited by hand (step 2 c_x +0.01; all steps c_eps x 1.01)"
     assert told["verdict"] == "not measured since it was edited (the original: helps)"
     assert told["model"] == "demo.safetensors"
@@ -66,7 +66,7 @@ def test_a_guarded_schedule_says_whose_scores_are_shown():
     guarded = QSchedule.identity(
         RAMPED.trajectory, **PROVENANCE | {"guarded": True, "verdict": "overfitted"}
     )
-    assert "the scores are those of the best candidate" in dict(facts(guarded))["verdict"]
+    assert "the scores are those of the best candidate" in dict(provenance_rows(guarded))["verdict"]
 
 
 def _luminance(color: str) -> float:

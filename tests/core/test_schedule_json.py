@@ -198,6 +198,6 @@ def test_lists_of_numbers_stay_on_one_line():
 
 
 @given(st.dictionaries(st.text(st.characters(exclude_categories=("Cs",))), plain))
-def test_provenance_comes_back_as_it_was(facts):
-    schedule = scalar_schedule((1.0, 0.0), (1.1,), (1.0,), provenance=facts)
-    assert QSchedule.from_json(schedule.to_json()).provenance == facts
+def test_provenance_comes_back_as_it_was(provenance):
+    schedule = scalar_schedule((1.0, 0.0), (1.1,), (1.0,), provenance=provenance)
+    assert QSchedule.from_json(schedule.to_json()).provenance == provenance

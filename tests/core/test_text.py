@@ -18,7 +18,7 @@ from qsched_core.evaluation.table import images_csv, report_text
 from qsched_core.formats.report import LayerRow, table
 from qsched_core.prompts import PromptSet
 from qsched_core.schedule.chart import draw
-from qsched_core.schedule.summary import facts, summary
+from qsched_core.schedule.summary import provenance_rows, summary
 from qsched_core.text import csv_cell, drawable, json_for_page, markdown, markup_free, plain, shown
 
 HONEST = (
@@ -112,7 +112,7 @@ def test_the_picture_of_an_evaluation_is_drawn(evil):
 def test_provenance_of_a_schedule_is_shown_as_it_is():
     found = {"source": EVIL, "model": {"source": EVIL, "format": "\x1b]0;x\x07"}}
     made = scalar_schedule((1.0, 0.0), (1.0,), (1.0,), provenance=found)
-    for value in dict(facts(made)).values():
+    for value in dict(provenance_rows(made)).values():
         assert not set(value) & set("\u202e\x1b\x07")
     assert "<img" not in summary(made) and "\\u202e" in summary(made)
     assert draw(made).width == 1200

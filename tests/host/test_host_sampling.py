@@ -88,7 +88,7 @@ def drawing(model, positive, negative=None, cfg=1.0, shape=None, guider=None, ma
 
 
 def levels_of(model) -> torch.Tensor:
-    return host.sampling_facts(model, "simple", STEPS)[0]
+    return host.sigmas_and_flow(model, "simple", STEPS)[0]
 
 
 def schedule_of(model, solver: str, c_x=C_X, c_eps=C_EPS):
@@ -383,7 +383,7 @@ def test_sigmas_are_ksamplers(small, scheduler, files):
             args = (model, steps, "cpu", "euler", scheduler, denoise)
             wanted = outcome(lambda args=args: samplers.KSampler(*args).sigmas)
             found = outcome(
-                lambda s=steps, d=denoise: host.sampling_facts(model, scheduler, s, d)[0]
+                lambda s=steps, d=denoise: host.sigmas_and_flow(model, scheduler, s, d)[0]
             )
             if found != wanted:
                 differ.append((steps, denoise))

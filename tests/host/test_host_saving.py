@@ -47,7 +47,7 @@ def test_a_saved_model_comes_back_bit_for_bit(name, loaded, sample, tmp_path):
     path = tmp_path / "sub" / "saved.safetensors"
     found = saving.save_model(model, path)
     assert [p.name for p in path.parent.iterdir()] == ["saved.safetensors"], "nothing else is left"
-    assert found["kind"] == formats.get(name).kind
+    assert found["kind"] == formats.get(name).file_kind
     again = loading.load_diffusion_model(str(path), Request(name))
     assert same_state(state_bytes(again), state_bytes(model))
     assert torch.equal(sample(again), sample(model))

@@ -51,9 +51,9 @@ def test_it_encodes_close_to_the_original_which_stays_as_it_is(name, clip):
     assert torch.equal(clip.encode(PROMPT), wanted)
     assert same_state(stored(clip.cond_stage_model), before)
     assert torch.equal(quantized.clone().encode(PROMPT), found)
-    facts = quantized.patcher.model_options["qsched"]
-    assert facts["quantized_layers"] == {name: 12}
-    assert facts["kept_because"] == {"embedder or head": 1}, "the projection"
+    info = quantized.patcher.model_options["qsched"]
+    assert info["quantized_layers"] == {name: 12}
+    assert info["kept_because"] == {"embedder or head": 1}, "the projection"
     assert quantized.patcher.model_size() < 0.97 * clip.patcher.model_size()
 
 

@@ -83,8 +83,8 @@ def check_file(path: str, weight_format: str, layers: str) -> None:
         _check_tensors(mapped.entries, mapped.metadata, weight_format, layers, name, mapped.tensor)
         if layers.strip():
             policy = Policy(weight_format, parse_overrides(layers))
-            facts = Path(path).stat()
-            names = _names_in(path, prefix, facts.st_size, facts.st_mtime_ns)
+            stat = Path(path).stat()
+            names = _names_in(path, prefix, stat.st_size, stat.st_mtime_ns)
             check_matched(policy, names, EARLY_WORK)
 
 
@@ -154,8 +154,8 @@ def check_matched(policy: Policy, layers: Mapping[str, str], most_work: int = 0)
 
 
 def _entry(tensor: torch.Tensor) -> Entry:
-    kinds = {dtype: kind for kind, dtype in DTYPES.items()}
-    return Entry(kinds.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    return Entry(names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
 
 
 def _prefix(keys) -> str:

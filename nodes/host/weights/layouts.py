@@ -29,7 +29,7 @@ from ....qsched_core.formats.policy import Choice
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
+class WeightSource:
     """The weight that was quantized, in a mapped file: it takes no memory until it is read."""
 
     weight: torch.Tensor
@@ -52,7 +52,7 @@ class PatchableTensor(QuantizedTensor):
     ``source`` is the weight it was quantized from, without patches; None if that is not at hand.
     """
 
-    source: Source | None = None
+    source: WeightSource | None = None
 
     def _copy_with(self, qdata=None, params=None, clone_params=True):
         if params is None:
@@ -171,7 +171,7 @@ def _packed(form: WeightFormat, qdata: torch.Tensor, params) -> Packed:
     shape = params.orig_shape
     if getattr(params, "transposed", False):
         shape = shape[::-1]
-    if form.host is None:
+    if form.native is None:
         options = dict(params.options)
     else:
         own = (*form.aux, "orig_dtype", "orig_shape", "transposed")
@@ -209,7 +209,7 @@ def _register_layouts() -> dict[str, type[PackedLayout]]:
     layouts = {}
     for name in names():
         form = get(name)
-        if form.host is not None:
+        if form.native is not None:
             continue
         label = f"QSched{name.upper()}Layout"
         members = {"FORMAT": form, "NAME": label, "Params": _params_class(form)}
@@ -294,15 +294,15 @@ class Stored:
 
 
 def quantized_tensor(
-    packed: Packed, choice: Choice, dtype: torch.dtype, source: Source | None = None
+    packed: Packed, choice: Choice, dtype: torch.dtype, source: WeightSource | None = None
 ) -> PatchableTensor:
     """The host's tensor for a packing of ``source`` made as ``choice`` says."""
     form = get(choice.format)
-    if form.host is None:
+    if form.native is None:
         name = LAYOUTS[choice.format].NAME
         params = LAYOUTS[choice.format].params(packed, dtype, choice.weight_only)
     else:
-        name = form.host.layout
+        name = form.native.layout
         params = get_layout_class(name).Params(
             orig_dtype=dtype, orig_shape=packed.shape, **packed.aux, **packed.options
         )
@@ -313,8 +313,8 @@ def quantized_tensor(
 
 def saved_name(name: str) -> str:
     """What "comfy_quant" calls format ``name`` in a saved file."""
-    host = get(name).host
-    return PREFIX + name if host is None else host.algorithm
+    native = get(name).native
+    return PREFIX + name if native is None else native.algorithm
 
 
 def saved_format(entry: Mapping) -> str | None:
@@ -324,7 +324,7 @@ def saved_format(entry: Mapping) -> str | None:
         return name.removeprefix(PREFIX)
     rotated = bool(entry.get("convrot") or (entry.get("params") or {}).get("convrot"))
     for form in map(get, names()):
-        same = form.host is not None and form.host.algorithm == name
+        same = form.native is not None and form.native.algorithm == name
         if same and rotated == (form.name == "int8_convrot"):
             return form.name
     return None
@@ -346,7 +346,7 @@ def restore_saved(sd: dict[str, torch.Tensor], dtype: torch.dtype, file: str) ->
             )
         try:
             packed = _restore(sd, name, get(form), entry)
-            check_stored(packed, key, file, get(form).host is None)
+            check_stored(packed, key, file, get(form).native is None)
             stored = Stored.from_entry(form, entry)
             tensor = quantized_tensor(packed, stored.choice, dtype)
         except FormatError:
@@ -368,11 +368,11 @@ def restore_saved(sd: dict[str, torch.Tensor], dtype: torch.dtype, file: str) ->
 
 def _restore(sd: dict, name: str, form: WeightFormat, entry: Mapping) -> Packed:
     codes = sd[f"{name}.weight"]
-    if form.host is None:
+    if form.native is None:
         aux = {table: sd.pop(f"{name}.weight_{table}") for table in form.aux}
         return Packed(codes, aux, tuple(entry["shape"]), entry.get("options", {}))
-    aux = {table: sd.pop(f"{name}.weight{form.host.keys[table]}") for table in form.aux}
-    params = get_layout_class(form.host.layout).Params
+    aux = {table: sd.pop(f"{name}.weight{form.native.keys[table]}") for table in form.aux}
+    params = get_layout_class(form.native.layout).Params
     wanted = {f.name for f in dataclasses.fields(params)} - {"orig_dtype", "orig_shape"}
     options = {**(entry.get("params") or {}), **entry}
     options = {k: v for k, v in options.items() if k in wanted}

@@ -345,13 +345,13 @@ def _check_model(model) -> None:
 
 def check_plain(name: str, parameter: torch.nn.Parameter, label: str) -> None:
     """FormatError, which names the input ``label``, unless a weight is a plain float tensor."""
-    kind = type(parameter.data).__name__
+    found = type(parameter.data).__name__
     if isinstance(parameter.data, QuantizedTensor):
-        kind = parameter.data._layout_cls
-    elif kind in ("Tensor", "Parameter") and parameter.dtype in (torch.float32, *HALF):
+        found = parameter.data._layout_cls
+    elif found in ("Tensor", "Parameter") and parameter.dtype in (torch.float32, *HALF):
         return
     else:
-        kind = f"{kind} of {parameter.dtype}"
+        found = f"{found} of {parameter.dtype}"
     raise FormatError(
-        f"{label} is quantized already ({name} is {kind}); connect the full-precision one"
+        f"{label} is quantized already ({name} is {found}); connect the full-precision one"
     )

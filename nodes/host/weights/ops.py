@@ -17,8 +17,8 @@ from ....qsched_core.formats.files import MappedFile
 from ....qsched_core.formats.policy import Choice, Policy
 from .layouts import (
     PatchableTensor,
-    Source,
     Stored,
+    WeightSource,
     product,
     quantized_tensor,
     saved_name,
@@ -61,10 +61,10 @@ class LoadRecord:
     choices: dict[str, Choice] = field(default_factory=dict)  # and what it answered
     samples: dict[str, bytes] = field(default_factory=dict)  # of weights before quantization
 
-    def source(self, weight: torch.Tensor) -> Source | None:
+    def source(self, weight: torch.Tensor) -> WeightSource | None:
         """``weight`` to come back to, if that costs no memory."""
         owned = self.file is not None and self.file.owns(weight)
-        return Source(weight, self.file) if owned else None
+        return WeightSource(weight, self.file) if owned else None
 
     def done(self, weight: torch.Tensor) -> None:
         """Give back what reading ``weight`` took."""
@@ -207,7 +207,7 @@ def quantized_ops(
 
             def forward(self, input, *args, **kwargs):
                 form = self.stored and get(self.choice.format)
-                if form is None or (form.host is not None and not self.weight_only):
+                if form is None or (form.native is not None and not self.weight_only):
                     return super().forward(input, *args, **kwargs)
                 comfy.ops.run_every_op()
                 plain = not (

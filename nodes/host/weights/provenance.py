@@ -91,13 +91,13 @@ def model_info(model) -> dict:
 
 def _host_quantization(model) -> str:
     """The formats of a model that something else quantized, "" if nothing did."""
-    kinds = set()
+    found = set()
     for parameter in model.model.diffusion_model.parameters():
         if isinstance(parameter.data, QuantizedTensor):
-            kinds.add(parameter.data._layout_cls)
+            found.add(parameter.data._layout_cls)
         elif parameter.ndim > 1 and parameter.dtype not in (torch.float32, *HALF):
-            kinds.add(str(parameter.dtype).removeprefix("torch."))
-    return "+".join(sorted(kinds))
+            found.add(str(parameter.dtype).removeprefix("torch."))
+    return "+".join(sorted(found))
 
 
 def unpatched_state(patcher) -> dict[str, torch.Tensor]:

@@ -85,7 +85,7 @@ def workflow_metadata(hidden) -> dict[str, str]:
 
 def file_kind(provenance: dict) -> str:
     """ "native" if plain ComfyUI opens a file of this model, "extended" if this pack alone does."""
-    kinds = {get(name).kind for name in provenance["quantized_layers"]}
+    kinds = {get(name).file_kind for name in provenance["quantized_layers"]}
     return "extended" if "extended" in kinds else "native"
 
 
