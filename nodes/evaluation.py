@@ -34,6 +34,7 @@ from .inputs import (
     source_of,
     trajectory_inputs,
     with_options,
+    wrong_options,
 )
 from .types import Schedule
 
@@ -109,7 +110,11 @@ class QSchedEvaluate(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, csv_name=""):
+    @with_options
+    def validate_inputs(cls, csv_name="", solver=None, options=None):
+        wrong = wrong_options(solver, options)
+        if wrong:
+            return wrong
         try:
             _csv_paths(csv_name)
         except EvaluationError as error:

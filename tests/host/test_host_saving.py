@@ -58,7 +58,7 @@ def test_a_saved_model_comes_back_bit_for_bit(name, loaded, sample, tmp_path):
     assert path.stat().st_size < model.model_size() + 100_000
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if formats.get(n).kind == "native"])
+@pytest.mark.parametrize("name", [n for n in NAMES if formats.get(n).file_kind == "native"])
 def test_native_files_open_in_plain_comfyui(name, loaded, sample, tmp_path):
     model = loaded(name)
     saving.save_model(model, tmp_path / "saved.safetensors")
@@ -68,7 +68,7 @@ def test_native_files_open_in_plain_comfyui(name, loaded, sample, tmp_path):
     assert info.model_info(core)["format"].startswith("Tensor")
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if formats.get(n).kind == "extended"])
+@pytest.mark.parametrize("name", [n for n in NAMES if formats.get(n).file_kind == "extended"])
 def test_extended_files_fail_loudly_in_plain_comfyui(name, loaded, tmp_path):
     model = loaded(name)
     saving.save_model(model, tmp_path / "saved.safetensors")
