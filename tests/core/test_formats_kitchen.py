@@ -35,7 +35,7 @@ BOUNDS = {
 NATIVE = {
     "int8_convrot": {"per_channel": True, "convrot": True},
     "w4a4": {},
-    "fp8_e4m3": {},
+    "fp8_e4m3": {"scale": "recalculate"},  # ComfyUI, where it was imported too, has another default
     "nvfp4": {},
     "mxfp8": {},
 }

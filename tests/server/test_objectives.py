@@ -85,7 +85,7 @@ def test_the_control_tells_whether_it_repairs(server):
     found = report["precheck"]
     assert found["prompts"] == 4 and len(found["steps"]) == 2
     assert 0 < found["error"][1] < 1 and found["total"] < 1
-    assert "pre-check: the best two scalars" in report["report"]
+    assert "pre-check: the best correction of a step" in report["report"]
     held_out = 2 * (6 + 6 + 6 if report["control"] else 6 + 6)
     trials = 4 + 5 * 4  # cfg has no part in the count: a latent is guided once
     assert report["nfe"] <= trials + held_out + found["nfe"]
@@ -105,7 +105,7 @@ def test_a_reference_of_another_kind_is_refused(server):
     prompt = graph(budget=4, search="gp")
     prompt["7"] = node("ModelSamplingSD3", model=["1", 0], shift=1.0)
     prompt["4"]["inputs"]["reference_model"] = ["7", 0]
-    with pytest.raises(ServerError, match="reference_model samples at other noise levels"):
+    with pytest.raises(ServerError, match="the reference model has other noise levels"):
         server.run(prompt)
 
 
