@@ -7,7 +7,7 @@ from pathlib import Path
 
 from comfy_api.latest import io, ui
 
-from ..qsched_core.correction import Parameter, ScalarCorrection
+from ..qsched_core.correction import DEFAULT, Parameter
 from ..qsched_core.schedule import (
     EDITS,
     MAX_STEPS,
@@ -22,12 +22,12 @@ from .host.trajectories import SCHEDULERS, sigmas_and_flow, sigmas_of
 from .inputs import collected
 from .types import Schedule
 
-PARAMETERS = ScalarCorrection.parameters
+PARAMETERS = DEFAULT.parameters
 with_changes = collected("changes", [parameter.name for parameter in PARAMETERS])
 
 
 def _widget(parameter: Parameter, end: str) -> str:
-    """The widget of a ramp's end: "x_start" for c_x."""
+    """The widget of a ramp's end: without the "c_" that begins every parameter's name."""
     return f"{parameter.name.removeprefix('c_')}_{end}"
 
 
@@ -76,9 +76,7 @@ class QSchedRamp(io.ComfyNode):
         sigmas, flow = sigmas_and_flow(model, scheduler, steps)
         trajectory = Trajectory.of(sigmas.tolist(), solver, flow)
         ramps = {p.name: (ends[_widget(p, "start")], ends[_widget(p, "end")]) for p in PARAMETERS}
-        schedule = QSchedule(
-            trajectory, ScalarCorrection.ramp(ramps, trajectory.steps), {"source": "ramp"}
-        )
+        schedule = QSchedule(trajectory, DEFAULT.ramp(ramps, trajectory.steps), {"source": "ramp"})
         return io.NodeOutput(schedule, ui=ui.PreviewText(schedule.describe()))
 
 

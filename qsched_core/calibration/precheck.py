@@ -1,8 +1,7 @@
 """Before the search: how much of the quantization error could the correction remove at all?
 
-Euler's corrected step is linear in the correction's numbers (for the two scalars of Q-Sched,
-arXiv 2509.01624: c_x x + (sigma_next - sigma) c_eps eps), so the best ones for a known reference are
-a least-squares fit, without a search.
+Euler's corrected step is linear in the correction's numbers.  So the best numbers for a known
+reference are a least-squares fit: no search is needed.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..correction import Correction, ScalarCorrection
+from ..correction import DEFAULT, Correction
 from ..prompts import PromptSet
 from ..source import Source
 
@@ -22,10 +21,10 @@ MIN_PROMPTS, COMPARED_PROMPTS = 2, 8
 
 @dataclass(frozen=True)
 class PreCheck:
-    """Share of the error's energy that scalars remove, by step and in all; 0 is none, 1 everything.
+    """Share of the error's energy that a correction removes, by step and in all: 0 none, 1 all of it.
 
-    Fitted on one half of the prompts and measured on the other, both ways, so a share may be below
-    0.  ``error`` is each step's relative error |q - reference| / |reference| of the model's output.
+    It is fitted on one half of the prompts and measured on the other, both ways.  So a share may be
+    below 0.  ``error`` is each step's relative error |q - reference| / |reference| of the model's output.
     """
 
     steps: tuple[float, ...]
@@ -41,7 +40,7 @@ class PreCheck:
         return (
             f"pre-check: the best correction of a step removes {self.total:.1%} of the quantization "
             f"error's energy (by step {each}; relative error {errors}), on {self.prompts} prompts "
-            f"and {self.nfe} model evaluations"
+            f"and {self.nfe} model evaluations (NFE)"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,7 +70,7 @@ def precheck(
     reference: Sequence[torch.Tensor],
     sigmas: Sequence[float],
     nfe: int | None = None,
-    kind: type[Correction] = ScalarCorrection,
+    correction: type[Correction] = DEFAULT,
 ) -> PreCheck:
     """Fit the numbers of every step at ``latents``, one [prompts, ...] a step.
 
@@ -95,7 +94,7 @@ def precheck(
                 f"{list(r.shape)}; they must be alike, with {MIN_PROMPTS} prompts or more"
             )
         rate = (sigmas[i + 1] - sigmas[i]) / sigmas[i]
-        columns = kind.euler_basis(x, q, sigmas[i], sigmas[i + 1])
+        columns = correction.euler_basis(x, q, sigmas[i], sigmas[i + 1])
         target = x + rate * (x - r)
         remaining = _cross_fitted(columns, target)
         energy = float((rate * (q - r)).square().sum())
@@ -125,6 +124,6 @@ def _cross_fitted(columns: torch.Tensor, target: torch.Tensor) -> float:
     remaining = 0.0
     for fit, judge in (halves, halves[::-1]):
         matrix, wanted = columns[fit].flatten(0, 1), target[fit].flatten()
-        scalars = torch.linalg.lstsq(matrix, wanted[:, None], driver="gelsd").solution[:, 0]
-        remaining += float((columns[judge] @ scalars - target[judge]).square().sum())
+        numbers = torch.linalg.lstsq(matrix, wanted[:, None], driver="gelsd").solution[:, 0]
+        remaining += float((columns[judge] @ numbers - target[judge]).square().sum())
     return remaining

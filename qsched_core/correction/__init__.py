@@ -2,10 +2,11 @@
 
 from .around import AroundCorrection, CorrectedModel
 from .base import Correction, Parameter, StepCorrection
-from .registry import KINDS, correction_from_json, correction_to_json
+from .registry import DEFAULT, KINDS, correction_from_json, correction_to_json
 from .scalar import ScalarCorrection
 
 __all__ = [
+    "DEFAULT",
     "KINDS",
     "AroundCorrection",
     "CorrectedModel",

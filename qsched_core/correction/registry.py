@@ -10,6 +10,8 @@ from .base import Correction
 from .scalar import ScalarCorrection
 
 KINDS: dict[str, type[Correction]] = {kind.kind: kind for kind in (ScalarCorrection,)}
+# What the nodes edit and the search learns; its identity stands for "no correction".
+DEFAULT: type[Correction] = ScalarCorrection
 
 
 def correction_to_json(correction: Correction) -> dict[str, Any]:

@@ -57,11 +57,11 @@ def _nearer(change: Interval) -> str:
 def cost_line(evaluation: Evaluation) -> str:
     """Images, model evaluations and seconds, and what was on disk already."""
     images = len(evaluation.prompts) * len(evaluation.arms)
-    evaluations = sum(arm.nfe for arm in evaluation.arms)
+    nfe = sum(arm.nfe for arm in evaluation.arms)
     seconds = sum(arm.seconds for arm in evaluation.arms)
     return (
-        f"{images} images ({images - evaluation.new_images} from earlier runs), {evaluations} model "
-        f"evaluations, {seconds:.0f} s"
+        f"{images} images ({images - evaluation.new_images} from earlier runs), {nfe} model "
+        f"evaluations (NFE), {seconds:.0f} s"
     )
 
 

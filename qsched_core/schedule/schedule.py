@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import strict_json
-from ..correction import Correction, ScalarCorrection, correction_from_json, correction_to_json
+from ..correction import DEFAULT, Correction, correction_from_json, correction_to_json
 from ..files import write_atomic
 from ..sigmas import SIGMA_TOLERANCE, SigmaMatch, check_falling, match_sigmas
 from ..text import shown
@@ -57,7 +57,7 @@ class QSchedule:
     @classmethod
     def identity(cls, trajectory: Trajectory, **provenance) -> QSchedule:
         """The base solvers, bit for bit."""
-        return cls(trajectory, ScalarCorrection.identity(trajectory.steps), provenance)
+        return cls(trajectory, DEFAULT.identity(trajectory.steps), provenance)
 
     @property
     def sigmas(self) -> tuple[float, ...]:
@@ -208,7 +208,7 @@ class QSchedule:
 
     def _version_1(self) -> dict[str, Any] | None:
         trajectory = self.trajectory
-        said = self.correction.kind == ScalarCorrection.kind and trajectory.is_uniform
+        said = self.correction.kind == "scalar" and trajectory.is_uniform
         if not said or trajectory.options != _learned_options(trajectory.solver, self.provenance):
             return None
         return {

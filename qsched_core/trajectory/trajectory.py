@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..correction import Correction, ScalarCorrection
+from ..correction import DEFAULT, Correction
 from ..sigmas import SIGMA_TOLERANCE, check_falling
 from ..solvers import BoundSolver, ModelInfo, Solver, get_solver
 from ..strict_json import take
@@ -185,7 +185,7 @@ class Candidate:
     @classmethod
     def identity(cls, trajectory: Trajectory) -> Candidate:
         """The base solvers, bit for bit."""
-        return cls(trajectory, ScalarCorrection.identity(trajectory.steps))
+        return cls(trajectory, DEFAULT.identity(trajectory.steps))
 
     @property
     def is_identity(self) -> bool:

@@ -43,7 +43,7 @@ def test_the_text_has_verdicts_means_gains_distances_and_cost(made):
     assert len(made.changes) == 1 + 3
     assert "int2 + schedule is nearer to baseline than quantized (int2) (pixels): -0." in text
     assert "note: pixels: 6 images are few" in text
-    assert "30 images (0 from earlier runs), 80 model evaluations" in text
+    assert "30 images (0 from earlier runs), 80 model evaluations (NFE)" in text
 
 
 def test_arms_that_don_t_differ_are_said_not_to(tmp_path):

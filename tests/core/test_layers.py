@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,16 @@ def test_only_the_host_folder_knows_comfyuis_internals(path):
     for module, line in imports(path):
         top = module.split(".")[0]
         assert top not in HOST - {"comfy_api", "nodes"}, f"line {line} imports {module}"
+
+
+@pytest.mark.parametrize("path", [*CORE, *NODES], ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_the_two_scalars_are_known_to_their_correction_and_the_search_space_alone(path):
+    """Another kind of correction is a file in correction/, and what searches it."""
+    part = path.relative_to(ROOT).parts
+    if part[:2] == ("qsched_core", "correction") or part == ("qsched_core", "search", "space.py"):
+        return
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"\bc_(x|eps)\b|\bScalar(Correction|Stack)\b|two scalars", text)
 
 
 def test_the_host_folder_imports_no_node():
