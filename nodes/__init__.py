@@ -23,9 +23,10 @@ FAMILIES = (
 
 class QSchedExtension(ComfyExtension):
     async def on_load(self) -> None:
-        from .host.folders import register_folders
+        from .host.folders import register_folders, start_cleaning
 
         register_folders()
+        start_cleaning()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Every family that can be imported; one that cannot is left out with its reason logged."""

@@ -15,9 +15,8 @@ from ..qsched_core.evaluation import (
     usable_spaces,
 )
 from ..qsched_core.evaluation.picture import report_picture
-from ..qsched_core.evaluation.study import check_folder
 from ..qsched_core.evaluation.table import images_csv, report_text, summary_csv
-from ..qsched_core.files import write_atomic
+from ..qsched_core.files import check_room, write_atomic
 from ..qsched_core.prompts import CalibrationPrompts, PromptSet
 from ..qsched_core.source import check_reference
 from ..qsched_core.statistics import mean_interval
@@ -144,7 +143,7 @@ class QSchedEvaluate(io.ComfyNode):
             arms.insert(0, reference_arm(reference))
         files = _csv_paths(csv_name)
         for path in files:
-            check_folder(path.parent, 0)
+            check_room(path)
         chosen = _chosen(prompts, evaluate_on)
         spaces, notes = usable_spaces(objective.encoder, ManagedPlacement())
         images = len(arms) * len(chosen)

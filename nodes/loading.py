@@ -12,7 +12,7 @@ from ..qsched_core.formats.report import table
 from .host.weights import loading
 from .host.weights.files import check_file, model_path, weight_files
 from .host.weights.provenance import INFO, describe, layer_rows, model_info, report_title
-from .host.weights.saving import next_path, save_model, workflow_metadata
+from .host.weights.saving import next_paths, save_model, workflow_metadata
 from .host.weights.text import quantize_text_encoder
 
 
@@ -211,8 +211,9 @@ class QSchedSaveModel(io.ComfyNode):
     def execute(
         cls, model, filename_prefix, merge_loras=True, clip=None, vae=None
     ) -> io.NodeOutput:
-        path = next_path(filename_prefix)
-        saved = save_model(model, path, clip, vae, merge_loras, workflow_metadata(cls.hidden))
+        paths = next_paths(filename_prefix)
+        extra = workflow_metadata(cls.hidden)
+        path, saved = save_model(model, paths, clip, vae, merge_loras, extra)
         opens = "plain ComfyUI" if saved["kind"] == "native" else "this pack's loader nodes"
         text = f"{path}\n{describe(saved)}\n{saved['kind']}: {opens} can open it"
         return io.NodeOutput(str(path), ui=ui.PreviewText(text))

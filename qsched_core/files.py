@@ -5,15 +5,19 @@ from __future__ import annotations
 import errno
 import os
 import re
-import secrets
+import shutil
 import unicodedata
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from .text import shown
+from .workspace import Workspace, remove_abandoned
 
 # Names that Windows gives to devices, in any folder and with any extension.
 _DEVICES = re.compile(r"(con|prn|aux|nul|com[1-9]|lpt[1-9])(\..*)?", re.IGNORECASE)
 MOST_NAME = 1024  # characters of a name that is looked up; file systems hold no longer ones
+PROBE_BYTES, SPARE_BYTES = 2**16, 2**24
 _MOST_BYTES = 180  # a part may have 255, a path on Windows 260; the temporary name is longer
 
 
@@ -54,39 +58,156 @@ def _unusable(path: str) -> str:
     return ""
 
 
+class DiskError(OSError):
+    """A file that can't be written; the message names it, the space it takes, and what to do."""
+
+    def __init__(self, message: str, number: int | None = None):
+        super().__init__(message)
+        self.errno = number
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
+_GONE = {errno.EIO, errno.ENODEV, errno.ENXIO, errno.ESTALE, errno.ENOTCONN, errno.ENOENT}
+
+
+def disk_error(
+    error: OSError, path: Path, needed: int | None = None, folder: Path | None = None
+) -> DiskError:
+    """``error``, met while ``needed`` bytes were written to ``path``, in words a user can act on.
+
+    ``folder`` is whose disk it is, if not that of the file's folder.
+    """
+    if isinstance(error, DiskError):  # told already
+        return error
+    folder = path.parent if folder is None else folder
+    number, reason = error.errno, error.strerror or str(error)
+    if number in _FULL:
+        what = "the quota is used up" if number == errno.EDQUOT else "the disk is full"
+        there = _free(folder)
+        room = "" if there is None else f", {folder} has {size_text(there)} free"
+        takes = "" if needed is None else f": it takes {size_text(needed)}{room}"
+        return DiskError(
+            f"{path} can't be written, {what}{takes}; free some space, or choose another folder "
+            f"({reason})",
+            number,
+        )
+    if number in _READ_ONLY:
+        what, fix = "its folder is read-only", "make it writable, or choose another"
+    elif number in _GONE:
+        what, fix = "its drive does not answer", "see whether it is connected, or choose another"
+    else:
+        what, fix = "the system refuses", "choose another name or folder"
+    return DiskError(f"{path} can't be written, {what} ({reason}); {fix}", number)
+
+
+def size_text(count: int) -> str:
+    """A number of bytes to read."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _free(folder: Path) -> int | None:
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return None
+
+
+def check_room(path: str | Path, needed: int = 0) -> None:
+    """DiskError unless a file of ``needed`` bytes can be written to ``path``, and some to spare.
+
+    For the moment before long work.  A little is written, as a quota and a drive that was unplugged
+    do not show otherwise.
+    """
+    check_folder(Path(path).parent, needed, Path(path))
+
+
+def check_folder(folder: Path, needed: int, subject: Path | None = None) -> None:
+    """As :func:`check_room`, for what is called ``subject`` (else the folder itself)."""
+    subject = folder if subject is None else subject
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        with Workspace(folder, "probe") as work:
+            _write(work.data, bytes(PROBE_BYTES))
+    except OSError as error:
+        raise disk_error(error, subject, needed, folder) from error
+    if free < needed + SPARE_BYTES:
+        raise DiskError(
+            f"{subject} can't be written, the disk is too full: it takes {size_text(needed)} and "
+            f"{size_text(SPARE_BYTES)} to spare, {folder} has {size_text(free)} free; free some "
+            "space, or choose another folder",
+            errno.ENOSPC,
+        )
+
+
 def write_atomic(path: str | Path, data: str | bytes, overwrite: bool = True) -> Path:
-    """Write ``data`` to ``path`` through a temporary file beside it; OSError leaves no trace.
+    """Write ``data`` to ``path``, whole or not at all; DiskError leaves no trace.
 
     With ``overwrite`` False an existing file stays, and FileExistsError is raised.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     payload = data.encode() if isinstance(data, str) else data
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    write = partial(_write, payload=payload)
+    return write_whole(write, [Path(path)], len(payload), overwrite)
+
+
+def write_whole(
+    write: Callable[[Path], object],
+    paths: Iterable[Path],
+    needed: int | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Have ``write`` make a file, and give it the first name of ``paths`` that is free: that one.
+
+    No two writers get one name, in whatever processes they are.  The file is whole under its name or
+    not there.  ``needed`` is its size in bytes, for the message of a DiskError; FileExistsError if
+    all names are taken.  With ``overwrite`` the first name replaces what has it.
+    """
+    paths = iter(paths)
+    path = next(paths)
     try:
-        with open(partial, "xb") as file:
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        if overwrite:
-            os.replace(partial, path)
-        else:
-            _rename_new(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(path.parent)
+        with Workspace(path.parent, path.name) as work:
+            write(work.data)
+            while True:
+                try:
+                    if overwrite:
+                        os.replace(work.data, path)
+                    else:
+                        _rename_new(work.data, path)
+                    return path
+                except FileExistsError:
+                    following = next(paths, None)
+                    if following in (None, path):
+                        raise
+                    path = following
+                    path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
         raise
-    return path
+    except OSError as error:
+        raise disk_error(error, path, needed) from error
 
 
-def _rename_new(partial: Path, path: Path) -> None:
-    """Give ``partial`` the name ``path``, which must be free."""
+def _write(path: Path, payload: bytes) -> None:
+    with open(path, "xb") as file:
+        file.write(payload)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _rename_new(source: Path, path: Path) -> None:
+    """Give ``source`` the name ``path``, which must be free."""
     try:
-        os.link(partial, path)  # fails where the name is taken, with no moment in between
+        os.link(source, path)  # fails where the name is taken, with no moment in between
+        return
     except FileExistsError:
         raise
     except OSError:  # a file system without hard links
-        if path.exists():
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
-        os.replace(partial, path)
-    else:
-        partial.unlink()
+        with open(path, "xb"):  # so does this, which takes the name
+            pass
+    try:
+        os.replace(source, path)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 
 import folder_paths
 
@@ -12,6 +13,7 @@ from ...qsched_core.files import MOST_NAME, safe_name
 from ...qsched_core.prompts import PromptError
 from ...qsched_core.schedule import ScheduleError
 from ...qsched_core.text import shown
+from ...qsched_core.workspace import remove_abandoned
 
 SCHEDULE_FOLDER, SCORER_FOLDER = "qsched", "clip_score"
 
@@ -20,6 +22,26 @@ def register_folders() -> None:
     """Make ``models/qsched`` and ``models/clip_score`` known to ComfyUI."""
     for name in (SCHEDULE_FOLDER, SCORER_FOLDER):
         folder_paths.add_model_folder_path(name, str(Path(folder_paths.models_dir) / name))
+
+
+def start_cleaning() -> Thread:
+    """Remove what killed runs left in this pack's folders, beside the server's own work.
+
+    Models are saved anywhere in the output folder, which may be large and far away.
+    """
+    places = [
+        *map(Path, folder_paths.get_folder_paths(SCHEDULE_FOLDER)),
+        Path(folder_paths.get_user_directory()) / "qsched",
+        Path(folder_paths.get_output_directory()),
+    ]
+
+    def clean() -> None:
+        for place in places:
+            remove_abandoned(place, deep=True)
+
+    thread = Thread(target=clean, name="qsched-clean", daemon=True)
+    thread.start()
+    return thread
 
 
 def schedule_files() -> list[str]:

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..evaluation import EvaluationError
-from ..evaluation.study import check_folder
+from ..files import check_room
 from ..objective import QUALITY_WEIGHT, Objective
 from ..prompts import CalibrationPrompts, bundled_prompts, parse_prompts, read_prompts
 from ..scorers import SCORERS, Placement, ScorerError, load_file, load_named
@@ -149,16 +148,16 @@ def _read(path: Path) -> str:
 
 
 def check_outputs(paths: Sequence[Path | None]) -> None:
-    """ValueError unless every file that is asked for can be written, before anything is computed."""
+    """Every file that is asked for can be written, before anything is computed.
+
+    ValueError for a folder's name, DiskError where the disk refuses.
+    """
     for path in paths:
         if path is None:
             continue
         if path.is_dir():
             raise ValueError(f"{path} is a folder; give a file name")
-        try:
-            check_folder(path.parent, 0)
-        except EvaluationError as error:
-            raise ValueError(f"{path}: {error}") from None
+        check_room(path)
 
 
 def say(text: str) -> None:

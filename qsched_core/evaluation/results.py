@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shutil
@@ -15,10 +16,13 @@ from typing import Any
 
 import torch
 
+from ..files import disk_error
 from ..objective import Scores
 from ..prompts import PromptSet
 from ..statistics import Interval, mean_interval
 from .study import ArmStudy, Part
+
+logger = logging.getLogger(__name__)
 
 REFERENCES = "reference images"
 BLOCK = 2048  # pictures whose features are in memory at a time
@@ -68,18 +72,28 @@ class ArmResult:
         first = self.picture(0)
         shape = (len(self.scores), *first.shape)
         needed = 4 * math.prod(shape)
-        if scratch is None or needed < MAPPED or shutil.disk_usage(scratch).free < 2 * needed:
-            images = torch.empty(shape)
-            for part, pictures in self._pictures():
-                images[part.start : part.start + len(part)] = pictures
-            return images
-        with tempfile.NamedTemporaryFile(dir=scratch, delete=False) as file:
-            for _, pictures in self._pictures():
-                pictures.numpy().tofile(file)
-        images = torch.from_file(file.name, shared=False, size=math.prod(shape)).view(shape)
-        with suppress(OSError):  # Windows keeps a file that is mapped
-            os.unlink(file.name)
+        if scratch is not None and needed >= MAPPED:
+            try:
+                if shutil.disk_usage(scratch).free >= 2 * needed:
+                    return self._mapped(scratch, shape)
+            except OSError as error:
+                told = disk_error(error, scratch, needed)
+                logger.warning("%s; the pictures are kept in memory", told)
+        images = torch.empty(shape)
+        for part, pictures in self._pictures():
+            images[part.start : part.start + len(part)] = pictures
         return images
+
+    def _mapped(self, scratch: Path, shape: tuple[int, ...]) -> torch.Tensor:
+        with tempfile.NamedTemporaryFile(dir=scratch, delete=False) as file:
+            try:
+                for _, pictures in self._pictures():
+                    file.write(pictures.numpy())
+                file.flush()
+                return torch.from_file(file.name, shared=False, size=math.prod(shape)).view(shape)
+            finally:
+                with suppress(OSError):  # Windows keeps a file that is mapped
+                    os.unlink(file.name)
 
     def _pictures(self) -> Iterator[tuple[Part, torch.Tensor]]:
         for part in self.parts:

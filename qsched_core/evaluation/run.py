@@ -14,16 +14,18 @@ from typing import Any
 import torch
 
 from ..correction import correction_to_json
+from ..files import check_folder
 from ..objective import Scores
 from ..prompts import PromptSet
 from ..source import Measure, Source, in_levels
 from ..statistics import paired_interval
 from ..study.journal import fingerprint
 from ..trajectory import Candidate
+from ..workspace import remove_abandoned
 from .base import FeatureSpace
 from .frechet import FEWEST, MOST, few_images, frechet_difference, moments
 from .results import BLOCK, REFERENCES, ArmResult, Comparison, Distance, DistanceChange, Evaluation
-from .study import ArmStudy, EvaluationError, Part, check_folder, keep_features
+from .study import ArmStudy, EvaluationError, Part, keep_features
 from .study import kept_features as read_features
 
 VERSION = 2  # part of every arm's name: raise it when what is kept changes
@@ -98,12 +100,15 @@ def evaluate(
     starts = range(0, len(prompts), part)
     done: list[dict[int, Part]] = []
     for study in studies:
-        study.clean()
+        remove_abandoned(study.folder)
         read = {s: study.load(s, min(part, len(prompts) - s), names) for s in starts}
         done.append({start: kept for start, kept in read.items() if kept is not None})
     missing = sum(arm.source.width * arm.source.height * 3 * (len(prompts) - _count(parts))
                   for arm, parts in zip(arms, done, strict=True))  # fmt: skip
-    check_folder(root, missing)
+    try:
+        check_folder(root, missing)
+    except OSError as error:
+        raise EvaluationError(str(error)) from None
     report = _Report(len(arms) * len(prompts), on_progress)
     new = [0] * len(arms)
     for group in _groups(arms):

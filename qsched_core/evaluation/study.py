@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -24,13 +22,11 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from ..files import write_atomic
+from ..files import disk_error, write_atomic
 from ..objective import Scores
 
 logger = logging.getLogger(__name__)
 
-PROBE_BYTES, SPARE_BYTES = 2**16, 2**24
-ABANDONED_SECONDS = 3600  # after which a temporary file belongs to a run that was killed
 CONTENT, FEATURES, PICTURE = "qsched_evaluation", "features:", "picture:"
 
 
@@ -56,39 +52,11 @@ def as_bytes(images: torch.Tensor) -> torch.Tensor:
     return (images.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def check_folder(folder: Path, needed: int) -> None:
-    """EvaluationError unless ``folder`` can be written and has room for ``needed`` bytes and some."""
-    needed += SPARE_BYTES
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-        write_atomic(folder / f"{time.time_ns()}.probe", bytes(PROBE_BYTES)).unlink()
-    except OSError as error:
-        raise EvaluationError(
-            f"the folder {folder} can't be written ({error}); make it writable, free the disk, or "
-            "choose another"
-        ) from None
-    if free < needed:
-        raise EvaluationError(
-            f"the folder {folder} has {free / 2**20:.0f} MiB left and the evaluation may need "
-            f"{needed / 2**20:.0f} MiB; free the disk, or evaluate fewer prompts"
-        )
-
-
 class ArmStudy:
     """The parts of one arm in ``folder``, which is made when the first part is kept."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-
-    def clean(self) -> None:
-        """Remove temporary files that a killed run left."""
-        for path in self.folder.glob("*.partial"):
-            try:
-                if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
-                    path.unlink()
-            except OSError:
-                pass  # another run was quicker
 
     def _path(self, start: int) -> Path:
         return self.folder / f"part-{start:06d}.safetensors"
@@ -135,8 +103,8 @@ class ArmStudy:
             write_atomic(self._path(part.start), data)
         except OSError as error:
             raise EvaluationError(
-                f"the part from prompt {part.start + 1} can't be written into {self.folder} ({error}); "
-                "free the disk and run the same again: finished parts are kept"
+                f"{disk_error(error, self._path(part.start), len(data))}; run the same again then: "
+                "finished parts are kept"
             ) from None
 
     def features(self, part: Part, space: str) -> torch.Tensor:

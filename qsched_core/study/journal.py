@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..files import write_atomic
+from ..files import check_room, disk_error
 from ..optional import require
+from ..workspace import remove_abandoned
 from .errors import CalibrationError
 from .store import Box, Point, Record
 
@@ -88,24 +87,11 @@ class Journal:
         self._lock.release()
 
     def _check_folder(self) -> None:
-        folder = self.path.parent
+        remove_abandoned(self.path.parent)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(folder).free
-            probe = write_atomic(
-                folder / f"{self.path.name}.{os.getpid()}.probe", bytes(LINE_BYTES)
-            )
-            probe.unlink()
+            check_room(self.path, MIN_FREE_BYTES)
         except OSError as error:
-            raise CalibrationError(
-                f"the study folder {folder} can't be written ({error}); "
-                "make it writable, free the disk, or choose another"
-            ) from None
-        if free < MIN_FREE_BYTES:
-            raise CalibrationError(
-                f"the study folder {folder} has {free / 2**20:.0f} MiB left and a search needs "
-                f"{MIN_FREE_BYTES // 2**20} MiB; free the disk or choose another"
-            )
+            raise CalibrationError(str(error)) from None
 
     def _open(self) -> None:
         storages = _optuna().storages
@@ -122,12 +108,13 @@ class Journal:
 
     def _study(self, stage: str):
         if stage not in self._studies:
-            self._studies[stage] = _optuna().create_study(
-                storage=self._storage,
-                study_name=f"{self.name}:{stage}",
-                direction="maximize",
-                load_if_exists=True,
-            )
+            with _appending(self.path):
+                self._studies[stage] = _optuna().create_study(
+                    storage=self._storage,
+                    study_name=f"{self.name}:{stage}",
+                    direction="maximize",
+                    load_if_exists=True,
+                )
         return self._studies[stage]
 
     def records(self, stage: str) -> dict[int, Record]:
@@ -142,7 +129,7 @@ class Journal:
 
     def claim(self, stage: str, space: Box, points: Mapping[int, Point]) -> _Claim:
         """All of ``points``."""
-        return _Claim(self._study(stage), space, points)
+        return _Claim(self._study(stage), self.path, space, points)
 
     def get(self, key: str) -> Any:
         """What was put under ``key``, or None."""
@@ -150,14 +137,16 @@ class Journal:
 
     def put(self, key: str, value: Any) -> None:
         """Keep plain JSON beside the trials."""
-        self._study("notes").set_user_attr(key, value)
+        study = self._study("notes")
+        with _appending(self.path):
+            study.set_user_attr(key, value)
 
 
 class _Claim:
     """Slots of a study that has one worker: nothing is written before they are finished."""
 
-    def __init__(self, study, space: Box, points: Mapping[int, Point]):
-        self.study, self.space, self.points = study, space, points
+    def __init__(self, study, path: Path, space: Box, points: Mapping[int, Point]):
+        self.study, self.path, self.space, self.points = study, path, space, points
 
     def __enter__(self) -> _Claim:
         return self
@@ -166,9 +155,10 @@ class _Claim:
         pass
 
     def finish(self, record: Record) -> None:
-        self.study.add_trial(
-            finished_trial(self.space, record.point, record.scores.mean(), record.attributes())
-        )
+        value, attributes = record.scores.mean(), record.attributes()
+        trial = finished_trial(self.space, record.point, value, attributes)
+        with _appending(self.path):
+            self.study.add_trial(trial)
 
 
 class _HeldLock:
@@ -182,6 +172,17 @@ class _HeldLock:
 
     def release(self) -> None:
         pass
+
+
+@contextmanager
+def _appending(path: Path) -> Iterator[None]:
+    """CalibrationError, which names the study's file, where the disk refuses a line."""
+    try:
+        yield
+    except OSError as error:
+        raise CalibrationError(
+            f"{disk_error(error, path, LINE_BYTES)}; run the same again then: finished trials are kept"
+        ) from error
 
 
 def _drop_torn_line(path: Path) -> None:

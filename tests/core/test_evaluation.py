@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -24,6 +25,7 @@ from evaluation_cases import (
 
 from qsched_core.evaluation import Arm, EvaluationError, results, run
 from qsched_core.statistics import paired_interval
+from qsched_core.workspace import Workspace
 
 LINUX = sys.platform == "linux"
 
@@ -73,6 +75,19 @@ def test_large_pictures_are_mapped_from_a_file_that_goes(tmp_path, monkeypatch):
         assert list(scratch.iterdir()) == []
     mapped[0] = 0  # a node that writes into it changes its own copy
     assert torch.equal(made.images(), in_memory)
+
+
+def test_pictures_that_a_full_disk_can_t_hold_are_kept_in_memory(tmp_path, monkeypatch, caplog):
+    made, scratch = evaluated(tmp_path / "kept")["schedule"], tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(results, "MAPPED", 1)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch, "from_file", full)
+    assert torch.equal(made.images(scratch), made.images())
+    assert "disk is full" in caplog.text and list(scratch.iterdir()) == []
 
 
 def test_gains_are_paired_intervals_of_every_score(tmp_path):
@@ -182,12 +197,13 @@ def test_a_damaged_part_is_made_again(tmp_path, damage, caplog):
 
 def test_abandoned_files_go_and_a_running_one_stays(tmp_path):
     evaluated(tmp_path)
-    old, new = (parts(tmp_path)[0].with_name(f"{n}.partial") for n in ("old", "new"))
-    for path in (old, new):
-        path.write_bytes(b"half")
-    os.utime(old, (time.time() - 7200,) * 2)
-    evaluated(tmp_path)
-    assert new.exists() and not old.exists()
+    folder = parts(tmp_path)[0].parent
+    old = folder / "part-000000.safetensors.0123abcd.partial"
+    old.write_bytes(b"half")
+    os.utime(old, (time.time() - 90_000,) * 2)
+    with Workspace(folder, "part-000000.safetensors") as running:
+        evaluated(tmp_path)
+        assert running.path.exists() and not old.exists()
 
 
 def test_two_at_once_don_t_disturb_each_other(tmp_path):
@@ -211,7 +227,10 @@ def test_a_folder_that_can_t_hold_it_is_an_error_before_any_picture(tmp_path, mo
     with pytest.raises(EvaluationError, match="can't be written"):
         evaluated(blocked / "inner", arms)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("U", (), {"free": 2**20}))
-    with pytest.raises(EvaluationError, match="1 MiB left"):
+    with pytest.raises(
+        EvaluationError,
+        match=r"can't be written, the disk is too full: it takes .* has 1\.0 MB free",
+    ):
         evaluated(tmp_path, arms)
     assert not arms[0].source.calls and not arms[1].source.calls
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -12,7 +13,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qsched_core import files
-from qsched_core.files import safe_name, write_atomic
+from qsched_core.files import DiskError, check_room, safe_name, write_atomic
+
+
+def test_a_name_can_t_be_taken_between_the_look_and_the_rename(tmp_path, monkeypatch):
+    """On a file system without hard links, as exFAT and some shares are."""
+    path, replace = tmp_path / "a.json", os.replace
+
+    def unsupported(*_):
+        raise PermissionError("no hard links on this file system")
+
+    def late(source, target):
+        with pytest.raises(FileExistsError):  # another process, in the moment before the rename
+            os.open(target, os.O_CREAT | os.O_EXCL)
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "link", unsupported)
+    monkeypatch.setattr(files.os, "replace", late)
+    write_atomic(path, "mine", overwrite=False)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.json", "mine")]
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
@@ -104,3 +123,77 @@ def test_a_safe_name_stays_inside(name):
     assert ".." not in path.parts
     assert path.suffix.lower() == ".json"
     assert safe_name(str(path)) == path
+
+
+ERRORS = {
+    errno.ENOSPC: r"disk is full: it takes 2\.0 MB, .* free; free some space",
+    errno.EDQUOT: r"quota is used up: it takes 2\.0 MB, .* free; free some space",
+    errno.EROFS: "read-only .*make it writable",
+    errno.EACCES: "read-only .*make it writable",
+    errno.EIO: "drive does not answer .*connected",
+    errno.ENODEV: "drive does not answer .*connected",
+    errno.ENAMETOOLONG: "choose another name",
+}
+
+
+@pytest.mark.parametrize("number", ERRORS, ids=errno.errorcode.get)
+@pytest.mark.parametrize("where", ["fsync", "mkdir", "replace"])
+def test_an_error_of_the_disk_names_the_file_and_what_to_do(tmp_path, monkeypatch, number, where):
+    path = write_atomic(tmp_path / "a.json", "old")
+
+    def fails(*_, **__):
+        raise OSError(number, os.strerror(number), "something internal")
+
+    monkeypatch.setattr(files.os, where, fails)
+    with pytest.raises(DiskError, match=ERRORS[number]) as told:
+        write_atomic(path, bytes(2 * 10**6))
+    monkeypatch.undo()
+    assert told.value.errno == number
+    assert str(path) in str(told.value) and "something internal" not in str(told.value)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.json", "old")]
+
+
+@pytest.mark.parametrize("number", [errno.EDQUOT, errno.EROFS, errno.EIO], ids=errno.errorcode.get)
+def test_what_free_space_does_not_show_is_found_before_the_work(tmp_path, monkeypatch, number):
+    def fails(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files.os, "fsync", fails)
+    with pytest.raises(DiskError, match=ERRORS[number]):
+        check_room(tmp_path / "a.json", 2 * 10**6)
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_little_space_is_told_before_the_work(tmp_path):
+    check_room(tmp_path / "a.json", 0)
+    with pytest.raises(DiskError, match=r"a\.json .*takes 1000000000\.00 GB and .* GB free"):
+        check_room(tmp_path / "a.json", 10**18)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 1 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no disk can be mounted here: {error}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_is_really_full(small_disk):
+    kept = write_atomic(small_disk / "a.json", "old")
+    with pytest.raises(DiskError, match=r"a\.json .*full: it takes 2\.0 MB, .* has 1\.0 MB free"):
+        write_atomic(kept, bytes(2 * 10**6))
+    assert [(p.name, p.read_text()) for p in small_disk.iterdir()] == [("a.json", "old")]
+    with pytest.raises(DiskError, match=r"b\.json .*has 1\.0 MB free"):
+        check_room(small_disk / "b.json")
+    remount = ["mount", "-o", "remount,ro", str(small_disk)]
+    subprocess.run(remount, check=True)
+    with pytest.raises(DiskError, match=r"a\.json .*read-only"):
+        write_atomic(kept, "new")
+    assert kept.read_text() == "old"

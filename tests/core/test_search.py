@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -29,7 +30,7 @@ from qsched_core.study import CalibrationError, StudyPlace
 from qsched_core.study.journal import Journal
 from qsched_core.trajectory import Candidate, Trajectory
 
-pytest.importorskip("optuna", reason="the search needs optuna")
+optuna = pytest.importorskip("optuna", reason="the search needs optuna")
 
 BEST = ScalarCorrection((1.06, 1.0, 1.03, 0.99), (0.92, 0.97, 1.0, 1.04))
 PROMPTS = CalibrationPrompts.of(
@@ -380,9 +381,29 @@ def test_a_full_disk_is_refused_before_the_search(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     world = World()
-    with pytest.raises(CalibrationError, match="1 MiB left"):
+    with pytest.raises(CalibrationError, match=r"\.journal can't be written, .* has 1\.0 MB free"):
         run(world, tmp_path)
     assert world.calls == []
+
+
+def test_a_disk_that_fills_up_names_the_study_and_keeps_what_is_finished(tmp_path, monkeypatch):
+    whole = outcome(run(World(), tmp_path / "whole"))
+    backend = optuna.storages.journal.JournalFileBackend
+    append, calls = backend.append_logs, []
+
+    def fills_up(self, logs):
+        calls.append(logs)
+        if len(calls) == 9:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        append(self, logs)
+
+    monkeypatch.setattr(backend, "append_logs", fills_up)
+    told = r"\.journal .*disk is full: .* free; .*finished trials are kept"
+    with pytest.raises(CalibrationError, match=told):
+        run(World(), tmp_path / "full")
+    monkeypatch.undo()
+    again = run(World(), tmp_path / "full")
+    assert outcome(again) == whole and 0 < again.new_trials < len(again.trials)
 
 
 def test_a_damaged_journal_is_named(tmp_path):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import importlib
 import json
+import os
 import re
 from pathlib import Path
 
 import families
 import pytest
-import safetensors
+import safetensors.torch
 import torch
 from inside import (
     ALL,
@@ -33,6 +35,8 @@ from inside import (
 info = importlib.import_module("qsched_pack.nodes.host.weights.provenance")
 saving = importlib.import_module("qsched_pack.nodes.host.weights.saving")
 report = importlib.import_module("qsched_pack.qsched_core.formats.report")
+workspace = importlib.import_module("qsched_pack.qsched_core.workspace")
+folder_paths = importlib.import_module("folder_paths")
 chart = importlib.import_module("qsched_pack.qsched_core.formats.chart")
 
 
@@ -45,7 +49,8 @@ def metadata(path) -> dict:
 def test_a_saved_model_comes_back_bit_for_bit(name, loaded, sample, tmp_path):
     model = loaded(name)
     path = tmp_path / "sub" / "saved.safetensors"
-    found = saving.save_model(model, path)
+    place, found = saving.save_model(model, path)
+    assert place == path
     assert [p.name for p in path.parent.iterdir()] == ["saved.safetensors"], "nothing else is left"
     assert found["kind"] == formats.get(name).file_kind
     again = loading.load_diffusion_model(str(path), Request(name))
@@ -184,20 +189,87 @@ def test_a_prediction_that_a_node_set_is_saved(sdxl, tmp_path):
 
 
 def test_what_can_not_be_saved_is_refused_and_leaves_nothing(
-    file, loaded, plain, tmp_path, monkeypatch
+    loaded, plain, lora, tmp_path, monkeypatch
 ):
     with pytest.raises(ValueError, match="not quantized by this pack"):
         saving.save_model(plain, tmp_path / "saved.safetensors")
-    model = loaded("nf4")
+    model = with_lora(loaded("nf4"), lora)
     full = type("Usage", (), {"free": 1000})()
-    monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: full)
-    with pytest.raises(OSError, match=r"0.00 GB free, the file takes"):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: full)
+    monkeypatch.setattr(saving, "merge_patches", lambda model: 1 / 0)  # asked before that work
+    with pytest.raises(OSError, match=r"saved\.safetensors can't be written.* 0\.0 MB free"):
         saving.save_model(model, tmp_path / "saved.safetensors")
     monkeypatch.undo()
-    monkeypatch.setattr(saving.os, "replace", lambda *paths: 1 / 0)
+    model = loaded("nf4")
+    monkeypatch.setattr("os.replace", lambda *paths: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         saving.save_model(model, tmp_path / "saved.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the library's error numbers are others there")
+def test_a_disk_that_fills_up_while_saving_is_named_and_nothing_is_left(
+    loaded, tmp_path, monkeypatch
+):
+    def full(state, path, metadata=None):
+        Path(path).with_name(".tmpAbc123").write_bytes(b"half")  # as the library leaves it
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(
+        OSError, match=r"saved\.safetensors .*disk is full: it takes .*free"
+    ) as told:
+        saving.save_model(loaded("nf4"), tmp_path / "saved.safetensors")
+    assert told.value.errno == errno.ENOSPC
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_servers_that_save_at_once_keep_both_models(loaded, tmp_path, monkeypatch):
+    """The other one takes the next free name while this one writes."""
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    model, save = loaded("nf4"), comfy_sd.save_checkpoint
+
+    def meanwhile(*args, **kwargs):
+        monkeypatch.undo()
+        monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+        places.append(saving.save_model(loaded("int8"), saving.next_paths("sub/model"))[0])
+        return save(*args, **kwargs)
+
+    places = []
+    monkeypatch.setattr(comfy_sd, "save_checkpoint", meanwhile)
+    places.append(saving.save_model(model, saving.next_paths("sub/model"))[0])
+    assert [p.name for p in places] == ["model_00001_.safetensors", "model_00002_.safetensors"]
+    kept = [json.loads(metadata(p)["qsched"])["format"] for p in places]
+    assert kept == ["int8", "nf4"]
+    assert sorted(p for p in places[0].parent.iterdir()) == places
+
+
+def test_a_model_that_is_being_saved_is_not_taken_for_abandoned(loaded, tmp_path, monkeypatch):
+    save = comfy_sd.save_checkpoint
+
+    def cleaned(*args, **kwargs):
+        save(*args, **kwargs)
+        assert workspace.remove_abandoned(tmp_path, deep=True) == 0
+
+    monkeypatch.setattr(comfy_sd, "save_checkpoint", cleaned)
+    saving.save_model(loaded("nf4"), tmp_path / "saved.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == ["saved.safetensors"]
+
+
+def test_what_a_killed_run_left_goes_when_the_server_starts(tmp_path, monkeypatch):
+    folders = importlib.import_module("qsched_pack.nodes.host.folders")
+    for name in ("get_output_directory", "get_user_directory"):
+        monkeypatch.setattr(folder_paths, name, lambda: str(tmp_path))
+    monkeypatch.setattr(folder_paths, "get_folder_paths", lambda name: [str(tmp_path / "none")])
+    left = tmp_path / "a" / "b"
+    left.mkdir(parents=True)
+    half = workspace.Workspace(left, "model.safetensors").__enter__()
+    half.data.write_bytes(b"half")
+    folders.start_cleaning().join()
+    assert half.data.exists(), "its writer lives"
+    half._lock.release()
+    folders.start_cleaning().join()
+    assert not list(left.iterdir())
 
 
 def quantized_tensors() -> int:

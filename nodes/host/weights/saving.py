@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-import shutil
+import re
 import uuid
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import comfy.latent_formats
@@ -16,21 +17,31 @@ import comfy.sd
 import folder_paths
 import torch
 from comfy.cli_args import args
+from safetensors import SafetensorError
 
+from ....qsched_core.files import check_room, write_whole
 from ....qsched_core.formats import FormatError, get
+from ....qsched_core.workspace import remove_abandoned
 from .loading import METADATA, merge_patches
 from .provenance import INFO, model_info
 
 VERSION = 1  # of the provenance in the file
 
 
-def save_model(model, path: str | Path, clip=None, vae=None, merge_loras: bool = True, extra=None):
-    """Write ``model`` (with ``clip`` and ``vae``, a checkpoint) to ``path``; its metadata.
+def save_model(
+    model,
+    path: str | Path | Iterable[Path],
+    clip=None,
+    vae=None,
+    merge_loras: bool = True,
+    extra=None,
+) -> tuple[Path, dict]:
+    """Write ``model`` (with ``clip`` and ``vae``, a checkpoint); where it is, and its provenance.
 
-    Its LoRAs are merged into the weights or left out.  FormatError for a MODEL that is not
-    quantized by this pack, OSError where the disk is too full; neither leaves a file.
+    A ``path`` is replaced; of several the first that is free when the file is finished is taken, and
+    no other server gets the same.  LoRAs are merged into the weights or left out.  FormatError for a
+    MODEL that is not quantized by this pack, DiskError where the disk refuses; neither leaves a file.
     """
-    path = Path(path)
     if INFO not in model.model_options:
         raise FormatError(
             "model is not quantized by this pack; quantize it first, or save it with ComfyUI's own "
@@ -41,6 +52,13 @@ def save_model(model, path: str | Path, clip=None, vae=None, merge_loras: bool =
             "clip is quantized, and ComfyUI's checkpoint loader could not open it; connect the "
             "unquantized text encoder, and quantize it after loading"
         )
+    overwrite = isinstance(path, str | Path)
+    paths = iter([Path(path)] if overwrite else path)
+    first = next(paths)
+    modules = [model.model, *(p.patcher.model for p in (clip, vae) if p is not None)]
+    needed = sum(comfy.model_management.module_size(m) for m in modules)
+    remove_abandoned(first.parent)
+    check_room(first, needed)
     if model.patches and merge_loras:
         model = merge_patches(model)
     elif model.patches:
@@ -50,29 +68,45 @@ def save_model(model, path: str | Path, clip=None, vae=None, merge_loras: bool =
     if model.patches:
         provenance["merged_patches"] = provenance["patches"]
     provenance = {"version": VERSION, **provenance, "kind": file_kind(provenance)}
-    _check_space(path, [model.model, *(p.patcher.model for p in (clip, vae) if p is not None)])
     metadata = {METADATA: json.dumps(provenance), "format": "pt", **(extra or {})}
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        keys = _extra_keys(model, alone=clip is None and vae is None)
-        comfy.sd.save_checkpoint(str(partial), model, clip, vae, metadata=metadata, extra_keys=keys)
-        with open(partial, "rb+") as file:
+    keys = _extra_keys(model, alone=clip is None and vae is None)
+
+    def write(place: Path) -> None:
+        try:
+            comfy.sd.save_checkpoint(
+                str(place), model, clip, vae, metadata=metadata, extra_keys=keys
+            )
+        except SafetensorError as error:
+            raise _system_error(error) from error
+        with open(place, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    return provenance
+
+    return write_whole(write, chain([first], paths), needed, overwrite), provenance
 
 
-def next_path(prefix: str) -> Path:
-    """The next free file of this name in ComfyUI's output folder; ValueError if it is outside."""
+def _system_error(error: SafetensorError) -> OSError:
+    """The OSError that the library tells in its words."""
+    found = re.search(r"os error (\d+)", str(error))
+    if found is None:
+        return OSError(str(error))
+    number = int(found[1])
+    if os.name == "nt":
+        return OSError(0, str(error), None, number)
+    return OSError(number, os.strerror(number))
+
+
+def next_paths(prefix: str) -> Iterator[Path]:
+    """The next free file of this name in ComfyUI's output folder, as often as it is asked.
+
+    ValueError if it is outside.
+    """
     output = folder_paths.get_output_directory()
-    try:
-        folder, name, counter, *_ = folder_paths.get_save_image_path(prefix, output)
-    except Exception as error:  # the host raises it bare
-        raise ValueError(f"filename_prefix={prefix!r}: {error}") from error
-    return Path(folder) / f"{name}_{counter:05}_.safetensors"
+    while True:
+        try:
+            folder, name, counter, *_ = folder_paths.get_save_image_path(prefix, output)
+        except Exception as error:  # the host raises it bare
+            raise ValueError(f"filename_prefix={prefix!r}: {error}") from error
+        yield Path(folder) / f"{name}_{counter:05}_.safetensors"
 
 
 def workflow_metadata(hidden) -> dict[str, str]:
@@ -87,17 +121,6 @@ def file_kind(provenance: dict) -> str:
     """ "native" if plain ComfyUI opens a file of this model, "extended" if this pack alone does."""
     kinds = {get(name).file_kind for name in provenance["quantized_layers"]}
     return "extended" if "extended" in kinds else "native"
-
-
-def _check_space(path: Path, modules) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    needed = sum(comfy.model_management.module_size(m) for m in modules)
-    free = shutil.disk_usage(path.parent).free
-    if needed + (16 << 20) > free:
-        raise OSError(
-            f"{path.parent} has {free / 1e9:.2f} GB free, the file takes {needed / 1e9:.2f} GB; free "
-            "some space or choose another folder"
-        )
 
 
 def _extra_keys(model, alone: bool) -> dict[str, torch.Tensor]:
