@@ -4,11 +4,13 @@ Pictures and features are on disk alone: memory does not grow with the number of
 
 A part is one safetensors file: features, the pictures as PNG, and the scores as JSON in the header.
 It is written whole or not at all, and holds what any other process would have written under that
-name: a killed run leaves finished parts, and two runs at once can share a folder.
+name: a killed run leaves finished parts, and two runs at once can share a folder.  A checksum in the
+header is of all else: what was damaged on the disk is made again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -27,7 +29,8 @@ from ..objective import Scores
 
 logger = logging.getLogger(__name__)
 
-CONTENT, FEATURES, PICTURE = "qsched_evaluation", "features:", "picture:"
+CONTENT, SUM = "qsched_evaluation", "sha256"
+FEATURES, PICTURE = "features:", "picture:"
 
 
 class EvaluationError(ValueError):
@@ -68,7 +71,7 @@ class ArmStudy:
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                content = json.loads(file.metadata()[CONTENT])
+                content = json.loads(_intact(file))
                 encoded = {file.get_slice(FEATURES + name).get_shape()[0] for name in spaces}
                 pictures = [key for key in file.keys() if key.startswith(PICTURE)]  # noqa: SIM118
             part = Part(
@@ -98,7 +101,7 @@ class ArmStudy:
             "seconds": part.seconds,
             "nfe": part.nfe,
         }
-        data = save(tensors, {CONTENT: json.dumps(content)})
+        data = _sealed(tensors, json.dumps(content))
         try:
             write_atomic(self._path(part.start), data)
         except OSError as error:
@@ -118,6 +121,28 @@ class ArmStudy:
             return torch.stack([_decoded(file.get_tensor(f"{PICTURE}{i:06d}")) for i in indices])
 
 
+def _digest(tensors: Mapping[str, torch.Tensor], content: str) -> str:
+    found = hashlib.sha256(content.encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        found.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def _sealed(tensors: Mapping[str, torch.Tensor], content: str) -> bytes:
+    return save(dict(tensors), {CONTENT: content, SUM: _digest(tensors, content)})
+
+
+def _intact(file) -> str:
+    """What a file says of its tensors; ValueError if anything in it is not as it was written."""
+    found = file.metadata() or {}
+    content = found.get(CONTENT, "")
+    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if found.get(SUM) != _digest(tensors, content):
+        raise ValueError("its checksum differs")
+    return content
+
+
 def _png(picture: torch.Tensor) -> torch.Tensor:
     buffer = BytesIO()
     Image.fromarray(picture.numpy()).save(buffer, "PNG", compress_level=1)
@@ -135,11 +160,12 @@ def kept_features(path: Path) -> torch.Tensor | None:
         return None
     try:
         with safe_open(path, framework="pt") as file:
+            _intact(file)
             return file.get_tensor("features")
-    except (SafetensorError, OSError) as error:
-        logger.warning("%s is damaged (%s); it is made again", path, error)
+    except (SafetensorError, OSError, ValueError) as error:
+        logger.warning("%s is damaged or of an earlier version (%s); it is made again", path, error)
         return None
 
 
 def keep_features(path: Path, features: torch.Tensor) -> None:
-    write_atomic(path, save({"features": features.contiguous()}))
+    write_atomic(path, _sealed({"features": features.contiguous()}, ""))

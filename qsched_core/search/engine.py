@@ -170,7 +170,9 @@ class Search:
         fixed = stage.fixed[: stage.trials]
         if free[0] < len(fixed):
             return {s: fixed[s] for s in free[: self.settings.together] if s < len(fixed)}
-        past = [*stage.history, *((r.point, self._value(r)) for r in done.values())]
+        # What was lost, by damage or a dead worker, is proposed as it was: from what was before it.
+        known = [r for r in done.values() if r.slot < free[0]]
+        past = [*stage.history, *((r.point, self._value(r)) for r in known)]
         # What is not known yet is taken for the worst, so that others look elsewhere.
         worst = min((value for _, value in past), default=0.0)
         past += [(point, worst) for point in working.values()]

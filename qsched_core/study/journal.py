@@ -20,6 +20,7 @@ from ..files import check_room, disk_error
 from ..optional import require
 from ..workspace import remove_abandoned
 from .errors import CalibrationError
+from .seal import SEALED, VALUE, Reader, sealed
 from .store import Box, Point, Record
 
 MIN_FREE_BYTES = 16 * 2**20  # a journal of 200 trials with 100 prompts is about 2 MiB
@@ -71,6 +72,7 @@ class Journal:
         self.path = journal_path(folder, name)
         self.where = str(self.path)
         self._studies: dict[str, Any] = {}
+        self._reader = Reader(f"the study {self.path}")
 
     def __enter__(self) -> Journal:
         self._check_folder()
@@ -97,30 +99,45 @@ class Journal:
         storages = _optuna().storages
         try:
             _drop_torn_line(self.path)
+            _check_lines(self.path)
             backend = storages.journal.JournalFileBackend(str(self.path), lock_obj=_HeldLock())
             self._storage = storages.JournalStorage(backend)
+            self._names = {study.study_name for study in self._storage.get_all_studies()}
+        except CalibrationError:
+            raise
         except OSError as error:
             raise CalibrationError(f"the study {self.path} can't be opened: {error}") from None
-        except (ValueError, KeyError) as error:
+        except Exception as error:  # Optuna takes the lines as they are: anything can be wrong
             raise CalibrationError(
-                f"the study {self.path} is damaged ({error}); delete it to search anew"
+                f"the study {self.path} is damaged ({type(error).__name__}: {error}); delete it to "
+                "search anew"
             ) from None
+
+    def _older(self, stage: str) -> bool:
+        """Whether an earlier version began the stage, without checksums."""
+        return f"{self.name}:{stage}" in self._names
 
     def _study(self, stage: str):
         if stage not in self._studies:
-            with _appending(self.path):
-                self._studies[stage] = _optuna().create_study(
-                    storage=self._storage,
-                    study_name=f"{self.name}:{stage}",
-                    direction="maximize",
-                    load_if_exists=True,
-                )
+            name, optuna = f"{self.name}:{stage}{'' if self._older(stage) else SEALED}", _optuna()
+            if name in self._names:
+                study = optuna.load_study(study_name=name, storage=self._storage)
+            else:
+                with _appending(self.path):
+                    study = optuna.create_study(
+                        storage=self._storage, study_name=name, direction="maximize"
+                    )
+            self._studies[stage] = study
         return self._studies[stage]
 
     def records(self, stage: str) -> dict[int, Record]:
-        """The finished trials of ``stage`` by slot, in the order of slots."""
+        """The finished trials of ``stage`` by slot, in the order of slots; not those that are damaged."""
         trials = self._study(stage).get_trials(deepcopy=False)
-        records = [Record.of(trial.params, trial.user_attrs) for trial in trials]
+        older = self._older(stage)
+        found = [
+            self._reader.record(stage, t.number, t.params, t.user_attrs, older) for t in trials
+        ]
+        records = [record for record in found if record is not None]
         return {r.slot: r for r in sorted(records, key=lambda r: r.slot)}
 
     def working(self, stage: str) -> dict[int, Point]:
@@ -129,24 +146,27 @@ class Journal:
 
     def claim(self, stage: str, space: Box, points: Mapping[int, Point]) -> _Claim:
         """All of ``points``."""
-        return _Claim(self._study(stage), self.path, space, points)
+        return _Claim(self._study(stage), stage, self.path, space, points)
 
     def get(self, key: str) -> Any:
-        """What was put under ``key``, or None."""
-        return self._study("notes").user_attrs.get(key)
+        """What was put under ``key``; None where there is nothing, or it is damaged."""
+        kept = self._study("notes").user_attrs.get(key)
+        return self._reader.note(key, kept, self._older("notes"))
 
     def put(self, key: str, value: Any) -> None:
         """Keep plain JSON beside the trials."""
         study = self._study("notes")
+        kept = value if self._older("notes") else sealed(key, {VALUE: value})
         with _appending(self.path):
-            study.set_user_attr(key, value)
+            study.set_user_attr(key, kept)
 
 
 class _Claim:
     """Slots of a study that has one worker: nothing is written before they are finished."""
 
-    def __init__(self, study, path: Path, space: Box, points: Mapping[int, Point]):
-        self.study, self.path, self.space, self.points = study, path, space, points
+    def __init__(self, study, stage: str, path: Path, space: Box, points: Mapping[int, Point]):
+        self.study, self.stage, self.path = study, stage, path
+        self.space, self.points = space, points
 
     def __enter__(self) -> _Claim:
         return self
@@ -155,7 +175,7 @@ class _Claim:
         pass
 
     def finish(self, record: Record) -> None:
-        value, attributes = record.scores.mean(), record.attributes()
+        value, attributes = record.scores.mean(), sealed(self.stage, record.attributes())
         trial = finished_trial(self.space, record.point, value, attributes)
         with _appending(self.path):
             self.study.add_trial(trial)
@@ -192,6 +212,22 @@ def _drop_torn_line(path: Path) -> None:
         end = data.rfind(b"\n") + 1
         if end < len(data):
             file.truncate(end)
+
+
+def _check_lines(path: Path) -> None:
+    # Optuna names no line, and reads on over a damaged last one to fail at what it appends to it.
+    with suppress(FileNotFoundError), open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                json.loads(line)
+            except ValueError as error:
+                # others number the studies, which trials are kept by
+                alone = line.startswith((b'{"op_code":2,', b'{"op_code":4,'))
+                mend = "that line to evaluate what it held again, or the file" if alone else "it"
+                raise CalibrationError(
+                    f"the study {path} is damaged in line {number} ({error}); delete {mend} to "
+                    "search anew"
+                ) from None
 
 
 def _locked(path: Path) -> FileLock:

@@ -8,8 +8,6 @@ and the slot is free again.  Nothing compares clocks of different machines.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import platform
@@ -24,6 +22,8 @@ from .database import DRIVERS, Database, check_shared
 from .errors import CalibrationError
 from .failures import failure
 from .journal import distributions, fingerprint
+from .pieces import pieces, whole
+from .seal import SEALED, VALUE, Reader, sealed
 from .store import Box, Point, Record
 
 logger = logging.getLogger(__name__)
@@ -32,8 +32,6 @@ HEARTBEAT_SECONDS = 3.0
 GRACE_VARIABLE, GRACE_SECONDS = "QSCHED_GRACE_SECONDS", 30.0
 CONNECT_SECONDS = 10
 PATIENCE = (0.5, 1, 2, 4, 8, 16)  # seconds between tries of a database that does not answer
-# MySQL's text columns hold 65 535 bytes; JSON that is quoted in JSON takes at most twice its length.
-PIECE, HEAD = 30_000, "in pieces"
 # SQLAlchemy's pools log what a driver says about a connection that breaks: ours go unheard.
 POOLS, POOL_NAME = ("QueuePool", "NullPool", "SingletonThreadPool", "StaticPool"), "qsched"
 
@@ -58,6 +56,8 @@ class SharedStore:
         self.grace = _grace() if grace is None else grace
         self.where = f"study {self.name!r} in {database.label}"
         self._studies: dict[str, int] = {}
+        self._older = False  # begun by an earlier version, without checksums
+        self._reader = Reader(self.where)
         self._heartbeats: dict[
             int, tuple[int, float]
         ] = {}  # trial: its beat, and when it was first seen
@@ -104,14 +104,15 @@ class SharedStore:
     def _check_content(self) -> None:
         duplicated = require("optuna", "the search", "optuna").exceptions.DuplicatedStudyError
         key = "content"
+        self._older = self._exists(f"{self.name}/notes")
         try:
             self._studies["notes"] = self._call(
-                lambda: self._storage.create_new_study(_maximize(), f"{self.name}/notes")
+                lambda: self._storage.create_new_study(_maximize(), self._stage_name("notes"))
             )
             self.put(key, self.content)
             return
         except duplicated:
-            found = self._call(lambda: self.get(key))
+            found = self.get(key)
         for seconds in PATIENCE:  # its maker may be about to write it
             if found is not None:
                 break
@@ -119,7 +120,8 @@ class SharedStore:
             found = self.get(key)
         if found is None:
             raise CalibrationError(
-                f"{self.where} was begun but says nothing of itself; choose another name"
+                f"{self.where} was begun but says nothing of itself, or that is damaged; choose "
+                "another name"
             )
         if fingerprint(found) != fingerprint(self.content):
             differences = "; ".join(differing(found, self.content)[:4])
@@ -141,10 +143,35 @@ class SharedStore:
                 "is kept in it: run this again when it does"
             ) from None
 
+    def _read(self, call: Callable[[], Any]) -> Any:
+        """Ask the database for what it keeps, of which anything may be damaged."""
+        try:
+            return self._call(call)
+        except CalibrationError:
+            raise
+        except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+            raise CalibrationError(
+                f"{self.where} is damaged ({type(error).__name__}: {_short(error)}); choose another "
+                "study name, or bring back an earlier copy of the database"
+            ) from None
+
+    def _exists(self, name: str) -> bool:
+        def found() -> bool:
+            try:
+                self._storage.get_study_id_from_name(name)
+            except KeyError:
+                return False
+            return True
+
+        return self._call(found)
+
+    def _stage_name(self, stage: str) -> str:
+        return f"{self.name}/{stage}{'' if self._older else SEALED}"
+
     def _study(self, stage: str) -> int:
         if stage not in self._studies:
             optuna = require("optuna", "the search", "optuna")
-            name = f"{self.name}/{stage}"
+            name = self._stage_name(stage)
 
             def found() -> int:
                 try:
@@ -156,23 +183,38 @@ class SharedStore:
         return self._studies[stage]
 
     def _trials(self, stage: str) -> list:
-        return self._call(lambda: self._storage.get_all_trials(self._study(stage), deepcopy=False))
+        return self._read(lambda: self._storage.get_all_trials(self._study(stage), deepcopy=False))
 
     def records(self, stage: str) -> dict[int, Record]:
-        """The finished trials by slot, in the order of slots."""
+        """The finished trials by slot, in the order of slots; not those that are damaged."""
         found: dict[int, Record] = {}
         for trial in self._trials(stage):
-            if trial.state.name == "COMPLETE":
-                record = Record.of(trial.params, _whole(trial.user_attrs, "record"))
+            if (record := self._record(stage, trial)) is not None:
                 found.setdefault(record.slot, record)
         return dict(sorted(found.items()))
+
+    def _record(self, stage: str, trial) -> Record | None:
+        if trial.state.name != "COMPLETE":
+            return None
+        try:
+            attributes = whole(trial.user_attrs, "record")
+        except (ValueError, LookupError, TypeError):
+            attributes = None
+        return self._reader.record(stage, trial.number, trial.params, attributes, self._older)
+
+    def _holds(self, stage: str, trial, slot: int) -> bool:
+        """Whether nobody else is to evaluate the slot, for this trial's sake."""
+        if trial.state.name == "RUNNING":
+            return trial.user_attrs.get("slot") == slot
+        record = self._record(stage, trial)
+        return record is not None and record.slot == slot
 
     def working(self, stage: str) -> dict[int, Point]:
         """What workers are evaluating now, by slot; what fell silent is given up for them."""
         return {
             trial.user_attrs["slot"]: dict(trial.params)
             for trial in self._trials(stage)
-            if self._alive(trial)
+            if "slot" in trial.user_attrs and self._alive(trial)
         }
 
     def _alive(self, trial) -> bool:
@@ -218,8 +260,7 @@ class SharedStore:
         trials = self._trials(stage)
         number = next(trial.number for trial in trials if trial._trial_id == mine)
         for trial in trials:
-            other = trial.number < number and trial.user_attrs.get("slot") == slot
-            if other and trial.state.name in ("RUNNING", "COMPLETE"):
+            if trial.number < number and self._holds(stage, trial, slot):
                 self.fail(mine)
                 return None
         return mine
@@ -228,13 +269,13 @@ class SharedStore:
         """Say that this worker is at the trial."""
         self._storage.set_trial_user_attr(trial, "beat", count)
 
-    def finish(self, trial: int, record: Record) -> None:
+    def finish(self, stage: str, trial: int, record: Record) -> None:
         """Scores first, then the state: what is complete has its scores."""
         optuna = require("optuna", "the search", "optuna")
         state = optuna.trial.TrialState.COMPLETE
 
         def write() -> None:
-            for key, value in _pieces("record", record.attributes()):
+            for key, value in pieces("record", sealed(stage, record.attributes())):
                 self._storage.set_trial_user_attr(trial, key, value)
             self._storage.set_trial_state_values(trial, state, [record.scores.mean()])
 
@@ -246,16 +287,18 @@ class SharedStore:
             )
 
     def get(self, key: str) -> Any:
-        """What was put under ``key``, or None."""
+        """What was put under ``key``; None where there is nothing, or it is damaged."""
         study = self._study("notes")
-        return _whole(self._call(lambda: self._storage.get_study_user_attrs(study)), key)
+        kept = self._read(lambda: whole(self._storage.get_study_user_attrs(study), key))
+        return self._reader.note(key, kept, self._older)
 
     def put(self, key: str, value: Any) -> None:
         """Keep plain JSON beside the trials."""
         study = self._study("notes")
+        kept = value if self._older else sealed(key, {VALUE: value})
 
         def write() -> None:
-            for name, piece in _pieces(key, value):
+            for name, piece in pieces(key, kept):
                 self._storage.set_study_user_attr(study, name, piece)
 
         self._call(write)
@@ -291,7 +334,7 @@ class _Claim:
         self._give_back()
 
     def finish(self, record: Record) -> None:
-        self.store.finish(self._running.pop(record.slot), record)
+        self.store.finish(self.stage, self._running.pop(record.slot), record)
 
     def _give_back(self) -> None:
         for trial in self._running.values():
@@ -311,29 +354,6 @@ class _Claim:
                 except Exception as error:
                     # finished in this moment, or a database that is away: the next beat tells
                     logger.debug("no beat: %s", type(error).__name__)
-
-
-def _pieces(key: str, value: Any) -> list[tuple[str, Any]]:
-    """``value`` by key, cut into pieces that every database's columns hold; the head comes last.
-
-    Pieces are named by the content, so that two workers that write at once don't mix theirs.
-    """
-    text = json.dumps(value)
-    if len(text) <= PIECE:
-        return [(key, value)]
-    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    parts = [text[start : start + PIECE] for start in range(0, len(text), PIECE)]
-    named = [(f"{key} {digest} {i}", part) for i, part in enumerate(parts)]
-    return [*named, (key, {HEAD: [digest, len(parts)]})]
-
-
-def _whole(attributes: Mapping[str, Any], key: str) -> Any:
-    """The inverse of :func:`_pieces`; None where there is nothing under ``key``."""
-    value = attributes.get(key)
-    if not isinstance(value, Mapping) or set(value) != {HEAD}:
-        return value
-    digest, count = value[HEAD]
-    return json.loads("".join(attributes[f"{key} {digest} {i}"] for i in range(count)))
 
 
 def differing(one: Any, other: Any, path: str = "") -> list[str]:

@@ -34,9 +34,10 @@ class Record:
     pruned: bool = False
 
     def attributes(self) -> dict[str, Any]:
-        """Plain JSON of everything but the point."""
+        """Plain JSON of the record."""
         return {
             "slot": self.slot,
+            "point": dict(self.point),
             "scores": self.scores.to_dict(),
             "seconds": self.seconds,
             "nfe": self.nfe,
@@ -45,11 +46,11 @@ class Record:
 
     @classmethod
     def of(cls, point: Point, attributes: Mapping[str, Any]) -> Record:
-        """The inverse of :meth:`attributes`."""
+        """The inverse of :meth:`attributes`; older studies kept the ``point`` apart."""
         older = "model_evaluations"  # what studies of older nodes call it
         return cls(
             attributes["slot"],
-            dict(point),
+            dict(attributes.get("point", point)),
             Scores.from_dict(attributes["scores"]),
             attributes["seconds"],
             attributes["nfe" if "nfe" in attributes else older],

@@ -63,8 +63,9 @@ def test_every_solver_has_a_schedule_and_one_was_edited():
 WRITTEN = {"euler", "euler_ancestral", "lcm", "tcd", "ddim", "dpmpp_2m", "dpmpp_sde"}
 
 
-def test_a_study_of_a_comfyui_graph_is_read_record_by_record(tmp_path):
-    wanted = STUDIES["comfyui"]
+@pytest.mark.parametrize("name", ["comfyui", "sealed"])
+def test_a_study_is_read_record_by_record(tmp_path, name):
+    wanted = STUDIES[name]
     shutil.copy(GOLDEN / "studies" / wanted["file"], tmp_path)
     with Journal(tmp_path, wanted["name"]) as store:
         for stage, records in wanted["records"].items():
