@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -129,3 +131,27 @@ def test_the_verdict_says_what_the_numbers_say(calibration, heldout, guard, kind
 def test_too_few_or_unpaired_scores_are_told(before, after):
     with pytest.raises(ValueError, match="give the same number, at least 2"):
         paired_interval(before, after)
+
+
+@pytest.mark.parametrize("n", [8, 20, 64])
+def test_the_interval_covers_the_true_mean_as_often_as_it_says(n):
+    draw = random.Random(n)
+    hits, rounds = 0, 300
+    for _ in range(rounds):
+        after = [draw.gauss(0.3, 1) for _ in range(n)]
+        interval = paired_interval([0.0] * n, after)
+        hits += interval.low <= 0.3 <= interval.high
+    assert 0.92 <= hits / rounds <= 0.98
+
+
+def test_the_interval_pairs_prompts():
+    before = [10.0 * i for i in range(12)]
+    interval = paired_interval(before, [v + 1 for v in before])
+    assert interval.low == pytest.approx(1) and interval.high == pytest.approx(1)
+
+
+def test_too_few_held_out_prompts_prove_nothing():
+    gain = Interval(1.0, 0.5, 1.5, 20)
+    assert judge(gain, Interval(1.0, 0.5, 1.5, MIN_PROMPTS), True).kind == "helps"
+    few = judge(gain, Interval(1.0, 0.5, 1.5, MIN_PROMPTS - 1), True)
+    assert few.keep_identity and str(MIN_PROMPTS) in few.text

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_search import PROMPTS, World, run
+from search_cases import PROMPTS, World, run
 
 from qsched_core.calibration import precheck
 from qsched_core.calibration.report import report_text

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 from planted import READER, TRAJECTORY, Planted
 from postgres import PASSWORD, postgres, why_not
-from test_search import PROMPTS, World, outcome
+from search_cases import PROMPTS, World, outcome
 
 from qsched_core.calibration import calibrate
 from qsched_core.objective import Scores

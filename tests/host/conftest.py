@@ -69,3 +69,18 @@ def lora():
         if "joint_blocks" in key and key.endswith(".weight") and value.ndim == 2
         for side, shape in (("A", (4, value.shape[1])), ("B", (value.shape[0], 4)))
     }
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory) -> Callable:
+    """``files(small)``: a clone of its MODEL, which is loaded once."""
+    folder, models = tmp_path_factory.mktemp("models"), {}
+
+    def opened(small):
+        if small.name not in models:
+            path = folder / f"{small.name}.safetensors"
+            save_file(small.weights(), path)
+            models[small.name] = comfy_sd.load_diffusion_model(str(path))
+        return models[small.name].clone()
+
+    return opened
