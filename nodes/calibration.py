@@ -124,7 +124,7 @@ class QSchedJAQCalibrator(io.ComfyNode):
 
 
 def search_inputs() -> list:
-    """How to search, beside the strategy: for those who want another box, or several servers."""
+    """Rarely needed settings of the search: its range, its pruner, and a study that servers share."""
     return [
         io.Float.Input(
             "low", default=0.0, min=0.0, max=1.0, step=0.05, optional=True, advanced=True,
@@ -179,7 +179,9 @@ def _settings(
 
 
 def _database(storage: str | None, study: str | None) -> Database | None:
-    """The shared database; ValueError for one that no workflow may name.  None: checked later."""
+    """The shared database; ValueError for one that a workflow may not name.
+
+    None where ``storage`` is empty, or wired: then it is checked when the node runs."""
     if storage is None:
         return None
     database = workflow_rule(studies_folder()).database(storage)

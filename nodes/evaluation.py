@@ -179,7 +179,9 @@ class QSchedEvaluate(io.ComfyNode):
 
 
 def _csv_paths(name: str | None) -> list:
-    """Where the two files go; none for an empty name, and for a wired one (None) not known yet."""
+    """Where the two files go.
+
+    Empty for an empty name, and for a wired one (None), which is not known yet."""
     if not name:
         return []
     return [
@@ -201,7 +203,7 @@ def _chosen(prompts: CalibrationPrompts, which: str) -> PromptSet:
 
 
 def _content(found: Evaluation, main: str) -> dict:
-    """The evaluation as plain JSON, the main arm's scores first."""
+    """The evaluation as plain JSON; the scores of the main arm come first."""
     result = found[main]
     content = found.to_dict() | {
         "scores": result.scores.to_dict(),

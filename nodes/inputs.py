@@ -17,7 +17,7 @@ from .host.source import ComfySource
 from .host.trajectories import SCHEDULERS, trajectory_of
 from .types import Objective, Prompts
 
-OWN = -1.0  # what a widget says for "the solver's own default": below every option's range
+OWN = -1.0  # A widget's value for "the solver's own default"; every option's range lies above it.
 
 
 OPTIONS = tuple(dict.fromkeys(o.name for solver in SOLVERS.values() for o in solver.options))
@@ -46,10 +46,10 @@ def option_inputs() -> list:
 
 
 def collected(argument: str, names: Sequence[str], default: Any = None) -> Callable:
-    """Gives a function the inputs ``names`` as one dict, its ``argument``.
+    """Decorator: the inputs ``names`` reach the function as one dict, its ``argument``.
 
-    To ComfyUI it has an argument for each of them: it passes by name, and looks which names there
-    are.
+    ComfyUI passes inputs by name and inspects the signature.  So the decorated function shows an
+    argument for each name.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -73,14 +73,14 @@ with_options = collected("options", OPTIONS, OWN)
 
 
 def checked_options(solver: str, options: dict[str, float]) -> dict[str, float]:
-    """Those that the user set; ValueError for one that ``solver`` does not have."""
+    """The options that the user set; ValueError for one that ``solver`` does not have."""
     chosen = {name: v for name, v in options.items() if v is not None and v != OWN}
     get_solver(solver).check(chosen)
     return chosen
 
 
 def wrong_options(solver: str | None, options: dict[str, float]) -> str | None:
-    """What is wrong with them, for a node's validation; a wired solver (None) is not known yet."""
+    """What is wrong with the options, or None; nothing is said while the solver is wired (None)."""
     if solver is None:
         return None
     try:
@@ -91,7 +91,7 @@ def wrong_options(solver: str | None, options: dict[str, float]) -> str | None:
 
 
 def trajectory_inputs() -> list:
-    """The inputs that say which trajectory is run: the same for every node that makes images."""
+    """The inputs that choose model and trajectory, alike in every node that makes images."""
     return [
         io.Model.Input("model", tooltip="The model, quantized or not."),
         io.Clip.Input("clip"),

@@ -112,7 +112,7 @@ def _one(value):
 
 
 def _check(source: str, calibration: str, heldout: str, chosen: str, file: str) -> None:
-    """PromptError for what can't be used; long texts and files are left to ``execute``."""
+    """PromptError for what can't be used.  Long texts and files are checked in ``execute``."""
     if source == "text" and (is_long(calibration) or is_long(heldout)):
         return
     if source == "file" and input_file(file).stat().st_size > EARLY_FILE:

@@ -27,7 +27,7 @@ with_changes = collected("changes", [parameter.name for parameter in PARAMETERS]
 
 
 def _widget(parameter: Parameter, end: str) -> str:
-    """The widget of a ramp's end: without the "c_" that begins every parameter's name."""
+    """The name of a ramp's widget: the parameter without its "c_", then ``end``."""
     return f"{parameter.name.removeprefix('c_')}_{end}"
 
 

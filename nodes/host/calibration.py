@@ -33,8 +33,8 @@ Thumbnails = dict[tuple[Candidate, int], torch.Tensor]  # uint8 pictures by cand
 class CalibrationLive:
     """Progress on the node: the bar, the best candidate's pictures, and a line of text.
 
-    ``thumbnails`` are of the source's own pictures, not of a reference's, and in the end those that
-    were judged on held-out prompts.
+    ``thumbnails`` holds the source's pictures, never a reference's.  Those of finished trials are
+    dropped, so that the pictures of the held-out prompts remain at the end.
     """
 
     def __init__(self, node_id: str | None, source: ComfySource):
@@ -91,7 +91,9 @@ def report_of(
     thumbnails: Mapping,
     prompts: CalibrationPrompts,
 ) -> Image.Image:
-    """The report's picture; kept beside the study, so that a finished one makes no images."""
+    """The report's picture.
+
+    It is kept beside the study: a finished study then makes no images for its report."""
     path = report_path(result, prompts.heldout)
     pair = (result.baseline.candidate, result.winner.candidate)
     gains = np.subtract(result.heldout_after.jaq, result.heldout_before.jaq).tolist()
@@ -129,5 +131,5 @@ def _keep(picture: Image.Image, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, buffer.getvalue())
-    except OSError as error:  # it would only have saved drawing it again
+    except OSError as error:  # Losing it costs no more than drawing it again.
         logger.warning("the report's picture could not be kept: %s", error)

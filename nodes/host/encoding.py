@@ -1,4 +1,4 @@
-"""Prompts encoded once: what a text encoder of ComfyUI (0.30.0) gave is kept as long as it lives."""
+"""Prompts are encoded once: the conditioning is kept as long as ComfyUI's (0.30.0) CLIP lives."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import torch
 
 from ...qsched_core.recent import Recent
 
-KEPT_BYTES = 2**29  # a text encoder; SD3's 4096 columns of 77 tokens are 1.2 MB a prompt
+KEPT_BYTES = (
+    2**29
+)  # for each text encoder; a prompt of SD3 (77 tokens of 4096 columns) takes 1.2 MB
 
 
-# ComfyUI hands one CLIP to node after node: a search and the evaluations after it encode the same
-# prompts.  A CLIP that no node holds any more takes its entry with it.
+# ComfyUI hands one CLIP to many nodes: a search and the evaluations after it encode the same
+# prompts.  The keys are weak: an entry goes when no node holds its CLIP any more.
 _encodings: WeakKeyDictionary[Any, Recent[list]] = WeakKeyDictionary()
 
 
@@ -30,7 +32,9 @@ def encode(clip, text: str) -> list:
 
 
 def _state(clip) -> tuple[Hashable, ...]:
-    """What changes a CLIP's answers.  ComfyUI's nodes make a clone for it; others may not."""
+    """The settings on which a CLIP's answers depend.
+
+    ComfyUI's nodes clone the CLIP before they change one; other packs may not."""
     patcher = getattr(clip, "patcher", None)
     return (
         getattr(clip, "layer_idx", None),

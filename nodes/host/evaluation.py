@@ -17,7 +17,7 @@ BASELINE, QUANTIZED, SCHEDULE = "baseline", "quantized", "schedule"
 
 
 def model_arms(source: ComfySource, scheduled: Candidate | None, base: bool) -> list[Arm]:
-    """The model alone (where ``base`` asks for it), and with a schedule's correction."""
+    """Arms of the model: alone (if ``base``, or without a schedule), and with the schedule."""
     form = source.describe()["model"]["format"]
     unquantized = form == UNQUANTIZED
     identity, arms = Candidate.identity(source.trajectory), []
@@ -31,10 +31,10 @@ def model_arms(source: ComfySource, scheduled: Candidate | None, base: bool) -> 
 
 
 def reference_arm(reference: ComfySource) -> Arm:
-    """The unquantized model alone."""
+    """The arm of the unquantized model, without a schedule."""
     return Arm(BASELINE, reference, Candidate.identity(reference.trajectory), "", made_by())
 
 
 def made_by() -> dict[str, str]:
-    """Which code makes the pictures."""
+    """The versions of the code that makes the pictures."""
     return {"comfyui": comfyui_version.__version__, "nodes": source_hash(NODES)}

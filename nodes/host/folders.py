@@ -68,7 +68,7 @@ def schedule_path(name: str) -> Path:
 def new_schedule_path(name: str) -> Path:
     """Where a schedule called ``name`` is saved: the first folder that is registered.
 
-    ScheduleError for a name that could leave it, or that not every system can hold.
+    ScheduleError for a name that could lead out of that folder, or that some system can't hold.
     """
     root = Path(folder_paths.get_folder_paths(SCHEDULE_FOLDER)[0]).resolve()
     try:

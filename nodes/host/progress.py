@@ -33,7 +33,7 @@ def progress_text(node_id: str | None, text: str) -> None:
 
 
 class EvaluationLive:
-    """Of an evaluation: a bar that moves with every step, and a line of text."""
+    """Progress of an evaluation: a bar that moves with every step, and a line of text."""
 
     def __init__(self, node_id: str | None, images: int, steps: int):
         self.node_id, self.steps = node_id, steps
@@ -41,13 +41,13 @@ class EvaluationLive:
         self.done = self.within = 0.0
 
     def step(self, arm: Arm, images: int) -> None:
-        """A step of a batch of the part that makes ``images``."""
+        """A sampling step is done, in a part that makes ``images``."""
         batches = -(-images // arm.source.max_batch)
         self.within = min(self.within + images / batches, images * self.steps)
         self.bar.update_absolute(round(self.done + self.within))
 
     def part(self, progress: EvaluationProgress) -> None:
-        """A finished part; an interrupt is raised here too."""
+        """A part is finished; the user's interrupt is raised here too."""
         self.done, self.within = progress.done * self.steps, 0.0
         self.bar.update_absolute(round(self.done))
         progress_text(

@@ -60,7 +60,7 @@ def make_sampler(
 def make_around_sampler(
     schedule: QSchedule, sampler, mode: str = "interpolate", node_id: str | None = None
 ):
-    """A SAMPLER that corrects what the model answers to another ``sampler``.
+    """Another ``sampler``, with a model whose predictions are corrected.
 
     See :mod:`qsched_core.correction.around` for what that approximates; errors as :func:`make_sampler`.
     """
@@ -73,7 +73,7 @@ class _AroundSampler(comfy.samplers.Sampler):
         self._mode, self._node_id = mode, node_id
 
     def sample(self, model_wrap, sigmas, *args, **kwargs):
-        # Another solver is no difference here: to be put around any is what this is for.
+        # Another solver is not reported as a difference: this node is made for any sampler.
         solver = self._schedule.solver
         correction = _matched(
             self._schedule, solver, _options_of(self._sampler, solver), model_wrap, sigmas,
@@ -87,9 +87,10 @@ class _AroundSampler(comfy.samplers.Sampler):
 
 
 class _ChangingMask:
-    """A correction under the mask of each step, where ComfyUI computes that from sigma.
+    """A correction whose mask changes from step to step, as ComfyUI computes it from sigma.
 
-    Under differential diffusion a pixel is known until its step: until then it is not corrected.
+    Differential diffusion keeps each pixel given up to a step of its own.  A given pixel is not
+    corrected.
     """
 
     def __init__(self, correction: StepCorrection, guider, sigmas: torch.Tensor, function):
@@ -112,7 +113,10 @@ class _ChangingMask:
 def _matched(
     schedule: QSchedule, solver: str, options, guider, sigmas: torch.Tensor, mode: str, node_id
 ) -> Correction:
-    """The schedule brought to ``sigmas``; the user is told what differs, ScheduleError if strict."""
+    """The schedule's correction at ``sigmas``.
+
+    What differs from what was learned is reported to the user; in mode "strict" it is a
+    ScheduleError."""
     flow = is_flow(guider.inner_model.model_sampling)
     if flow != schedule.flow and not schedule.is_identity:
         learned, found = ("flow", "epsilon") if schedule.flow else ("epsilon", "flow")
@@ -132,8 +136,8 @@ def _matched(
 
 
 def _options_of(sampler, solver: str) -> dict[str, float] | None:
-    """The options that ``sampler`` runs ``solver`` with; None where it is another, or can't be told."""
-    named = {"ddim": "euler"}.get(solver, solver)  # ComfyUI's ddim is Euler's step
+    """The options that ``sampler`` runs ``solver`` with; None if it is another solver or unknown."""
+    named = {"ddim": "euler"}.get(solver, solver)  # ComfyUI's ddim has no eta: it is Euler's step
     function = getattr(k_diffusion, f"sample_{named}", None)
     if function is None or getattr(sampler, "sampler_function", None) is not function:
         return None
@@ -142,9 +146,9 @@ def _options_of(sampler, solver: str) -> dict[str, float] | None:
 
 
 def _differences(schedule: QSchedule, solver: str, options, model) -> str:
-    """What the schedule was learned for and is not used with, in words; empty if nothing.
+    """How this use differs from what the schedule was learned for, in words; empty if it does not.
 
-    ``options`` None is not compared.
+    ``options`` None: the solver's options are unknown and not compared.
     """
     parts = []
     if solver != schedule.solver:
@@ -171,7 +175,7 @@ def _differences(schedule: QSchedule, solver: str, options, model) -> str:
 
 
 def _loras(info) -> str:
-    """Short hashes of the LoRAs on a model and of those in its weights, "" if there are none."""
+    """Short hashes of a model's LoRAs, both the patches and those merged into its weights; "" if none."""
     found = {str(info.get(key) or "")[:8] for key in ("patches", "merged_patches")}
     return " and ".join(sorted(found - {""}))
 
@@ -197,7 +201,7 @@ def ksampler(
         sigmas = sigmas[: end + 1].clone()
         if not leftover_noise:
             sigmas[-1] = 0
-    if start >= len(sigmas) - 1:  # nothing to do: ComfyUI gives the latent back
+    if start >= len(sigmas) - 1:  # no step to make: ComfyUI returns the latent unchanged
         return out | {"samples": image}
     sigmas = sigmas[start:]
     if add_noise:

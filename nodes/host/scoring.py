@@ -18,7 +18,9 @@ BY_NAME = "(by open_clip's name)"
 
 
 class ManagedPlacement:
-    """Brings scorers to the device as ComfyUI brings models: it may push others out, and be pushed."""
+    """Moves scorers to the device through ComfyUI's memory manager, as it moves models.
+
+    A scorer may push other models out, and be pushed out."""
 
     def __init__(self):
         self._patchers: dict[int, comfy.model_patcher.ModelPatcher] = {}
@@ -37,17 +39,17 @@ class ManagedPlacement:
 
 
 def scorer_files() -> list[str]:
-    """What ``models/clip_score`` holds, and the choice to go by name instead."""
+    """The files of ``models/clip_score``, and the choice of a model by name."""
     return [*weight_files(), BY_NAME]
 
 
 def weight_files() -> list[str]:
-    """What ``models/clip_score`` holds."""
+    """The files of ``models/clip_score``."""
     return folder_paths.get_filename_list(SCORER_FOLDER)
 
 
 def scorer_path(name: str, called: str = "clip_name") -> Path:
-    """Where the weights ``name`` are; ScorerError, naming the input ``called``, if nowhere."""
+    """The path of the weights ``name``; ScorerError, which names the input ``called``, if there are none."""
     found = folder_paths.get_full_path(SCORER_FOLDER, name) if len(name) <= MOST_NAME else None
     if found is None:
         raise ScorerError(

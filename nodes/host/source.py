@@ -20,11 +20,11 @@ from .weights.provenance import clip_hash, model_info, weights_hash
 
 
 class ComfySource(ModelSource):
-    """Each prompt's picture is what KSampler gives for it alone with its seed.
+    """Each prompt's picture is the one that KSampler makes for this prompt and seed alone.
 
-    The batch is chosen by the free memory, at most 128 latents; ``memory`` bytes of model outputs
-    are kept.  ValueError for a size that the
-    model can't have, and an interrupt of the user is raised between steps.
+    The free memory decides the batch, at most 128 latents.  ``memory`` bytes of model outputs are
+    kept.  ValueError for a size that the model can't have.  The user's interrupt is raised between
+    steps.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class ComfySource(ModelSource):
         comfy.model_management.throw_exception_if_processing_interrupted()
 
     def _conditioning(self, prompts: PromptSet) -> list:
-        """One conditioning whose tensors hold a row a prompt."""
+        """One conditioning for all prompts: its tensors have a row for each prompt."""
         return [_stack_conditioning([encode(self.clip, text) for text in prompts.prompts])]
 
     def sample(self, prompts: PromptSet, trajectory: Trajectory, copies: int, run) -> torch.Tensor:
@@ -132,8 +132,8 @@ class ComfySource(ModelSource):
     def _for_decoding(self, latents: torch.Tensor) -> torch.Tensor:
         """The same latents, in the memory order in which the VAE's convolutions are fastest.
 
-        On a CPU that is channels last, and what a convolution is given it passes on: a TAESD takes
-        a fifth less time in fp32 and a quarter less in bf16, an SD VAE as long as before.
+        On a CPU that is channels last, and convolutions keep the order that they are given.  A TAESD
+        takes a fifth less time in fp32 and a quarter less in bf16; an SD VAE takes as long as before.
         """
         device = getattr(self.vae, "device", None)  # the latents are on the CPU in any case
         if latents.ndim == 4 and comfy.model_management.is_device_cpu(device):
@@ -142,14 +142,14 @@ class ComfySource(ModelSource):
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         pictures = self.vae.decode(self._for_decoding(latents))
-        return pictures[:, 0] if pictures.ndim == 5 else pictures  # of a video its first frame
+        return pictures[:, 0] if pictures.ndim == 5 else pictures  # a video: its first frame
 
 
 def _stack_conditioning(rows: Sequence[list]) -> list:
-    """Join single-entry conditionings of several prompts into one with a row a prompt.
+    """Join conditionings of one entry each into one conditioning with a row for each prompt.
 
-    Token lengths that differ are brought to their least common multiple by repetition, as
-    ComfyUI's own batching does.
+    Where token lengths differ, each is repeated up to their least common multiple, as in
+    ComfyUI's own batching.
     """
     if any(len(row) != 1 for row in rows):
         raise ValueError(

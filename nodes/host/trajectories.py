@@ -30,7 +30,7 @@ def sigmas_and_flow(
 ) -> tuple[torch.Tensor, bool]:
     """Sigmas (CPU) that KSampler would use, and whether the model is a flow.
 
-    They are ``steps`` + 1, but for schedulers that make more or fewer of some numbers of steps.
+    Most schedulers give ``steps`` + 1 sigmas; for some step counts a few give more or fewer.
     """
     if scheduler not in SCHEDULERS:
         raise ScheduleError(
@@ -41,7 +41,7 @@ def sigmas_and_flow(
     if not 0 < denoise <= 1:
         raise ScheduleError(f"denoise={denoise} must be above 0 and at most 1")
     sampling = model_sampling(model)
-    if denoise > 0.9999:  # KSampler cuts nothing off then
+    if denoise > 0.9999:  # as in KSampler, which takes this for a full denoise
         sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, steps)
     else:
         sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, int(steps / denoise))
@@ -52,7 +52,7 @@ def sigmas_and_flow(
 def sigmas_of(
     schedule: QSchedule | None, model, scheduler: str, steps: int, denoise: float
 ) -> torch.Tensor:
-    """Sigmas [steps + 1] (CPU): the schedule's own, or with a model BasicScheduler's.
+    """Sigmas [steps + 1] (CPU): the schedule's own; with a model those of BasicScheduler.
 
     ScheduleError if neither is given; ValueError if what was asked for does not decrease.
     """
@@ -82,7 +82,7 @@ def solver_info(sampling, config=None) -> ModelInfo:
         flow,
         s_noise=float(getattr(sampling, "noise_scale", 1.0)) if flow else 1.0,
         training_sigmas=None if flow else _training_sigmas(sampling, config),
-        # where ComfyUI moves a flow's sigma of 1, which has no log-SNR
+        # A flow's sigma of 1 has no log-SNR: ComfyUI replaces it by this one.
         first_sigma=float(sampling.percent_to_sigma(1e-4)) if flow else None,
     )
 
@@ -90,7 +90,7 @@ def solver_info(sampling, config=None) -> ModelInfo:
 def _training_sigmas(sampling, config) -> torch.Tensor | None:
     """Sigma of every training timestep, rising; None for a model that has no timesteps.
 
-    ComfyUI keeps every 20th alone of a distilled (LCM) model: its table is built anew.
+    Of a distilled (LCM) model ComfyUI keeps only every 20th.  For it the full table is built anew.
     """
     sigmas = getattr(sampling, "sigmas", None)
     if sigmas is None or len(sigmas) == getattr(sampling, "num_timesteps", len(sigmas)):
@@ -102,7 +102,7 @@ def _training_sigmas(sampling, config) -> torch.Tensor | None:
 def trajectory_of(
     model, solver: str, scheduler: str, steps: int, options: Mapping[str, float] | None = None
 ) -> Trajectory:
-    """The trajectory that KSampler would run, every option of its solver said.
+    """The trajectory that KSampler would run, with all options of its solver filled in.
 
     ScheduleError for what can't be sampled; ValueError for an option the solver does not have.
     """

@@ -25,7 +25,7 @@ from . import layouts
 
 HALF = (torch.float16, torch.bfloat16)
 SAFETENSORS = (".safetensors", ".sft")
-# How an SDXL predicts, where its weights do not say it.
+# Keys that say how an SDXL model predicts: its weights do not show it.
 PREDICTION = (
     "v_pred", "ztsnr", "edm_vpred.sigma_max", "edm_vpred.sigma_min", "edm_mean", "edm_std",
 )  # fmt: skip
@@ -66,9 +66,10 @@ class WeightFile:
         return {k: v for k, v in self.state.items() if k.startswith(self.prefix)}
 
     def with_prediction(self) -> dict[str, torch.Tensor]:
-        """``state`` with a checkpoint's keys for its prediction among the diffusion model's.
+        """``state`` with the checkpoint's prediction keys (v_pred, ...) copied under ``prefix``.
 
-        Loading that part alone, the host drops all others, and would take the model for epsilon.
+        Where ComfyUI loads the diffusion model alone it drops all keys outside ``prefix``.  Without
+        the copies it would take the model for epsilon.
         """
         found = {k: self.state[k] for k in PREDICTION if k in self.state}
         return {self.prefix + k: v for k, v in found.items()} | self.state
@@ -89,7 +90,7 @@ def check_file(path: str, weight_format: str, layers: str) -> None:
 
 
 def read_file(path: str, weight_format: str, layers: str) -> WeightFile:
-    """Open a weight file, memory-mapped; finished tensors where it has packed ones.
+    """Open a weight file, memory-mapped; packed weights become quantized tensors.
 
     FormatError if it can't be read, or can't be loaded as asked.
     """
@@ -110,7 +111,7 @@ def read_file(path: str, weight_format: str, layers: str) -> WeightFile:
     return WeightFile(name, sd, metadata, _prefix(sd), mapped)
 
 
-@lru_cache(maxsize=8)  # finding out which model it is takes longer than all the rest
+@lru_cache(maxsize=8)  # detecting the model takes longer than all other checks
 def _names_in(path: str, prefix: str, size: int, modified: int) -> Mapping[str, str]:
     """``_layer_names`` of a file; ``size`` and ``modified`` say which version of it is meant."""
     mapped = MappedFile(path)
@@ -120,8 +121,8 @@ def _names_in(path: str, prefix: str, size: int, modified: int) -> Mapping[str, 
 def _layer_names(state: Mapping, metadata, prefix: str) -> Mapping[str, str]:
     """The kinds of a file's layers by name.
 
-    Empty for files whose layers ComfyUI renames (diffusers' names): the check after loading has
-    them.
+    Empty for files whose layers ComfyUI renames (diffusers' names): those are checked after
+    loading.
     """
     if comfy.model_detection.model_config_from_unet(state, prefix, metadata=metadata) is None:
         return {}
@@ -134,14 +135,14 @@ def _layer_names(state: Mapping, metadata, prefix: str) -> Mapping[str, str]:
 
 
 def check_names(state: Mapping, metadata, prefix: str, policy: Policy) -> None:
-    """FormatError if a pattern of the overrides is in no layer's name, before anything is loaded."""
+    """FormatError if a pattern of the overrides matches no layer; nothing is loaded for this."""
     check_matched(policy, _layer_names(state, metadata, prefix))
 
 
 def check_matched(policy: Policy, layers: Mapping[str, str], most_work: int = 0) -> None:
     """FormatError if a pattern of the overrides matches none of ``layers`` (kinds by name).
 
-    With ``most_work`` only as many comparisons are made.
+    At most ``most_work`` comparisons are made; 0 is no limit.
     """
     unmatched = policy.unmatched(layers, most_work) if layers else []
     if unmatched:

@@ -36,20 +36,21 @@ class WeightSource:
     file: MappedFile
 
     def read(self, device: torch.device) -> torch.Tensor:
-        """A copy in fp32 on ``device``; the file's pages go back."""
+        """A copy in fp32 on ``device``; the memory of the file's pages is released."""
         weight = self.weight.to(device, torch.float32, copy=True)
         self.file.release(self.weight)
         return weight
 
 
-SEED = 1  # of rounding without a key at hand
+SEED = 1  # for stochastic rounding where no layer name gives one
 
 
 class PatchableTensor(QuantizedTensor):
-    """A quantized tensor that can be written to in place, codes and tables: ComfyUI's hooks do.
+    """A quantized tensor whose codes and tables can be overwritten in place.
 
-    They put patched weights, as floats, into the model while it samples, and the stored ones back.
-    ``source`` is the weight it was quantized from, without patches; None if that is not at hand.
+    ComfyUI's hooks need it: while a model samples they write patched weights (floats) into it, and
+    later the stored ones.  ``source`` is the unpatched weight that was quantized; None if it can't
+    be read again.
     """
 
     source: WeightSource | None = None
@@ -93,8 +94,9 @@ class PatchableTensor(QuantizedTensor):
     def rounded(self, weight: torch.Tensor, seed: int, inplace: bool = False) -> PatchableTensor:
         """A patched weight, quantized like this one.
 
-        What was added to the source is rounded once, to the nearest: as good as quantizing a merged
-        file.  Else it is added to rounded values, and rounds stochastically.
+        With a source, ``weight`` is full precision plus the patch: it is rounded to the nearest, as a
+        merged file would be.  Without one it is rounded values plus the patch: rounding again to the
+        nearest would lose small patches, so it rounds stochastically.
         """
         options = {"scale": "recalculate", "stochastic_rounding": seed, "inplace_ops": inplace}
         if self.source is not None:
@@ -104,7 +106,7 @@ class PatchableTensor(QuantizedTensor):
         return self.requantize_from_float(weight, **options).to(self.dtype)
 
 
-PREFIX = "qsched_"  # of our formats in a saved file's "comfy_quant"
+PREFIX = "qsched_"  # begins the names of our formats in a saved file's "comfy_quant"
 
 
 class PackedLayout(QuantizedLayout):
@@ -130,7 +132,7 @@ class PackedLayout(QuantizedLayout):
     ):
         """Called by the host with a seed when it bakes a LoRA into the weight.
 
-        Values round stochastically then, so that a small LoRA survives in the mean.
+        Then values round stochastically, so that a small LoRA survives on average.
         """
         if like is not None:
             like = like.to(tensor.device)
@@ -270,9 +272,10 @@ def _addmm(qt, args, kwargs):
 
 @dataclass(frozen=True)
 class Stored:
-    """What is known of a quantized layer besides its weight: it goes into "comfy_quant".
+    """What is known of a quantized layer besides its weight; it is saved in "comfy_quant".
 
-    ``sample`` is of the weight before it was quantized, ``error`` the relative error made by that.
+    ``sample`` is a sample of the weight before quantization, ``error`` the relative error that
+    quantization made.
     """
 
     choice: Choice
@@ -334,8 +337,8 @@ def restore_saved(sd: dict[str, torch.Tensor], dtype: torch.dtype, file: str) ->
     """Replace the packed tensors of a saved file by quantized tensors of the logical shape.
 
     The host's model detection and loading then see an ordinary state dict of ``dtype``.
-    FormatError names the file and a layer whose tensors are not all there or do not go together, or
-    whose format is unknown.
+    FormatError names the file and a layer whose tensors are missing or do not fit together, or whose
+    format is unknown.
     """
     for key in [k for k in sd if k.endswith(SUFFIX)]:
         name, entry = key.removesuffix(SUFFIX), read_entry(sd.pop(key), key, file)
@@ -357,7 +360,7 @@ def restore_saved(sd: dict[str, torch.Tensor], dtype: torch.dtype, file: str) ->
                 "save it again"
             ) from None
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
-            # the host's tensors refuse values that do not go together in these ways
+            # what the host's tensors raise for values that do not fit together
             raise FormatError(
                 f"{file}: layer {name} ({form}) has tensors that do not go together: {error}; get the file "
                 "again"

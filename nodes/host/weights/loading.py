@@ -25,7 +25,7 @@ from .files import HALF, check_matched, check_names, read_file
 from .ops import LoadRecord, quantized_ops
 from .provenance import INFO, model_info, patches_hash, provenance, source_hash
 
-METADATA = "qsched"  # of a saved file: where its provenance is, as JSON
+METADATA = "qsched"  # the key of a saved file's metadata that holds its provenance, as JSON
 FORCED_DTYPES = ("fp32_unet", "fp64_unet", "fp16_unet", "bf16_unet", "force_fp32")
 
 
@@ -45,9 +45,9 @@ class Request:
         return Policy(self.weight_format, parse_overrides(self.layers))
 
     def check_device(self, device: torch.device | None = None) -> None:
-        """FormatError with the reason if a format that a layer may get can't run on ``device``.
+        """FormatError with the reason if a format of the request can't run on ``device``.
 
-        None: where ComfyUI runs its models.
+        None: the device on which ComfyUI runs its models.
         """
         if device is None:
             device = comfy.model_management.get_torch_device()
@@ -58,9 +58,9 @@ class Request:
 
 
 def cpu_compute_dtype() -> torch.dtype | None:
-    """bf16 where this CPU multiplies it faster than fp32; None where it does not, or was told.
+    """bf16 if this CPU multiplies it faster than fp32, else None; None too if the user chose a dtype.
 
-    ComfyUI computes in fp32 on every CPU.
+    ComfyUI by itself computes in fp32 on every CPU.
     """
     probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     fast = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
@@ -69,7 +69,7 @@ def cpu_compute_dtype() -> torch.dtype | None:
 
 
 def _compute_in(model, config) -> None:
-    """Have a fresh model (a BaseModel) compute in bf16 where that is best."""
+    """Let a freshly loaded model (a BaseModel) compute in bf16 where that is faster."""
     dtype = cpu_compute_dtype()
     if dtype is not None and dtype in config.supported_inference_dtypes:
         model.manual_cast_dtype = dtype
@@ -87,9 +87,9 @@ def watch(record: LoadRecord, total: int) -> None:
 
 
 def merger(patches: Mapping, device: torch.device, prefix: str, merged: set[str]) -> Callable:
-    """What ``quantized_ops`` asks for a weight: ``patches`` merged in, in full precision.
+    """A function for ``quantized_ops`` that merges ``patches`` into a weight in full precision.
 
-    The keys that were merged are added to ``merged``.
+    It adds the keys that it merged to ``merged``.
     """
 
     def merge(key: str, weight: torch.Tensor) -> torch.Tensor:
@@ -104,7 +104,7 @@ def merger(patches: Mapping, device: torch.device, prefix: str, merged: set[str]
 
 
 class _Load:
-    """One loading: the options that core's loaders take, and the provenance they lead to."""
+    """One run of a loader: the options that ComfyUI's loaders take, and the provenance of the result."""
 
     def __init__(self, path: str, request: Request, patches: Mapping | None = None):
         self.path, self.request, self.patches = path, request, patches or {}
@@ -124,9 +124,9 @@ class _Load:
         self._keep_half()
 
     def _keep_half(self) -> None:
-        """Have kept layers stored as in the file where core would widen them to fp32.
+        """Keep unquantized layers in the file's dtype where ComfyUI would widen them to fp32.
 
-        The arithmetic is the same: core casts them to its compute dtype when they run.
+        The arithmetic is the same: ComfyUI casts them to its compute dtype when they run.
         """
         prefix, state = self.file.prefix, self.file.state
         config = comfy.model_detection.model_config_from_unet(
@@ -144,7 +144,7 @@ class _Load:
             self.options["dtype"] = stored
 
     def finish(self, model, factory) -> None:
-        """Give the MODEL its provenance and its way to be loaded again."""
+        """Give the MODEL its provenance, and the call with which ComfyUI loads it again."""
         if model is None or not self.record.choices:
             raise RuntimeError(
                 f"{self.file.name} holds no diffusion model that this ComfyUI knows; "
@@ -170,7 +170,7 @@ class _Load:
 
 
 def _own_memory(module: torch.nn.Module, record: LoadRecord) -> None:
-    """Copy what dynamic loading left in the mapped file, a tensor at a time."""
+    """Copy tensors that are still views of the mapped file into memory, one at a time."""
     for tensor in (*module.parameters(), *module.buffers()):
         value = tensor.data
         own = record.own(value)
@@ -201,7 +201,8 @@ def load_diffusion_model(
 ):
     """A MODEL from a file of diffusion_models, quantized while it loads.
 
-    ``patches`` (a MODEL's) are merged before the rounding; what is on no quantized layer stays one.
+    ``patches`` (a MODEL's) on quantized layers are merged before the rounding; the others stay
+    patches.
     """
     load = _Load(path, request, patches)
     model = comfy.sd.load_diffusion_model_state_dict(
@@ -257,13 +258,13 @@ def load_checkpoint_model(
 def quantize_model(model, request: Request, disable_dynamic: bool = False):
     """A new MODEL like ``model`` with its weights quantized; ``model`` itself stays as it is.
 
-    LoRAs on layers that are quantized are merged in full precision before the rounding; all else
-    that was patched onto ``model`` is carried over.
+    LoRAs on quantized layers are merged in full precision before the rounding.  All other patches
+    of ``model`` are carried over.
     """
     _check_model(model)
     request.check_device(model.load_device)
     base, info = model.model, model_info(model)
-    # Weights that an earlier run patched in place go back to what they were.
+    # An earlier run may have patched weights in place: unloading restores them.
     comfy.model_management.unload_model_and_clones(model)
     merged: set[str] = set()
     state = dict(base.diffusion_model.state_dict())
@@ -272,7 +273,7 @@ def quantize_model(model, request: Request, disable_dynamic: bool = False):
     merge = merger(model.patches, model.load_device, "diffusion_model.", merged)
     ops = quantized_ops(request.policy, record, model.load_device, merge)
     config = type(base.model_config).__new__(type(base.model_config))
-    config.__dict__.update(base.model_config.__dict__)  # copy.copy trips over its __getattr__
+    config.__dict__.update(base.model_config.__dict__)  # copy.copy fails on its __getattr__
     config.custom_operations = ops
     config.model_type = lambda *args, **kwargs: base.model_type  # it was detected on loading
     new = config.get_model(state, "", device=model.offload_device)
@@ -309,7 +310,7 @@ def clone_with(patcher, module, disable_dynamic: bool = False):
 
 
 def load_again(init, patches, disable_dynamic: bool = False):
-    """What was quantized, once more from its source, with its patches."""
+    """The unquantized model, loaded once more from its source, with its patches."""
     source = init[0](*init[1], disable_dynamic=disable_dynamic)
     if len(init) > 2:
         source = source[init[2]]
@@ -322,10 +323,11 @@ def _quantize_again(init, patches, request: Request, disable_dynamic: bool = Fal
 
 
 def merge_patches(model):
-    """``model`` with its LoRAs in the quantized weights: from the source file if it can be read.
+    """``model`` with its LoRAs merged into the quantized weights.
 
-    Merged there in full precision and rounded once; where the source is gone, the MODEL itself,
-    whose patches the host rounds into the quantized weights when it saves.
+    The source file is read again: LoRAs are merged in full precision, and rounded once.  Where it is
+    gone this is ``model`` itself; ComfyUI then rounds the patches into the quantized weights when it
+    saves.
     """
     factory, values = (*(model.cached_patcher_init or (None, ())),)[:2]
     if factory not in (load_diffusion_model, load_checkpoint_model) or not model.patches:

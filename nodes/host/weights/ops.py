@@ -24,11 +24,11 @@ from .layouts import (
     saved_name,
 )
 
-SAMPLES = 16  # values of a weight that its fingerprint is taken from
+SAMPLES = 16  # values of a weight that go into its fingerprint
 
 
 def weight_sample(weight: torch.Tensor) -> bytes:
-    """A few of the weight's values in bf16, for a fingerprint that a cast does not change."""
+    """A few of the weight's values, in bf16: a cast of the weight does not change its fingerprint."""
     flat = weight.detach().reshape(-1)
     step = max(1, flat.numel() // SAMPLES)
     values = flat[::step][:SAMPLES].to(device="cpu", dtype=torch.bfloat16)
@@ -51,28 +51,30 @@ def _nothing(*_) -> None:
 class LoadRecord:
     """What happened while a model's weights were loaded: filled in by the operations.
 
-    ``progress`` is called once a layer and may raise to stop; ``file`` is what the weights are
-    views of, where they are.
+    ``progress`` is called once a layer and may raise to stop.  ``file`` is the mapped file that the
+    weights are views of, if any.
     """
 
     progress: Callable[[], None] = _nothing
     file: MappedFile | None = None
-    kinds: dict[str, str] = field(default_factory=dict)  # every layer a policy was asked about
-    choices: dict[str, Choice] = field(default_factory=dict)  # and what it answered
+    kinds: dict[str, str] = field(
+        default_factory=dict
+    )  # the kind of every layer that the policy was asked about
+    choices: dict[str, Choice] = field(default_factory=dict)  # the policy's answers
     samples: dict[str, bytes] = field(default_factory=dict)  # of weights before quantization
 
     def source(self, weight: torch.Tensor) -> WeightSource | None:
-        """``weight`` to come back to, if that costs no memory."""
+        """A way to read ``weight`` again; None if it is not in the mapped file."""
         owned = self.file is not None and self.file.owns(weight)
         return WeightSource(weight, self.file) if owned else None
 
     def done(self, weight: torch.Tensor) -> None:
-        """Give back what reading ``weight`` took."""
+        """Release the memory that reading ``weight`` took."""
         if self.file is not None:
             self.file.release(weight)
 
     def own(self, tensor: torch.Tensor) -> torch.Tensor:
-        """``tensor`` in memory of its own: the mapped file's can't be written to, as the host may."""
+        """``tensor`` in memory of its own: ComfyUI may write to it, and the mapped file is read-only."""
         packed = isinstance(tensor, PatchableTensor)
         parts = tensor.tensors() if packed else [tensor]
         if self.file is None or not any(map(self.file.owns, parts)):
@@ -97,7 +99,7 @@ def quantized_ops(
     base = comfy.ops.mixed_precision_ops()
 
     class Quantizing:
-        """Takes a layer's weight from the state dict, packed as the policy says."""
+        """A layer that packs its weight, as the policy says, when a state dict is loaded."""
 
         kind: str
         choice = Choice(None)
@@ -105,7 +107,7 @@ def quantized_ops(
         weight_only = False
 
         def _take(self, state_dict, prefix, *args) -> bool:
-            """Load a weight that is (to be) quantized; False if it stays as it is."""
+            """Load a weight that is quantized, or is to be; False if it stays as it is."""
             key, name = prefix + "weight", prefix.rstrip(".")
             weight = state_dict.get(key)
             if weight is None or prefix + "comfy_quant" in state_dict:
@@ -123,13 +125,13 @@ def quantized_ops(
                 record.samples[key] = weight_sample(source)
                 self.choice = record.choices[name] = policy(name, tuple(weight.shape), self.kind)
                 if self.choice.format is None:
-                    # A copy: what is kept must not hold on to the file.
+                    # A copy: a view would keep the file open.
                     state_dict[key] = weight.clone() if weight is source else weight
                     record.done(source)
                     return False
                 packed = _quantize(weight, self.choice, name, device)
                 dtype = self.factory_kwargs["dtype"] or torch.get_default_dtype()
-                # A merged weight has no source.
+                # A merged weight is in no file: it can't be read again.
                 tensor = quantized_tensor(packed, self.choice, dtype, record.source(weight))
                 stored = Stored(self.choice, record.samples[key], packed.error)
                 record.done(source)
@@ -157,7 +159,7 @@ def quantized_ops(
             return comfy.ops._quantized_weight_state_dict(self, sd, prefix, extra)
 
         def convert_weight(self, weight, inplace=False, **kwargs):
-            """What the host adds a patch to: as precise as it is to be had."""
+            """The weight that ComfyUI adds a patch to: from the source file if it can be read."""
             if not isinstance(weight, QuantizedTensor):
                 return weight
             source = getattr(weight, "source", None)
@@ -166,7 +168,9 @@ def quantized_ops(
         def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kw):
             """Take a patched weight: quantized again, or rounded to the dtype it is kept in."""
             if isinstance(self.weight, PatchableTensor):
-                if inplace_update and not return_weight:  # a hook's, which the host goes on using
+                if (
+                    inplace_update and not return_weight
+                ):  # from a hook: ComfyUI goes on using the tensor that it passed
                     self.weight.data.copy_(weight)
                     return None
                 weight = self.weight.rounded(weight, seed or 0, inplace=True)
@@ -178,7 +182,7 @@ def quantized_ops(
             return None
 
         def __getattr__(self, name):
-            """The tables of the weight too, by their names in the state dict: hooks ask for each."""
+            """Also the tables of the weight, by their names in the state dict: hooks ask for them."""
             if name == "comfy_quant" or name.startswith("weight_"):
                 weight = self._parameters.get("weight")
                 if isinstance(weight, QuantizedTensor) and name in (found := self.state_dict()):
@@ -194,7 +198,7 @@ def quantized_ops(
 
             def __init__(self, in_features, out_features, bias=True, device=None, dtype=None):
                 super().__init__(in_features, out_features, False, device, dtype)
-                # What is kept has the model's own dtype, as in the host's other operations.
+                # Unquantized weights have the model's own dtype, as in ComfyUI's other operations.
                 self.factory_kwargs = {"device": device, "dtype": dtype}
                 if bias:
                     self.bias = torch.nn.Parameter(
@@ -256,7 +260,7 @@ def quantized_ops(
 
 
 def _quantize(weight, choice: Choice, name: str, device: torch.device) -> Packed:
-    """Pack one layer's weight on ``device``; what fails names the layer."""
+    """Pack one layer's weight on ``device``; errors name the layer."""
     form = get(choice.format)
     try:
         return form.quantize(weight.to(device), measure=True)
@@ -265,7 +269,7 @@ def _quantize(weight, choice: Choice, name: str, device: torch.device) -> Packed
     except RuntimeError as error:
         if device.type == "cpu" or not comfy.model_management.is_oom(error):
             raise
-    # Other models may leave the device to this one; if that is not enough, the host says so.
+    # ComfyUI may unload other models; it raises if that is not enough.
     comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache()
     return form.quantize(weight.to(device), measure=True)

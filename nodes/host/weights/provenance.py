@@ -17,13 +17,13 @@ from ....qsched_core.text import markdown
 from .files import HALF
 from .ops import LoadRecord, fingerprint, weight_sample
 
-INFO = "qsched"  # where a MODEL's provenance is in its model_options
+INFO = "qsched"  # the key of a MODEL's model_options that holds its provenance
 UNQUANTIZED = "none"
-SAMPLES = 16  # of each weight, in a hash
+SAMPLES = 16  # values of each weight that go into a hash
 
 
 def quantization(record: LoadRecord, request, device: torch.device) -> dict:
-    """Plain data: what was asked for, and which layers got what."""
+    """Plain data: the request, and the format of each layer."""
     used = Counter(c.format for c in record.choices.values() if c.format is not None)
     kept = Counter(c.why for c in record.choices.values() if c.format is None)
     convolutions = [
@@ -90,7 +90,7 @@ def model_info(model) -> dict:
 
 
 def _host_quantization(model) -> str:
-    """The formats of a model that something else quantized, "" if nothing did."""
+    """The formats of a model that was quantized by something else; "" if it was not."""
     found = set()
     for parameter in model.model.diffusion_model.parameters():
         if isinstance(parameter.data, QuantizedTensor):
@@ -146,12 +146,12 @@ def weights_hash(state: Mapping[str, torch.Tensor], patches: str = "") -> str:
 
 
 def clip_hash(clip) -> str:
-    """Of a CLIP's weights and the patches on them, whether or not they are in the weights now."""
+    """A hash of a CLIP's weights and patches, the same before and after ComfyUI patches in place."""
     return weights_hash(unpatched_state(clip.patcher), patches_hash(clip.patcher))
 
 
 def describe(info: Mapping) -> str:
-    """What ran, and what it saved, for a node's text output."""
+    """Formats, layers and sizes in a few lines, for a node's text output."""
     before, after = info["unquantized_bytes"], info["weight_bytes"]
     layers = ", ".join(f"{count} in {name}" for name, count in info["quantized_layers"].items())
     convolutions = info["quantized_convolutions"]

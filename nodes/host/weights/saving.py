@@ -25,7 +25,7 @@ from ....qsched_core.workspace import remove_abandoned
 from .loading import METADATA, merge_patches
 from .provenance import INFO, model_info
 
-VERSION = 1  # of the provenance in the file
+VERSION = 1  # version of the provenance in a file
 
 
 def save_model(
@@ -36,7 +36,7 @@ def save_model(
     merge_loras: bool = True,
     extra=None,
 ) -> tuple[Path, dict]:
-    """Write ``model`` (with ``clip`` and ``vae``, a checkpoint); where it is, and its provenance.
+    """Write ``model``, with ``clip`` and ``vae`` as a checkpoint; its path and its provenance.
 
     A ``path`` is replaced; of several the first that is free when the file is finished is taken, and
     no other server gets the same.  LoRAs are merged into the weights or left out.  FormatError for a
@@ -126,12 +126,14 @@ def file_kind(provenance: dict) -> str:
 def _extra_keys(model, alone: bool) -> dict[str, torch.Tensor]:
     """The keys beside the weights that tell ComfyUI's loaders how the model predicts.
 
-    Of a model ``alone`` they stand among its weights too: ComfyUI's Load Diffusion Model reads
-    nothing else of a file.
+    For a model ``alone`` they are also written under the weights' prefix: ComfyUI's Load Diffusion
+    Model reads no other keys of a file.
     """
     sampling = model.get_model_object("model_sampling")
     keys = {}
-    if isinstance(sampling, comfy.model_sampling.EDM):  # which is a V_PREDICTION too
+    if isinstance(
+        sampling, comfy.model_sampling.EDM
+    ):  # before V_PREDICTION, which is its base class
         form = model.get_model_object("latent_format")
         if isinstance(form, comfy.latent_formats.SDXL_Playground_2_5):
             keys = {"edm_mean": form.latents_mean, "edm_std": form.latents_std}

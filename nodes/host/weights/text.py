@@ -17,8 +17,8 @@ from .provenance import INFO, quantization
 def quantize_text_encoder(clip, request: Request):
     """A new CLIP like ``clip`` whose linear layers are quantized; ``clip`` itself stays as it is.
 
-    The layers run weight-only: text is encoded once a prompt, in the precision ComfyUI encodes it
-    in.  LoRAs on them are merged in full precision before the rounding.  FormatError if it is
+    The layers run weight-only, in the precision in which ComfyUI encodes text: each prompt is
+    encoded only once.  LoRAs on them are merged in full precision before the rounding.  FormatError if it is
     quantized already, or can't be quantized as asked.
     """
     out = clip.clone()
@@ -31,7 +31,7 @@ def _quantize_patcher(patcher, request: Request, disable_dynamic: bool = False):
     for name, parameter in patcher.model.named_parameters():
         check_plain(name, parameter, "clip")
     request.check_device(patcher.load_device)
-    # Weights that an earlier run patched in place go back to what they were.
+    # An earlier run may have patched weights in place: unloading restores them.
     comfy.model_management.unload_model_and_clones(patcher)
     linears = {n: m for n, m in patcher.model.named_modules() if isinstance(m, torch.nn.Linear)}
     record, merged = LoadRecord(), set()
@@ -50,7 +50,7 @@ def _quantize_patcher(patcher, request: Request, disable_dynamic: bool = False):
         if new.stored is not None:
             shared[id(linear)] = new
     check_matched(policy, record.kinds)
-    # The module tree anew, with the quantized layers in place of theirs; what is kept is shared.
+    # A copy of the module tree with quantized layers; all other tensors are shared with the original.
     out = clone_with(patcher, copy.deepcopy(patcher.model, shared), disable_dynamic)
     kept = {n for n, c in record.choices.items() if c.format is None}
     merged -= {f"{name}.weight" for name in kept}
@@ -68,7 +68,7 @@ def _quantize_patcher(patcher, request: Request, disable_dynamic: bool = False):
 
 
 def _quantized(ops, linear: torch.nn.Linear, name: str):
-    """``linear`` as a layer of ``ops``, whose policy decides."""
+    """``linear`` as a layer of ``ops``, quantized if their policy says so."""
     weight, bias = linear.weight, linear.bias
     new = ops.Linear(
         linear.in_features, linear.out_features, bias is not None, weight.device, weight.dtype
@@ -77,7 +77,7 @@ def _quantized(ops, linear: torch.nn.Linear, name: str):
     if bias is not None:
         state[f"{name}.bias"] = bias.data
     new._load_from_state_dict(state, f"{name}.", {}, True, [], [], [])
-    for key in ("weight", "bias"):  # what the host's dynamic loading casts to
+    for key in ("weight", "bias"):  # the dtype that ComfyUI's dynamic loading casts to
         dtype = getattr(linear, f"{key}_comfy_model_dtype", None)
         if dtype is not None:
             setattr(new, f"{key}_comfy_model_dtype", dtype)
