@@ -5,6 +5,11 @@
     python -m qsched_core.evaluate --task demo.task:int2 --reference-task demo.task:full \\
         --scorer demo/weights/scorer.safetensors --prompts prompts.json --schedule schedule.json
 
+    python -m qsched_core.calibrate_weights --task demo.task:full --format int2 \\
+        --prompts prompts.json --out weights.safetensors
+    python -m qsched_core.evaluate --task demo.task:calibrated --reference-task demo.task:full \\
+        --scorer demo/weights/scorer.safetensors --prompts prompts.json
+
 ``python -m demo.task prompts.json`` writes prompts that the model can draw.
 """
 
@@ -12,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -21,6 +27,7 @@ import torch
 
 from qsched_core.formats.module import quantize_module
 from qsched_core.formats.policy import Policy
+from qsched_core.rounding import RoundedWeights
 from qsched_core.task import Task
 
 from .build import weights_dir
@@ -33,14 +40,24 @@ from .training import load_weights
 SIZE, LATENT = 96, 12
 SIGMAS = (1.0, 0.9, 0.75, 0.5, 0.0)  # four steps of ComfyUI's scheduler "simple" at shift 3
 UNQUANTIZED = "none"
+WEIGHTS = (
+    "QSCHED_WEIGHTS"  # names the file that ``calibrated`` loads; weights.safetensors without it
+)
 
 
-def make(weight_format: str, device: torch.device, sigmas: Sequence[float] = SIGMAS) -> Task:
-    """The demo model with its weights in ``weight_format`` ("none": as shipped)."""
+def make(
+    weight_format: str,
+    device: torch.device,
+    sigmas: Sequence[float] = SIGMAS,
+    rounded: RoundedWeights | None = None,
+) -> Task:
+    """The demo model with its weights in ``weight_format`` ("none": as shipped), or ``rounded``."""
     files = [weights_dir() / f"{name}.safetensors" for name in ("mmdit", "vae")]
     model = load_weights(MMDiT(), files[0])
     vae = load_weights(TAESD(), files[1])
-    if weight_format != UNQUANTIZED:
+    if rounded is not None:
+        rounded.apply(model)
+    elif weight_format != UNQUANTIZED:
         quantize_module(model, Policy(weight_format))
     model.to(device).eval()
     vae.to(device).eval()
@@ -69,8 +86,16 @@ def make(weight_format: str, device: torch.device, sigmas: Sequence[float] = SIG
             "patches": "",
             "format": weight_format,
             "device": device.type,
-        },
+        }
+        | ({} if rounded is None else {"rounding": rounded.digest}),
+        module=model,
     )
+
+
+def calibrated(device: torch.device) -> Task:
+    """The demo model with the weights of qsched_core.calibrate_weights, see ``WEIGHTS``."""
+    weights = RoundedWeights.load(os.environ.get(WEIGHTS, "weights.safetensors"))
+    return make(weights.provenance["format"], device, rounded=weights)
 
 
 full = partial(make, UNQUANTIZED)

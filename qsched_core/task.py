@@ -34,6 +34,7 @@ class Task:
     pictures [n, height, width, 3] in [0, 1].  ``provenance`` (plain JSON) says what the model is:
     studies are told apart by it; "source_hash" in it is of the weights before quantization, by which
     a reference is known to be the same model.  At most ``max_batch`` latents are in a batch.
+    ``module`` is the torch module that ``denoise`` runs: rounding its weights needs it, nothing else.
 
     TaskError for a trajectory or solver that can't be run, and for a provenance that is empty.
     """
@@ -50,11 +51,16 @@ class Task:
     options: Mapping[str, float] = field(default_factory=dict)
     info: ModelInfo = field(default_factory=lambda: ModelInfo(True))
     max_batch: int = 32
+    module: torch.nn.Module | None = None
     trajectory: Trajectory = field(init=False)
 
     def __post_init__(self):
         if not self.provenance:
             raise TaskError("provenance is empty; say which model and weights the task has")
+        if self.module is not None and not isinstance(self.module, torch.nn.Module):
+            raise TaskError(
+                f"module is {type(self.module).__name__}; give a torch.nn.Module or None"
+            )
         try:
             options = get_solver(self.solver).check(dict(self.options))
             trajectory = Trajectory.of(

@@ -25,11 +25,12 @@ LAYERS = (
     ("source",),
     ("task",),
     ("study",),
+    ("rounding",),
     ("search",),
     ("calibration",),
     ("evaluation",),
     ("cli",),
-    ("calibrate", "evaluate"),
+    ("calibrate", "calibrate_weights", "evaluate"),
 )
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 CORE = sorted((ROOT / "qsched_core").rglob("*.py"))

@@ -1,0 +1,123 @@
+"""Weights rounded for their inputs, beside the same formats' plain rounding, on the demo model.
+
+64 captions calibrate (four steps each), 256 others judge: neither the demo's own nor each other's.
+``calibrated.FORMAT.distance``: relative latent distance to the unquantized model, calibrated and
+plain; the ratio is of the two.  ``calibrated.FORMAT.change``: ends of the paired 95 % interval of the
+distances' difference, over plain's mean; below 0 is nearer.  ``calibrated.FORMAT.jaq`` (``--jaq``):
+held-out JAQ of both; the ratio is the lower end of the interval of the gain.  ``calibrated.FORMAT.bits``: bits a
+weight as stored, of all quantized layers.  ``calibrate.FORMAT.seconds``: the walk, on one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from demo.build import weights_dir
+from demo.prompts import demo_prompts
+from demo.shapes import sample_scenes
+from demo.task import full
+from qsched_core.formats.policy import Policy
+from qsched_core.objective import Objective
+from qsched_core.prompts import CalibrationPrompts
+from qsched_core.rounding import WeightsResult, calibrate_weights
+from qsched_core.scorers.open_clip import load_file
+
+from ._common import BenchRow, machine, report
+
+FORMATS = ("int2", "int3", "nf4", "fp4", "w4a8", "int8")
+BOUNDS = {"int2": "<= 0.12", "int3": "<= 0.18", "nf4": "<= 0.18", "w4a8": "<= 0.25"}
+SECONDS = 60.0  # what the demo model may take
+SCENES, SEED = 2500, 20251126
+
+
+def captions(calibration: int, heldout: int) -> CalibrationPrompts:
+    """Captions of scenes that no training picture showed, none of them the demo's own."""
+    random, own = np.random.default_rng(SEED), demo_prompts()
+    used = {*own.calibration, *own.heldout, *own.test}
+    drawn = dict.fromkeys(s.caption() for s in sample_scenes(SCENES, random, held_out=True))
+    free = [caption for caption in drawn if caption not in used]
+    free = [free[i] for i in random.permutation(len(free))]
+    return CalibrationPrompts.of(
+        free[:calibration], free[calibration : calibration + heldout], SEED
+    )
+
+
+def rows_of(name: str, result: WeightsResult, seconds: float) -> list[BenchRow]:
+    proof, here = result.proof, machine()
+    plain, found, n = proof.plain.mean, proof.calibrated.mean, len(proof.plain.distance)
+    change, bits = proof.change, result.bits
+
+    def row(kind, what, ours, other, ratio, unit, bound=""):
+        return BenchRow(kind, f"{name}: {what}", ours, other, ratio, unit, n, here, bound)
+
+    rows = [
+        row(
+            f"calibrated.{name}.distance", "relative latent distance, calibrated and plain",
+            found, plain, found / plain, "", BOUNDS.get(name, ""),
+        ),
+        row(
+            f"calibrated.{name}.change", "ends of the interval of the distance's change",
+            change.low, change.high, change.high / plain, "", "<= 0",
+        ),
+        row(f"calibrated.{name}.bits", "bits a weight, calibrated and plain", bits, bits, 1.0, "bits"),
+        row(
+            f"calibrate.{name}.seconds", f"the walk, against {SECONDS:.0f} s",
+            seconds, SECONDS, seconds / SECONDS, "s CPU", "<= 1",
+        ),
+    ]  # fmt: skip
+    if proof.gain is not None:
+        jaq = proof.to_dict()["jaq"]
+        rows.append(
+            row(
+                f"calibrated.{name}.jaq",
+                f"JAQ, calibrated and plain (unquantized {jaq['unquantized']:.3f})",
+                jaq["calibrated"],
+                jaq["plain"],
+                proof.gain.low,
+                "",
+                ">= 1.1" if name == "int2" else "",
+            )
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument(
+        "--only", nargs="+", choices=FORMATS, default=("int2", "int3", "nf4", "w4a8")
+    )
+    parser.add_argument("--prompts", type=int, default=64, help="that calibrate")
+    parser.add_argument("--heldout", type=int, default=256)
+    parser.add_argument("--jaq", action="store_true", help="score the pictures too")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    prompts = captions(options.prompts, options.heldout)
+    measure = Objective(load_file(weights_dir() / "scorer.safetensors")) if options.jaq else None
+    rows: list[BenchRow] = []
+    for name in options.only:
+        spent = [time.process_time()]
+
+        def done(block, spent=spent):
+            spent.append(time.process_time())
+            print(f"  block {block.index + 1} of {block.total}", flush=True)
+
+        with tempfile.TemporaryDirectory() as folder:
+            result = calibrate_weights(
+                full(torch.device("cpu")), prompts, Policy(name), Path(folder),
+                measure=measure, on_block=done,
+            )  # fmt: skip
+        made = rows_of(name, result, spent[-1] - spent[0])
+        report(made, None)
+        rows += made
+    report(rows, options.json)
+
+
+if __name__ == "__main__":
+    main()

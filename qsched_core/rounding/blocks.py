@@ -1,0 +1,191 @@
+"""A model's blocks: which there are, in what order they run, and what depends on what.
+
+Everything is found by running the model's own forward on one state and looking at what its blocks
+and layers are given, so no architecture is known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import RoundingError
+
+Run = Callable[[], None]  # runs the model's own forward
+
+
+class Enough(BaseException):  # no Exception: a model's own handlers must not keep it
+    """Ends a forward pass whose rest is not needed."""
+
+
+@contextmanager
+def forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """``module`` runs ``forward`` in place of its own; its weights and attributes stay to be read."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+def map_tensors(tree: Any, change: Callable[[torch.Tensor], Any]) -> Any:
+    """``tree`` of tuples, lists and dicts with every tensor changed."""
+    if isinstance(tree, torch.Tensor):
+        return change(tree)
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(map_tensors(item, change) for item in tree))
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(map_tensors(item, change) for item in tree)
+    if isinstance(tree, dict):
+        return {key: map_tensors(item, change) for key, item in tree.items()}
+    return tree
+
+
+def tensors_of(tree: Any) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    map_tensors(tree, found.append)
+    return found
+
+
+def copied(tree: Any) -> Any:
+    """``tree`` with copies of its tensors: models may write into what they are given."""
+    return map_tensors(tree, lambda tensor: tensor.detach().clone())
+
+
+def _same(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:
+    return len(one) == len(other) and all(map(torch.equal, one, other))
+
+
+def _shaken(tree: Any) -> Any:
+    """``tree`` with other values in every tensor of floats, no multiple of the old ones."""
+    random = torch.Generator().manual_seed(0)
+
+    def shake(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        noise = torch.randn(tensor.shape, generator=random).to(tensor)
+        return tensor + noise * tensor.abs().mean().clamp(min=1e-3)
+
+    return map_tensors(tree, shake)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block, its name in the model, and the last block that uses its output.
+
+    ``last_use`` counts blocks in the order in which they run.
+    """
+
+    name: str
+    module: nn.Module
+    last_use: int
+
+
+def _candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """Children of the outermost module lists."""
+    found: dict[str, nn.Module] = {}
+    lists = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    for name in lists:
+        if not any(name.startswith(f"{outer}.") for outer in lists if outer != name):
+            children = model.get_submodule(name).named_children()
+            found.update({f"{name}.{key}": child for key, child in children})
+    return found
+
+
+def blocks_of(model: nn.Module, run: Run) -> list[Block]:
+    """The blocks of ``model`` in the order in which ``run`` runs them.
+
+    RoundingError where there are none, or where one runs more than once.
+    """
+    names = {child: name for name, child in _candidates(model).items()}
+    order: list[nn.Module] = []
+    outputs: dict[nn.Module, Any] = {}
+
+    def ran(module, arguments, output):
+        if module in outputs:
+            raise RoundingError(
+                f"block {names[module]} runs more than once in one evaluation; such a model can't be "
+                "calibrated block after block yet"
+            )
+        order.append(module)
+        outputs[module] = copied(output)
+
+    with ExitStack() as hooks:
+        for module in names:
+            hooks.callback(module.register_forward_hook(ran).remove)
+        run()
+    if not order:
+        raise RoundingError(
+            "the model has no blocks: no child of a ModuleList ran; calibrated rounding goes through "
+            "a model block after block"
+        )
+    uses = _last_uses(order, outputs, run)
+    return [Block(names[module], module, uses[k]) for k, module in enumerate(order)]
+
+
+def _last_uses(order: list[nn.Module], outputs: Mapping[nn.Module, Any], run: Run) -> list[int]:
+    """The last block to which each block's output makes a difference beside its direct successor."""
+
+    def given(shaken: int | None) -> list[list[torch.Tensor]]:
+        seen: list[list[torch.Tensor]] = []
+
+        def stub(k: int):
+            def forward(*arguments, **named):
+                seen.append(tensors_of(copied((arguments, named))))
+                output = copied(outputs[order[k]])
+                return _shaken(output) if k == shaken else output
+
+            return forward
+
+        with ExitStack() as stack:
+            for k, module in enumerate(order):
+                stack.enter_context(forward_of(module, stub(k)))
+            run()
+        return seen
+
+    base = given(None)
+    uses = []
+    for k in range(len(order)):
+        other = given(k)
+        differ = [j for j in range(k + 1, len(order)) if not _same(base[j], other[j])]
+        uses.append(max([k, *differ]))
+    return uses
+
+
+def stages_of(layers: Mapping[str, nn.Module], run: Run) -> list[dict[str, int]]:
+    """Layers (name: module) in stages: a layer's inputs depend on layers of earlier stages alone.
+
+    Each stage has its layers with how often they run.  Those that ``run`` does not run are in none.  Layers of one stage can share a pass over the data.
+    """
+
+    def inputs(shaken: str | None) -> dict[str, list[torch.Tensor]]:
+        seen: dict[str, list[torch.Tensor]] = {}
+        with ExitStack() as hooks:
+            for name, layer in layers.items():
+
+                def watch(module, arguments, output, name=name):
+                    seen.setdefault(name, []).append(arguments[0].detach().clone())
+                    return _shaken(output) if name == shaken else output
+
+                hooks.callback(layer.register_forward_hook(watch).remove)
+            run()
+        return seen
+
+    base = inputs(None)
+    stage: dict[str, int] = dict.fromkeys(base, 0)
+    for name in base:  # in the order in which they run
+        other = inputs(name)
+        for later in base:
+            if later != name and not _same(base[later], other.get(later, [])):
+                stage[later] = max(stage[later], stage[name] + 1)
+    count = max(stage.values(), default=-1) + 1
+    return [{name: len(base[name]) for name in base if stage[name] == k} for k in range(count)]

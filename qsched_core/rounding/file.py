@@ -1,0 +1,144 @@
+"""Rounded layers as a safetensors file: codes, tables and biases, and what they were made of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import nn
+
+from ..files import write_atomic
+from ..formats import get
+from ..formats.base import FormatError, Packed
+from ..formats.files import MappedFile
+from ..formats.module import QuantizedLinear
+from ..formats.policy import Choice
+from .layer import Calibrated
+
+KEY, VERSION = "qsched_rounding", 1
+
+
+@dataclass(frozen=True)
+class RoundedWeights:
+    """Layers by name, how each is stored, and ``provenance`` (plain JSON): what they were made of."""
+
+    layers: Mapping[str, Calibrated]
+    chosen: Mapping[str, Choice]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of every code, table and bias."""
+        found = hashlib.sha256()
+        for name, layer in sorted(self.layers.items()):
+            biases = {} if layer.bias is None else {"bias": layer.bias}
+            for table, data in {"codes": layer.packed.codes, **layer.packed.aux, **biases}.items():
+                found.update(f"{name}.{table} {list(data.shape)}\n".encode())
+                raw = data.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                found.update(raw.numpy())
+        return found.hexdigest()
+
+    def save(self, path: str | Path) -> Path:
+        """Write the file, whole or not at all."""
+        tensors: dict[str, torch.Tensor] = {}
+        entries = {}
+        for name, layer in self.layers.items():
+            packed, choice = layer.packed, self.chosen[name]
+            for table, data in {"codes": packed.codes, **packed.aux}.items():
+                tensors[f"{name}.{table}"] = data.detach().cpu().contiguous().clone()
+            if layer.bias is not None:
+                tensors[f"{name}.bias"] = layer.bias.detach().cpu().contiguous().clone()
+            entries[name] = {
+                "format": choice.format,
+                "weight_only": choice.weight_only,
+                "shape": list(packed.shape),
+                "options": dict(packed.options),
+                "errors": [layer.plain_error, layer.error],
+                "note": layer.note,
+            }
+        content = {"version": VERSION, "layers": entries, "provenance": dict(self.provenance)}
+        return write_atomic(path, save(tensors, {KEY: json.dumps(content)}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> RoundedWeights:
+        """The file's content; FormatError names a file that is damaged or of another kind."""
+        file, name = MappedFile(path), Path(path).name
+        try:
+            content = json.loads(file.metadata[KEY])
+            version, entries = content["version"], content["layers"]
+            provenance = dict(content["provenance"])
+        except (KeyError, TypeError, ValueError):
+            raise FormatError(
+                f"{name} has no rounded weights; give a file of qsched_core.calibrate_weights"
+            ) from None
+        if version != VERSION:
+            raise FormatError(f"{name} is of version {version!r}; this pack reads {VERSION}")
+        layers, chosen = {}, {}
+        for layer, entry in entries.items():
+            try:
+                form = get(entry["format"])
+                aux = {table: file.tensor(f"{layer}.{table}").clone() for table in form.aux}
+                codes = file.tensor(f"{layer}.codes").clone()
+                packed = Packed(codes, aux, tuple(entry["shape"]), dict(entry["options"]))
+                bias = f"{layer}.bias"
+                bias = file.tensor(bias).clone() if bias in file.entries else None
+                layers[layer] = Calibrated(packed, bias, *entry["errors"], entry["note"])
+                chosen[layer] = Choice(entry["format"], bool(entry["weight_only"]))
+            except (KeyError, TypeError, ValueError) as error:
+                raise FormatError(
+                    f"{name}: layer {layer!r} is damaged ({error}); make the file again"
+                ) from None
+        return cls(layers, chosen, provenance)
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Replace the model's layers by the rounded ones, in place.
+
+        FormatError names a layer that the model has not, or has in another shape.
+        """
+        new = []
+        for name, layer in self.layers.items():
+            path, _, child = name.rpartition(".")
+            try:
+                parent = model.get_submodule(path)
+                old = getattr(parent, child)
+            except AttributeError:
+                raise FormatError(f"the model has no layer {name}; give the file's own") from None
+            shape = tuple(getattr(old, "weight", torch.empty(0)).shape)
+            if shape != layer.packed.shape:
+                raise FormatError(
+                    f"layer {name} has shape {shape} in the model and {layer.packed.shape} in the "
+                    "file; give the file's own model"
+                )
+            device = old.weight.device
+            bias = None if layer.bias is None else layer.bias.to(device)
+            made = QuantizedLinear(layer.packed.to(device), bias, self.chosen[name])
+            new.append((parent, child, made))
+        for parent, child, made in new:  # all of them, or none
+            setattr(parent, child, made)
+        return model
+
+
+class Shelf:
+    """Finished blocks in a folder of their own, so that a walk that was stopped goes on.
+
+    ``key`` stands for everything that the blocks depend on.
+    """
+
+    def __init__(self, folder: Path, key: str, chosen: Mapping[str, Choice]):
+        self.folder, self.chosen = folder / f"rounding-{key[:32]}", chosen
+
+    def _path(self, block: str) -> Path:
+        return self.folder / f"{block}.safetensors"
+
+    def load(self, block: str) -> dict[str, Calibrated] | None:
+        path = self._path(block)
+        return dict(RoundedWeights.load(path).layers) if path.exists() else None
+
+    def save(self, block: str, layers: Mapping[str, Calibrated]) -> None:
+        RoundedWeights(layers, self.chosen).save(self._path(block))

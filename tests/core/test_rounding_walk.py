@@ -1,0 +1,350 @@
+"""The walk through a model: what it finds out, what it promises, and going on after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import rounding_task
+import torch
+from torch import nn
+
+from qsched_core.cli import calibrate_weights as command
+from qsched_core.formats.base import FormatError
+from qsched_core.formats.policy import Policy, parse_overrides
+from qsched_core.prompts import CalibrationPrompts
+from qsched_core.rounding import (
+    RoundedWeights,
+    RoundingError,
+    RoundingSettings,
+    TaskStates,
+    calibrate_module,
+    calibrate_weights,
+    choices,
+    quantized,
+    rounded_plainly,
+)
+from qsched_core.rounding.blocks import blocks_of, stages_of
+from qsched_core.rounding.proof import final_latents
+from qsched_core.task import TaskError
+
+FILE = Path(rounding_task.__file__)
+ROOT = FILE.parents[2]
+INT2 = Policy("int2", parse_overrides("first=int2"))
+PROMPTS = CalibrationPrompts.of(
+    [f"thing {i}" for i in range(20)], [f"other {i}" for i in range(24)]
+)
+
+
+@pytest.fixture
+def task():
+    return rounding_task.task()
+
+
+@pytest.fixture
+def states(task):
+    return TaskStates(task, PROMPTS.calibration)
+
+
+def same(one, other):
+    assert list(one) == list(other)
+    for name, layer in one.items():
+        found = other[name]
+        assert torch.equal(layer.packed.codes, found.packed.codes), name
+        for table, data in layer.packed.aux.items():
+            assert torch.equal(data.float(), found.packed.aux[table].float()), (name, table)
+        assert (layer.bias is None) == (found.bias is None)
+        assert layer.bias is None or torch.equal(layer.bias, found.bias), name
+
+
+def test_blocks_and_who_uses_their_outputs_are_found(task, states):
+    blocks = blocks_of(task.module, lambda: states.run(slice(0, 1)))
+    assert [block.name for block in blocks] == ["blocks.0", "blocks.1", "blocks.2"]
+    assert [block.last_use for block in blocks] == [2, 2, 2]
+
+
+def test_layers_fall_into_stages_by_what_their_inputs_depend_on(task, states):
+    layers = dict(task.module.blocks[1].named_children())
+    stages = stages_of(layers, lambda: states.run(slice(0, 1)))
+    assert stages == [{"q": 1, "k": 1}, {"proj": 1}]
+
+
+def test_the_walk_leaves_the_model_as_it_is_and_names_what_it_rounds_plainly(task, states):
+    before = {name: tensor.clone() for name, tensor in task.module.state_dict().items()}
+    found = calibrate_module(task.module, states, INT2)
+    notes = {name: layer.note for name, layer in found.items() if layer.note}
+    assert notes == {
+        "first": "it is outside of the blocks",
+        **{f"blocks.{k}.unused": "it does not run" for k in range(3)},
+    }
+    assert all(torch.equal(before[n], t) for n, t in task.module.state_dict().items())
+    assert not any("forward" in module.__dict__ for module in task.module.modules())
+    assert all(not module._forward_hooks for module in task.module.modules())
+
+
+def test_a_layers_statistics_are_those_of_the_model_so_far(task, states, monkeypatch):
+    """The quantized stream at the last block is what a model with the earlier blocks rounded gives."""
+    from qsched_core.rounding import walk
+
+    seen = {}
+    real = walk.calibrate_layer
+
+    def watched(grid, weight, bias, moments, settings):
+        seen[len(seen)] = moments
+        return real(grid, weight, bias, moments, settings)
+
+    monkeypatch.setattr(walk, "calibrate_layer", watched)
+    found = calibrate_module(task.module, states, INT2)
+    inputs = []
+    last = task.module.blocks[2]
+    earlier = {n: layer for n, layer in found.items() if not n.startswith("blocks.2")}
+    with quantized(task.module, earlier, choices(task.module, INT2)):
+        hook = last.q.register_forward_pre_hook(lambda m, a: inputs.append(a[0].clone()))
+        for start in range(0, len(states), states.batch):
+            states.run(slice(start, start + states.batch))
+        hook.remove()
+    x = torch.cat(inputs).flatten(0, 1).double()
+    torch.testing.assert_close(seen[6].h, x.t() @ x / len(x), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["int2", "int3", "nf4", "fp4", "w4a8", "int8"])
+def test_the_model_comes_nearer_to_the_unquantized_one(tmp_path, task, name):
+    policy = Policy(name, parse_overrides("first=keep"))
+    result = calibrate_weights(task, PROMPTS, policy, tmp_path)
+    bound = {"int8": 1.02}.get(name, 0.7)
+    assert result.proof.calibrated.mean < bound * result.proof.plain.mean
+    if name != "int8":
+        assert result.calibrated and result.proof.holds
+    assert result.proof.to_dict()["prompts"] == 24
+    assert result.evaluations == len(PROMPTS.calibration) * 2
+
+
+def test_without_a_gain_on_heldout_prompts_plain_rounding_is_kept(tmp_path, task, monkeypatch):
+    """Calibrated on one prompt with hardly any damping, weights fit that prompt alone."""
+    few = CalibrationPrompts.of(["thing"], [f"other {i}" for i in range(24)])
+    settings = RoundingSettings(damp=1e-6, target_damp=1e-6)
+    result = calibrate_weights(task, few, INT2, tmp_path, settings=settings, states_per_prompt=1)
+    assert not result.calibrated and result.proof.change.mean > 0
+    weights = result.weights
+    with quantized(task.module, weights.layers, weights.chosen):
+        kept = final_latents(task, PROMPTS.heldout)
+    expected = rounding_task.task()
+    from qsched_core.formats.module import quantize_module
+
+    quantize_module(expected.module, INT2)
+    torch.testing.assert_close(kept, final_latents(expected, PROMPTS.heldout))
+
+
+def test_a_walk_that_was_stopped_goes_on_to_the_same_weights(tmp_path, task):
+    whole = calibrate_weights(task, PROMPTS, INT2, tmp_path / "a")
+
+    class Stop(BaseException):
+        pass
+
+    def stop(done):
+        if done.index == 1:
+            raise Stop
+
+    with pytest.raises(Stop):
+        calibrate_weights(task, PROMPTS, INT2, tmp_path / "b", on_block=stop)
+    told = []
+    again = calibrate_weights(task, PROMPTS, INT2, tmp_path / "b", on_block=told.append)
+    assert [done.resumed for done in told] == [True, True, False]
+    same(whole.weights.layers, again.weights.layers)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"settings": RoundingSettings(rounds=1)},
+        {"states_per_prompt": 1},
+        {"seed": 1, "states_per_prompt": 1},
+        {"policy": Policy("int3")},
+        {"task": "other weights"},
+    ],
+    ids=lambda c: next(iter(c)),
+)
+def test_a_walk_of_anything_else_is_not_gone_on_with(tmp_path, task, change):
+    more = {"policy": INT2} | change
+    if "task" in more:
+        other = rounding_task.net()
+        other.blocks[2].proj.bias.data += 1e-3
+        more["task"] = rounding_task.task(other)
+    told = []
+    policy, base = INT2, {"states_per_prompt": 1} if "seed" in change else {}
+    calibrate_weights(task, PROMPTS, policy, tmp_path, **base)
+    calibrate_weights(
+        more.pop("task", task), PROMPTS, more.pop("policy"), tmp_path, on_block=told.append, **more
+    )
+    assert not any(done.resumed for done in told)
+
+
+def test_the_file_gives_back_what_was_saved(tmp_path, task):
+    result = calibrate_weights(task, PROMPTS, INT2, tmp_path)
+    path = result.weights.save(tmp_path / "weights.safetensors")
+    again = RoundedWeights.load(path)
+    same(result.weights.layers, again.layers)
+    assert again.provenance == json.loads(json.dumps(result.weights.provenance))
+    assert again.digest == result.weights.digest
+    model = again.apply(rounding_task.net())
+    with quantized(task.module, result.weights.layers, result.weights.chosen):
+        expected = final_latents(task, PROMPTS.heldout)
+    assert torch.equal(final_latents(rounding_task.task(model), PROMPTS.heldout), expected)
+    with pytest.raises(RoundingError, match="quantized already"):
+        calibrate_weights(rounding_task.task(model), PROMPTS, INT2, tmp_path)
+
+
+def test_a_file_for_another_model_is_refused(tmp_path, task):
+    result = calibrate_weights(task, PROMPTS, INT2, tmp_path)
+    other = rounding_task.net()
+    other.blocks[1].q = nn.Linear(32, 64)
+    with pytest.raises(FormatError, match=r"blocks\.1\.q has shape \(64, 32\)"):
+        result.weights.apply(other)
+    del other.blocks[2]
+    other.blocks[1].q = nn.Linear(64, 64)
+    with pytest.raises(FormatError, match=r"no layer blocks\.2\.q"):
+        result.weights.apply(other)
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(next(tmp_path.rglob("blocks.0.safetensors")).read_bytes()[:-7])
+    with pytest.raises(FormatError, match="cut short"):
+        RoundedWeights.load(broken)
+
+
+def test_nan_names_the_layer(task, states):
+    with torch.no_grad():
+        task.module.blocks[1].proj.weight[0, 0] = torch.nan
+    with pytest.raises(FormatError, match=r"layer blocks\.1\.proj.*NaN"):
+        calibrate_module(task.module, states, INT2)
+    with pytest.raises(RoundingError, match=r"layer blocks\.1\.proj gives NaN"):
+        TaskStates(task, PROMPTS.calibration)
+    states.task.module.load_state_dict(rounding_task.net().state_dict())
+    states._extra["cond"][3] = torch.inf
+    with pytest.raises(RoundingError, match=r"layer blocks\.0\.k: its inputs are NaN or infinite"):
+        calibrate_module(task.module, states, INT2)
+
+
+def test_dead_inputs_are_rounded_plainly_and_listed(task):
+    with torch.no_grad():
+        task.module.blocks[1].q.weight.zero_()
+        task.module.blocks[1].q.bias.zero_()
+    found = calibrate_module(task.module, TaskStates(task, PROMPTS.calibration), INT2)
+    assert found["blocks.1.proj"].note == "its inputs never change"
+
+
+def test_models_that_cannot_be_walked_are_refused(task, states):
+    class Twice(rounding_task.Net):
+        def forward(self, x, sigma, cond):
+            for block in (*self.blocks, self.blocks[0]):
+                x, _ = block(x, cond.unsqueeze(1))
+            return x
+
+    other = rounding_task.task(Twice())
+    with pytest.raises(RoundingError, match=r"blocks\.0 runs more than once"):
+        calibrate_module(other.module, TaskStates(other, PROMPTS.calibration), INT2)
+    plain = nn.Sequential(nn.Linear(64, 64))
+    flat = rounding_task.task(plain)
+    flat = replace(flat, denoise=lambda x, sigma, cond: plain(x))
+    with pytest.raises(RoundingError, match="no blocks"):
+        calibrate_module(plain, TaskStates(flat, PROMPTS.calibration), INT2)
+    with pytest.raises(RoundingError, match="chooses no linear layer"):
+        calibrate_module(task.module, states, Policy("int2", min_weights=10**6))
+    with pytest.raises(RoundingError, match="'w4a4' can't be calibrated"):
+        calibrate_module(task.module, states, "w4a4")
+    with pytest.raises(RoundingError, match="module"):
+        calibrate_weights(rounding_task.without_module("cpu"), PROMPTS, INT2, Path("nowhere"))
+    with pytest.raises(TaskError, match="module is str"):
+        rounding_task.task(module="net")
+
+
+def test_a_format_without_a_grid_beside_one_with_is_rounded_plainly(task, states):
+    policy = Policy("int2", parse_overrides("proj=fp8_e4m3"))
+    found = calibrate_module(task.module, states, policy)
+    assert "no table" in found["blocks.0.proj"].note and not found["blocks.0.q"].note
+
+
+def test_states_are_pairs_of_prompt_and_step(task):
+    every = TaskStates(task, PROMPTS.calibration)
+    some = TaskStates(task, PROMPTS.calibration, 1, seed=3)
+    assert len(every) == 40 and len(some) == 20
+    levels = some._levels.tolist()
+    assert {round(level, 3) for level in levels} == {1.0, 0.6}
+    assert torch.equal(some._levels, TaskStates(task, PROMPTS.calibration, 1, seed=3)._levels)
+    with pytest.raises(RoundingError, match="states_per_prompt=3 must be 0"):
+        TaskStates(task, PROMPTS.calibration, 3)
+
+
+def arguments(folder, name="weights"):
+    lists = {
+        "calibration": list(PROMPTS.calibration.prompts),
+        "heldout": list(PROMPTS.heldout.prompts),
+    }
+    (folder / "prompts.json").write_text(json.dumps(lists))
+    return [
+        "--task", f"{FILE}:full", "--prompts", str(folder / "prompts.json"), "--format", "int2",
+        "--folder", str(folder / "studies"), "--out", str(folder / f"{name}.safetensors"),
+    ]  # fmt: skip
+
+
+def test_the_command_writes_weights_and_says_what_they_are_worth(tmp_path, capsys):
+    figures = tmp_path / "figures.json"
+    assert command.main([*arguments(tmp_path), "--json", str(figures)]) == 0
+    told = capsys.readouterr().out
+    content = json.loads(figures.read_text())
+    assert content["calibrated"] and content["proof"]["change"]["high"] < 0
+    assert f"calibrated {content['proof']['distance']['calibrated']:.5f}" in told
+    weights = RoundedWeights.load(tmp_path / "weights.safetensors")
+    assert weights.provenance["proof"] == content["proof"]
+    for wrong, reason in (
+        (["--format", "w4a4"], "can't be calibrated"),
+        (["--damp", "0"], "damp=0.0 must be"),
+        (["--task", f"{FILE}:without_module"], "the task has no module"),
+    ):
+        assert command.main([*arguments(tmp_path, "none"), *wrong]) == 1
+        assert reason in capsys.readouterr().err
+    assert not (tmp_path / "none.safetensors").exists()
+
+
+@pytest.mark.full
+def test_a_command_that_is_killed_goes_on(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    assert command.main(arguments(whole)) == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qsched_core.calibrate_weights", *arguments(killed)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not list(killed.rglob("blocks.0.safetensors")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert command.main(arguments(killed)) == 0
+    one, other = (RoundedWeights.load(f / "weights.safetensors") for f in (whole, killed))
+    same(one.layers, other.layers)
+
+
+def test_the_demo_task_loads_calibrated_weights(tmp_path, monkeypatch):
+    from demo import task as demo
+
+    full = demo.full(torch.device("cpu"))
+    policy = Policy("int2", parse_overrides("*=keep; *mlp.fc1=int2"))
+    chosen = choices(full.module, policy)
+    weights = RoundedWeights(rounded_plainly(full.module, chosen), chosen, {"format": "int2"})
+    monkeypatch.setenv(demo.WEIGHTS, str(weights.save(tmp_path / "weights.safetensors")))
+    task = demo.calibrated(torch.device("cpu"))
+    assert task.provenance["rounding"] == weights.digest
+    assert task.provenance["source_hash"] == full.provenance["source_hash"]
+    prompts = PROMPTS.heldout.part(0, 2)
+    with quantized(full.module, weights.layers, chosen):
+        expected = final_latents(full, prompts)
+    assert torch.equal(final_latents(task, prompts), expected)
