@@ -12,15 +12,15 @@ from .trajectory import Candidate
 
 logger = logging.getLogger(__name__)
 
-# Makes pictures [candidates, prompts, height, width, 3] of a few candidates and prompts.
+# Makes pictures [candidates, prompts, height, width, 3] of one batch.
 Make = Callable[[PromptSet, Sequence[Candidate]], torch.Tensor]
 
 
 class Batches:
     """Batches of at most ``max_batch`` latents, halved when memory runs out.
 
-    ``out_of_memory`` are the exceptions that say so, ``relieve`` frees what can be freed after one.
-    ``max_batch`` is what fitted last.
+    ``out_of_memory`` are the exceptions that mean it; ``relieve`` then frees what can be freed.
+    ``max_batch`` is the size that fitted last.
     """
 
     def __init__(
@@ -40,8 +40,8 @@ class Batches:
     ) -> torch.Tensor:
         """Pictures [candidates, prompts, height, width, 3] from ``make``, a batch at a time.
 
-        A batch holds as many prompts as fit, and as many candidates of those.  What runs out of
-        memory at one latent is raised.
+        A batch takes as many prompts as fit, then as many candidates of those.  If memory runs out
+        with a single latent, the exception is raised.
         """
         out: list[list[torch.Tensor]] = [[] for _ in candidates]
         start = 0

@@ -16,7 +16,7 @@ from .workspace import Workspace, remove_abandoned
 
 # Names that Windows gives to devices, in any folder and with any extension.
 _DEVICES = re.compile(r"(con|prn|aux|nul|com[1-9]|lpt[1-9])(\..*)?", re.IGNORECASE)
-MOST_NAME = 1024  # characters of a name that is looked up; file systems hold no longer ones
+MOST_NAME = 1024  # characters of a name that is looked up; no file system holds longer ones
 PROBE_BYTES, SPARE_BYTES = 2**16, 2**24
 _MOST_BYTES = 180  # a part may have 255, a path on Windows 260; the temporary name is longer
 
@@ -29,7 +29,7 @@ def safe_name(name: str, extension: str = ".json") -> PurePosixPath:
     """
     if (
         len(name) > 2 * _MOST_BYTES
-    ):  # first: normalizing takes the square of the length at its worst
+    ):  # first, since the time of normalizing may grow with the square of the length
         raise ValueError(f"name={shown(name)} is longer than {_MOST_BYTES} bytes; give a short one")
     path = unicodedata.normalize("NFC", name.replace("\\", "/"))
     if not path.lower().endswith(extension):

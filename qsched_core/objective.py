@@ -10,8 +10,10 @@ Higher is better; no reference image is needed.  A set's JAQ is the mean over it
 
 CLIPScore = max(100 * cosine, 1) is that of arXiv 2104.08718 in the usual scale of 100; its floor of
 1 (an image that has nothing to do with its prompt) keeps the logarithm finite.  CLIP-IQA (arXiv
-2207.12396) lies in [0, 1].  The paper's k is 2.  Or a weighted sum of any scorers: those that
-measure alignment make up the one part, all others the other, with k = 1.
+2207.12396) lies in [0, 1].  The paper's k is 2.
+
+Instead of a preset there may be a weighted sum of any scorers.  Scorers of alignment are added up
+to the alignment, all others to the quality, and k = 1.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ logger = logging.getLogger(__name__)
 
 QUALITY_WEIGHT = 2.0
 MAX_FORMULA, MAX_TERMS = 2048, 32  # characters and terms of a formula
-LOGARITHMIC = {"clip": "clip_score"}  # scorers that enter by their logarithm: the raw term's name
+LOGARITHMIC = {
+    "clip": "clip_score"
+}  # scorers of which the logarithm is taken: the name of the raw term
 
 
 @dataclass(frozen=True)

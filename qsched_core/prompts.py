@@ -1,4 +1,4 @@
-"""Prompt sets: what the search sees, and what it never sees."""
+"""Prompt sets: those of the search, and the held-out ones."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .text import shown
 
 BUNDLED = Path(__file__).parent / "data" / "prompts.json"
 MAX_SEED = 2**64 - 1
-MAX_TEXT = 2**24  # characters of prompts that are read at all
-# What is read before anything runs; a longer text is checked when it is used.
+MAX_TEXT = 2**24  # characters; longer texts are refused
+# Characters that are checked before a graph runs; a longer text is checked when it is used.
 EARLY_TEXT, EARLY_PARTS, EARLY_FILE = 2**18, 2**13, 2**16
-_PARTS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029[{,"  # ends of lines, and what parts JSON
+_PARTS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029[{,"  # ends of lines, and separators of JSON
 
 
 class PromptError(ValueError):
@@ -112,7 +112,7 @@ def check_apart(calibration: Sequence[str], heldout: Sequence[str]) -> None:
 
 
 def is_long(text: str) -> bool:
-    """Whether ``text`` is too much to be read while others wait."""
+    """Whether ``text`` is too long to be read before a graph runs."""
     return len(text) > EARLY_TEXT or sum(map(text.count, _PARTS)) > EARLY_PARTS
 
 

@@ -1,4 +1,4 @@
-"""What was made lately, in bounded memory."""
+"""A cache in bounded memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Value = TypeVar("Value")
 
 
 class Recent(Generic[Value]):
-    """Values by key; the least recently used are given up beyond ``max_bytes``, but never the last."""
+    """Values by key.  Beyond ``max_bytes`` the least recently used are dropped; the newest always stays."""
 
     def __init__(self, max_bytes: int):
         self.max_bytes, self._bytes = max_bytes, 0

@@ -1,4 +1,4 @@
-"""Noise levels: what a trajectory of them may be, and where one lies among those learned.
+"""Noise levels: checks of a trajectory's, and where a level lies among the learned ones.
 
 Corrections belong to noise levels, not to step numbers: a partial denoise, a part of the steps or
 another scheduler asks for them at sigmas of its own.
@@ -14,7 +14,7 @@ from itertools import pairwise
 
 from .validation import MAX_STEPS, ScheduleError
 
-SIGMA_TOLERANCE = 1e-3  # relative: schedulers differ in the last digits between devices
+SIGMA_TOLERANCE = 1e-3  # relative; between devices a scheduler's last digits differ
 _SNR_LIMIT = 12.0  # log-SNR is infinite at a flow's ends
 
 
@@ -56,7 +56,7 @@ class SigmaMatch:
     learned: bool = False
 
     def pick(self, values: Sequence[float]) -> float:
-        """The value here: never outside the two it lies between."""
+        """The value here, interpolated: never outside its two neighbours."""
         if not self.share:
             return values[self.index]
         low, high = values[self.index], values[self.index + 1]

@@ -26,8 +26,11 @@ from .trajectory import (
 
 logger = logging.getLogger(__name__)
 
-SCORED_BYTES = 2**29  # pictures held at a time while they are scored
-IDENTITY_KEYS = ("source_hash", "patches")  # of a model's description: which weights it had
+SCORED_BYTES = 2**29  # pictures in memory at a time while they are scored
+IDENTITY_KEYS = (
+    "source_hash",
+    "patches",
+)  # key of a model's description: a hash of the weights before quantization
 
 # ``run(model, x, sigmas, extra_args)`` gives final latents [copies * prompts, ...] for initial
 # latents x [prompts, ...]; ``model(x, sigma, **extra_args)`` takes any multiple of them.
@@ -47,8 +50,8 @@ class SourceError(ValueError):
 class Source(Protocol):
     """Makes pictures of prompts under candidates, and counts its model evaluations.
 
-    ``trajectory`` is the one it samples by itself, ``nfe`` the latents that went through the model
-    so far, ``max_batch`` the most latents in a batch.
+    ``trajectory`` is its own one, ``nfe`` counts the latents that went through the model so far,
+    ``max_batch`` is the largest batch in latents.
     """
 
     trajectory: Trajectory
@@ -93,11 +96,12 @@ class Measure(Protocol):
 
 
 class ModelSource(ABC):
-    """A source that runs a model: what runs it says how to sample and how to decode.
+    """A source that runs a model; subclasses say how to sample and how to decode.
 
-    Prompts and candidates share batches of at most ``max_batch`` latents, halved when memory runs
-    out (an exception of ``out_of_memory``; ``relieve`` then frees what can be freed), and candidates
-    share the evaluations that they have in common: ``memory`` bytes of model outputs are kept.
+    Prompts and candidates share batches of at most ``max_batch`` latents.  A batch is halved when
+    memory runs out: an exception of ``out_of_memory``, after which ``relieve`` frees what can be
+    freed.  Candidates share the evaluations that they have in common: ``memory`` bytes of model
+    outputs are kept.
     Each picture is what the model gives for its prompt and seed alone, up to the rounding of a
     batched matrix product, in the 256 levels of a picture file: a saved picture scores the same.
     """
@@ -126,8 +130,9 @@ class ModelSource(ABC):
     def sample(
         self, prompts: PromptSet, trajectory: Trajectory, copies: int, run: Run
     ) -> torch.Tensor:
-        """Final latents [copies * prompts, ...]: what ``run`` gives for the prompts' initial latents,
-        conditioned model and sigmas."""
+        """Call ``run`` with the prompts' initial latents, conditioned model and sigmas.
+
+        Gives its final latents [copies * prompts, ...]."""
 
     @abstractmethod
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -255,8 +260,8 @@ def scored(
 def check_reference(source: Source, reference: Source) -> None:
     """SourceError unless ``reference`` is the same model on the same trajectory, quantized or not.
 
-    The same: equal sampling and size, and the hash of the weights before quantization, with the
-    patches on them, where both models have one.  Where one has none that is logged.
+    The same means: equal sampling, equal size, and equal hashes of the unquantized weights and of the
+    patches on them.  If a model has no hash, it is not compared, and this is logged.
     """
     mine, other = source.describe(), reference.describe()
     one, two = source.trajectory, reference.trajectory

@@ -30,10 +30,10 @@ class Interval:
 def paired_interval(before: Sequence[float], after: Sequence[float]) -> Interval:
     """95 % interval of the mean of ``after - before``, one score a prompt in each.
 
-    Student's interval corrected for skewness: the means that Johnson's modified t test (JASA 73,
+    Student's interval, corrected for skewness: all means that Johnson's modified t test (JASA 73,
     1978, "Modified t tests and confidence intervals for asymmetrical populations") does not reject.
-    Where a few prompts lose far more than the others gain, Student's interval and the percentile
-    bootstrap lie above 0 by chance much more often than they say.  ValueError when lengths differ
+    It is needed where a few prompts lose far more than the others gain: there Student's interval and
+    the percentile bootstrap lie above 0 much more often than by their nominal error.  ValueError when lengths differ
     or are below 2.
     """
     gains = np.asarray(after, dtype=float) - np.asarray(before, dtype=float)
@@ -46,7 +46,7 @@ def paired_interval(before: Sequence[float], after: Sequence[float]) -> Interval
     if not spread:
         return Interval(mean, mean, mean, n)
     skewness = float((((gains - mean) / spread) ** 3).mean())
-    # without the bias that it has in few normal samples; two have none
+    # the estimate for small normal samples; two values have no skewness
     skewness = skewness * math.sqrt(n * (n - 1)) / (n - 2) if n > 2 else 0.0
     error = spread / math.sqrt(n - 1)
     low = mean - error * _johnson_quantile(skewness, n)
@@ -55,7 +55,7 @@ def paired_interval(before: Sequence[float], after: Sequence[float]) -> Interval
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """Interval of the mean of ``values``, as :func:`paired_interval`; of one it has no width."""
+    """Interval of the mean of ``values``, as :func:`paired_interval`; for one value it has no width."""
     if len(values) == 1:
         return Interval(float(values[0]), float(values[0]), float(values[0]), 1)
     return paired_interval([0.0] * len(values), values)
@@ -64,8 +64,9 @@ def mean_interval(values: Sequence[float]) -> Interval:
 def _johnson_quantile(skewness: float, n: int) -> float:
     """Standard errors from the mean of n values to the lower end of its interval.
 
-    The t that solves t + A t^2 + A / 2 = q, with A = skewness / (3 sqrt(n)) and q Student's
-    quantile.  A long left tail may leave none; the last t there was, about 2 q, is taken then.
+    It is the t that solves t + A t^2 + A / 2 = q, with A = skewness / (3 sqrt(n)) and q Student's
+    quantile.  With a long left tail (A < 0) there may be no solution.  Then t is the largest that any
+    solvable A gives, about 2 q.
     """
     from scipy.special import stdtrit
 

@@ -75,7 +75,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integer(digits: str) -> int:
-    if len(digits) > MAX_DIGITS:  # reading one takes the square of its length
+    if len(digits) > MAX_DIGITS:  # the time to read a number grows with the square of its digits
         raise ScheduleError(f"not a schedule: {shown(digits)} has {len(digits)} digits")
     return int(digits)
 

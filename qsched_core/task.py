@@ -20,7 +20,7 @@ from .trajectory import MEMO_BYTES, Trajectory, tile
 
 
 class TaskError(SourceError):
-    """A task that can't be found, or that is not one; the message says what to change."""
+    """A task that can't be found, or something that is no task; the message says what to change."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _module(source: str, spec: str):
             return importlib.import_module(source)
         except ModuleNotFoundError as error:
             if error.name is None or not f"{source}.".startswith(f"{error.name}."):
-                raise  # something that the module itself needs
+                raise  # a module that the task's module imports is missing
             raise TaskError(
                 f"task={spec!r}: no module {source!r} here; run in the folder that holds it, or give "
                 "its path"
@@ -163,6 +163,6 @@ def _module(source: str, spec: str):
         raise TaskError(f"task={spec!r}: there is no file {path}")
     found = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(found)
-    sys.modules[path.stem] = module  # dataclasses and the like look their module up
+    sys.modules[path.stem] = module  # dataclasses look their module up in sys.modules
     found.loader.exec_module(module)
     return module

@@ -1,4 +1,4 @@
-"""Text of others, made fit to be shown: names, prompts and notes out of any file or workflow.
+"""Makes foreign text safe to show: names, prompts and notes from any file or workflow.
 
 ``plain`` is for one line of text, ``markdown`` for what a page may render, ``csv_cell`` for a
 spreadsheet, ``drawable`` for a picture, ``shown`` for an error message.
@@ -31,7 +31,7 @@ _MARKUP = re.compile(
 _ENTITY = re.compile(r"&(?=#?\w+;)")
 # What a spreadsheet takes for a formula (OWASP, "CSV Injection"), in full width too.
 _FORMULA = re.compile("\\s*[=+\\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n]")
-MOST_DRAWN = 2000  # characters: more never fits a picture
+MOST_DRAWN = 2000  # characters; a picture never has room for more
 
 
 def plain(text: str, most: int = 0) -> str:

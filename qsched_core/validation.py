@@ -14,7 +14,7 @@ MAX_PROVENANCE = 2**18  # characters of JSON; a calibration on 20 prompts writes
 # Brackets and commas of JSON: every list, object and entry takes time to read.  A schedule of 1000
 # steps that was calibrated, and edited a hundred times, has some 12 000.
 MAX_PARTS = 2**14
-MAX_DEPTH = 64  # far below what any JSON reader or writer recurses to
+MAX_DEPTH = 64  # far below the recursion limit of any JSON reader or writer
 _INT_LIMIT = 2**64  # seeds are below it; Python refuses to print integers of some thousand digits
 
 
@@ -77,14 +77,16 @@ def check_parts(name: str, text: str, most: int = MAX_PARTS) -> None:
 
 
 class _NotPlainError(Exception):
-    """What is wrong, and where: the way to it, innermost first, is put together only then."""
+    """What is wrong, and where.
+
+    The path is collected innermost first while the exception rises: sound JSON costs nothing for it."""
 
     def __init__(self, said: str, *path: str):
         self.said, self.path = said, list(path)
 
 
 def _plain(value: Any, depth: int) -> Any:
-    if type(value) is float and math.isfinite(value):  # most of what there is
+    if type(value) is float and math.isfinite(value):  # the most common case, tested first
         return value
     if value is None or isinstance(value, bool):
         return value

@@ -24,16 +24,18 @@ from .precheck import PreCheck, compared
 
 logger = logging.getLogger(__name__)
 
-SEARCH_VERSION = 2  # part of every study's name: raise it when proposals change
+SEARCH_VERSION = (
+    2  # part of every study's name; raise it when the search proposes other points than before
+)
 
 
 @dataclass(frozen=True)
 class CalibrationResult:
-    """``schedule`` is what the guard lets through, ``best`` the search's own winner.
+    """``schedule`` is what the guard lets through, ``best`` the candidate that won the search.
 
-    The intervals are of the winner's gain over c = 1, and None where nothing beat c = 1.
-    ``new_trials`` were evaluated in this call, the others came from ``where`` the study is kept.
-    ``journal`` is its file, or what its file would be were it not kept in a database.
+    The intervals are those of the winner's gain over c = 1; None if nothing beat c = 1.
+    ``new_trials`` were evaluated in this call; the others were read from ``where`` the study is
+    kept.  ``journal`` is the study's file; of a study in a database, the path that it would have.
     """
 
     schedule: QSchedule
@@ -109,16 +111,16 @@ def calibrate(
 ) -> CalibrationResult:
     """Learn a correction for the source's trajectory.
 
-    The search maximises the mean score of the calibration prompts; only the base solver and its
-    winner are then evaluated on the held-out ones.  What source and measure say of themselves names
-    the study at ``place``: the same call continues a run that was killed, to the same result, and a
-    finished one evaluates nothing.  ``reference`` is the same model, not quantized: for the control
-    and the pre-check.
+    The search maximises the mean score of the calibration prompts.  Then the base solver and the
+    winner alone are evaluated on the held-out prompts.  The study at ``place`` is named by the
+    descriptions of source and measure: the same call continues a run that was killed, to the same
+    result, and a finished run evaluates nothing.  ``reference`` is the unquantized model, for the
+    control and the pre-check.
 
-    Before the search this raises CalibrationError if ``place`` can't be used or the held-out prompts
-    are too few for an interval, SourceError for a reference that is another model.  During it
-    CalibrationError wraps what source and measure raise for input and shapes; anything else passes
-    through, and the study keeps what is finished.
+    Before the search: CalibrationError if ``place`` can't be used or the held-out prompts are too
+    few for an interval; SourceError if the reference is another model.  During the search
+    CalibrationError wraps errors of source and measure about input and shapes.  Any other exception
+    passes through; the study keeps the finished trials.
     """
     identity = Candidate.identity(source.trajectory)
     for name, members in (("calibration", prompts.calibration), ("held-out", prompts.heldout)):
@@ -210,7 +212,7 @@ def calibrate(
 
 
 def provenance_of(source: Source, measure: Measure) -> dict[str, Any]:
-    """Everything that scores depend on beside candidates and prompts: plain JSON."""
+    """Plain JSON of everything that scores depend on, except candidates and prompts."""
     return {**source.describe(), "objective": measure.describe()}
 
 
@@ -219,7 +221,7 @@ def study_content(
 ) -> dict[str, Any]:
     """What a study is about: the same content continues the same study."""
     trajectory = source.trajectory.describe()
-    trajectory.pop("options", None)  # they are in the provenance's sampling
+    trajectory.pop("options", None)  # the trajectory is in the provenance already
     return {
         "version": SEARCH_VERSION,
         **trajectory,

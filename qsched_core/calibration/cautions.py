@@ -14,7 +14,7 @@ from ..text import markdown
 FEW_PROMPTS = 10
 MOST_OF_THE_GAIN = 0.8
 MUCH_MORE_SPREAD = 5.0
-FAR_BELOW = 0.35  # in log CLIPScore: 70 % of what it was
+FAR_BELOW = 0.35  # log CLIPScore lost: the score fell to 70 %
 
 
 def cautions(

@@ -19,8 +19,9 @@ from ..statistics import Interval, paired_interval
 class Control:
     """Held-out scores of the unquantized model at c = 1 and with the best coefficients.
 
-    ``gain`` is its own gain, ``repair`` the quantized model's gain minus that, ``lost`` what
-    quantization cost at c = 1, ``own`` the quantized model's gain: all paired by prompt, in JAQ.
+    All are gains in JAQ, paired by prompt.  ``gain``: the unquantized model's.  ``own``: the
+    quantized model's.  ``repair`` = ``own`` - ``gain``.  ``lost``: what quantization cost at
+    c = 1.
     """
 
     before: Scores
@@ -32,7 +33,7 @@ class Control:
 
     @classmethod
     def of(cls, before: Scores, after: Scores, quantized: tuple[Scores, Scores]) -> Control:
-        """From the reference's scores, and the quantized model's before and after."""
+        """From the scores of the reference, and those of the quantized model before and after."""
         gains = [np.subtract(b.jaq, a.jaq).tolist() for a, b in ((before, after), quantized)]
         return cls(
             before,

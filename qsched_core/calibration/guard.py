@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..statistics import Interval
 
-MIN_PROMPTS = 6  # fewer show too little of how skewed their gains are
+MIN_PROMPTS = 6  # with fewer, the skewness of the gains can't be estimated
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,10 @@ class Verdict:
 
 
 def judge(calibration: Interval | None, heldout: Interval | None, guard: bool) -> Verdict:
-    """Compare the gains of the search's best candidate over c = 1 on its own and on held-out prompts.
+    """Judge the best candidate by its gains over c = 1 on the calibration and the held-out prompts.
 
-    None means that nothing beat c = 1 in the search.  With ``guard`` the schedule stays at 1 unless
-    the held-out interval lies above 0.
+    Both are None if nothing beat c = 1 in the search.  With ``guard`` the schedule stays at 1
+    unless the held-out interval lies above 0.
     """
     if calibration is None or heldout is None:
         text = "no effect: no candidate scored above c = 1 on the calibration prompts; c stays at 1"

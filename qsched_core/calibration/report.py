@@ -81,9 +81,9 @@ def report_text(result: CalibrationResult) -> str:
 
 
 def report_path(result: CalibrationResult, heldout: PromptSet) -> Path:
-    """Where the report's picture is kept: beside the journal, named by everything it shows.
+    """Where the report's picture is kept: beside the journal, under a name that depends on what it shows.
 
-    The journal's name stands for model, objective, search and the searched prompts.
+    The journal's own name covers model, objective, search and calibration prompts.
     """
     shown = {
         "verdict": [result.verdict.text, result.verdict.keep_identity],
@@ -176,7 +176,7 @@ def _objective_plot(pen: Canvas, box, result: CalibrationResult) -> None:
     )  # fmt: skip
     pen.dashes(axes.left, axes.right, axes.y(base))
     for index, (value, trial) in enumerate(zip(values, result.trials, strict=True)):
-        pale = trial.pruned or value < low  # given up early, or far below
+        pale = trial.pruned or value < low  # pruned, or below the axis
         axes.dot(index, max(value, low), FAINT if pale else BLUE)
     if len(bests) > 1:
         pen.line([(axes.x(i), axes.y(value)) for i, value in enumerate(bests)], ORANGE, 2)

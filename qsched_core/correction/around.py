@@ -1,13 +1,13 @@
-"""A correction around a solver that is not ours: only the model's answer can be changed.
+"""A correction for a solver that is not ours: only the model's prediction can be changed.
 
-For a step from sigma to sigma_next the answer is
+For a step from sigma to sigma_next the prediction becomes
 
     D'' = x - (x' - D') + k * (x' - x),      k = sigma / (sigma - sigma_next)
 
-Euler's step from the unscaled (x, D'') ends where it ends from the corrected (x', D'): exact for
-Euler (and at a last step to sigma 0, where D'' = D', for any solver that then returns its answer),
-an approximation for the others.  Evaluations between the step's ends take the step's correction
-and k.
+Euler's step from (x, D'') ends where Euler's step from the corrected (x', D') ends, so this is exact
+for Euler.  At a last step to sigma 0 D'' = D': there it is exact for any solver that returns the
+prediction.  For all other solvers and steps it is an approximation.  Evaluations inside a step use
+that step's correction and k.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class AroundCorrection:
     def step(self, sigma: float) -> int:
         """The step that an evaluation at ``sigma`` belongs to: the last that starts at or above it."""
         steps = range(len(self.sigmas) - 1)
-        # Solvers may lower a first sigma of 1 a little, and compute others in another order.
+        # Solvers may lower a first sigma of 1 a little, and round others differently.
         started = [i for i in steps if self.sigmas[i] >= sigma * (1 - 1e-4)]
         return started[-1] if started else 0
 
@@ -49,7 +49,7 @@ class AroundCorrection:
 
 
 class CorrectedModel:
-    """``model(x, sigma, ...)`` with its answers corrected; all else is the model's own.
+    """``model(x, sigma, ...)`` with corrected predictions; its attributes are the model's.
 
     ValueError where the model returns NaN or infinity, with the step.
     """

@@ -73,7 +73,7 @@ class Correction(StepCorrection, Protocol):
 
     @classmethod
     def identity(cls, steps: int) -> Correction:
-        """The one that changes nothing."""
+        """The correction that changes nothing."""
         ...
 
     @classmethod

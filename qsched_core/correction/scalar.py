@@ -22,7 +22,7 @@ from ..strict_json import take
 from ..validation import MAX_STEPS, ScheduleError, numbers
 from .base import Parameter
 
-MIN_COEFFICIENT, MAX_COEFFICIENT = 0.25, 4.0  # beyond, no trajectory survives
+MIN_COEFFICIENT, MAX_COEFFICIENT = 0.25, 4.0  # outside this range every trajectory breaks down
 
 
 def precondition(

@@ -19,8 +19,12 @@ from scipy.stats import t as student
 
 from ..statistics import LEVEL, Interval
 
-FEW_PER_DIMENSION = 1.0  # images a dimension below which a covariance is singular
-GROUPS, FEWEST, MOST = 20, 6, 1024  # of the jackknife; images it is made for
+FEW_PER_DIMENSION = 1.0  # images for each dimension; with fewer the covariance is singular
+GROUPS, FEWEST, MOST = (
+    20,
+    6,
+    1024,
+)  # of the jackknife, and the numbers of images for which it is computed
 
 
 def frechet_distance(first: torch.Tensor, second: torch.Tensor) -> float:
@@ -35,9 +39,9 @@ def frechet_distance(first: torch.Tensor, second: torch.Tensor) -> float:
 
 @dataclass(frozen=True)
 class Moments:
-    """What a Gaussian of ``count`` features needs: mean [dim], and R [m, dim], m at most dim.
+    """The Gaussian fitted to ``count`` features: mean [dim], and R [m, dim] with m at most dim.
 
-    R^T R is the covariance.
+    The covariance is R^T R.
     """
 
     count: int
@@ -62,10 +66,10 @@ class Moments:
 
 
 def moments(blocks: Iterable[torch.Tensor], name: str = "the set") -> Moments:
-    """Moments, in float64, of features that come as blocks [m, dim]: one is in memory at a time.
+    """Moments, in float64, of features that come in blocks [m, dim]; one block is in memory at a time.
 
-    Blocks are joined as in Chan, Golub and LeVeque (1979): beside both scatters there is that of
-    the two means.  ValueError for fewer than 2 features, and for those that are not finite.
+    Blocks are joined as in Chan, Golub and LeVeque (1979): the scatter of a union is the sum of both
+    scatters and of the scatter between the two means.  ValueError for fewer than 2 features, and for those that are not finite.
     """
     count, mean, scatter = 0, torch.zeros(()), None
     for block in blocks:

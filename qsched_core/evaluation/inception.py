@@ -1,8 +1,8 @@
 """Inception features for FID, from weights that are on this machine already.
 
 Two sets of weights exist.  "tf" is the network of the original FID (arXiv 1706.08500) in torch, which
-pyiqa and pytorch-fid keep; its distances compare with published ones.  "torchvision" was trained
-anew for another purpose: its distances compare among themselves alone.  Nothing is downloaded.
+pyiqa and pytorch-fid keep; its distances compare with published ones.  "torchvision" was
+trained separately: its distances compare only with one another.  Nothing is downloaded.
 """
 
 from __future__ import annotations

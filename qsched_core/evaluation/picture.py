@@ -57,7 +57,7 @@ class _Page(Canvas):
     def at(
         self, x: float, text: str, color=INK, size: int = 15, width: float | None = None
     ) -> None:
-        """Text on the current row, which stays."""
+        """Text on the current row; does not move to the next."""
         self.text(x, self.y, text, color, size, width=width)
 
     def write(self, text: str, color=INK, size: int = 16, most: int | None = 4) -> None:

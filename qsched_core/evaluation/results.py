@@ -25,7 +25,7 @@ from .study import ArmStudy, Part
 logger = logging.getLogger(__name__)
 
 REFERENCES = "reference images"
-BLOCK = 2048  # pictures whose features are in memory at a time
+BLOCK = 2048  # pictures; the features of so many are in memory at a time
 MAPPED = 2**30  # bytes of pictures from which on they are mapped from a file
 
 
@@ -53,7 +53,7 @@ class ArmResult:
         return {name: mean_interval(values) for name, values in self.columns.items()}
 
     def features(self, space: str) -> Iterator[torch.Tensor]:
-        """Features [m, dim] in a space, at most ``BLOCK`` pictures (and a part's rest) at a time."""
+        """Features in a space, as blocks [m, dim] of about ``BLOCK`` pictures."""
         block: list[torch.Tensor] = []
         for part in self.parts:
             block.append(self.study.features(part, space))
@@ -92,7 +92,7 @@ class ArmResult:
                 file.flush()
                 return torch.from_file(file.name, shared=False, size=math.prod(shape)).view(shape)
             finally:
-                with suppress(OSError):  # Windows keeps a file that is mapped
+                with suppress(OSError):  # Windows can't delete a mapped file
                     os.unlink(file.name)
 
     def _pictures(self) -> Iterator[tuple[Part, torch.Tensor]]:

@@ -28,9 +28,9 @@ from .results import BLOCK, REFERENCES, ArmResult, Comparison, Distance, Distanc
 from .study import ArmStudy, EvaluationError, Part, keep_features
 from .study import kept_features as read_features
 
-VERSION = 2  # part of every arm's name: raise it when what is kept changes
+VERSION = 2  # part of every arm's name; raise it when the content of the files changes
 CORE = Path(__file__).resolve().parents[1]
-SOURCE_BYTES = 2**27  # that a source may keep: a prompt does not come again after its part
+SOURCE_BYTES = 2**27  # of model outputs kept by a source; no prompt returns once its part is done
 PART = 16  # prompts made and kept at a time; part of the name, as batches round differently
 
 
@@ -38,8 +38,8 @@ PART = 16  # prompts made and kept at a time; part of the name, as batches round
 class Arm:
     """One way of making the pictures: a model, its trajectory and the correction on it.
 
-    ``code`` is plain JSON that fixes the pictures beside those, prompts and seeds: which program
-    makes them.  ``label`` is what a reader sees.
+    ``code`` is plain JSON: the versions of the programs that make the pictures.  ``label`` is what
+    a reader sees.
     """
 
     name: str
@@ -78,19 +78,19 @@ def evaluate(
 ) -> Evaluation:
     """Make and score the pictures of every arm; compare the arms, prompt by prompt.
 
-    ``folder`` keeps every finished part of every arm: the same call continues a run that was killed,
-    to the same numbers; what is finished is not made again, nor is an arm that another evaluation
-    had.  Pictures are scored and kept in 256 levels, as files hold them: what comes back from disk
+    ``folder`` keeps every finished part of every arm.  The same call continues a run that was killed,
+    to the same numbers.  Finished parts are not made again, also those of an arm that another
+    evaluation had.  Pictures are scored and kept in 256 levels, as files hold them: what comes back from disk
     is what was scored, and memory holds those of one part.  Neighbouring arms of one source share
     batches.
 
-    Frechet distances are from the arm ``baseline`` and from ``references`` [m, height, width, 3]
-    where they are given; ``notes`` are what the caller has to say of them.  ``on_step(arm, images)``
+    Frechet distances are measured from the arm ``baseline`` and from ``references``
+    [m, height, width, 3], where given; ``notes`` are the caller's remarks on them.  ``on_step(arm, images)``
     is called after each sampling step of a part that makes so many images.
 
-    EvaluationError before any picture is made for arms that can't be told apart and where
-    ``folder`` can't hold the result, and later when the disk refuses.  What sources and objective
-    raise passes through; finished parts stay.
+    EvaluationError before any picture is made if two arms are the same or ``folder`` can't hold the
+    result; later if the disk fails.  Exceptions of sources and objective pass through; finished
+    parts stay.
     """
     _check(arms, baseline, references, part)
     root, names = Path(folder), [space.name for space in spaces]
@@ -163,7 +163,7 @@ def arm_name(
 
 @cache
 def source_hash(folder: Path) -> str:
-    """SHA-256 (hex) of the Python sources below ``folder``: other code may give other numbers."""
+    """SHA-256 (hex) of the Python sources below ``folder``: changed code may give other numbers."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         digest.update(f"{path.relative_to(folder).as_posix()}\n".encode())
@@ -285,7 +285,7 @@ def _distances(
 
 
 def reference_features(images: torch.Tensor, space: FeatureSpace, root: Path) -> torch.Tensor:
-    """Features of images [n, height, width, 3], kept below ``root`` so that they are made once."""
+    """Features of images [n, height, width, 3]; they are kept below ``root`` and made only once."""
     digest = hashlib.sha256(str(list(images.shape)).encode())
     for image in images:
         digest.update(image.float().cpu().contiguous().numpy())

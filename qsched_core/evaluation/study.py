@@ -3,8 +3,8 @@
 Pictures and features are on disk alone: memory does not grow with the number of pictures.
 
 A part is one safetensors file: features, the pictures as PNG, and the scores as JSON in the header.
-It is written whole or not at all, and holds what any other process would have written under that
-name: a killed run leaves finished parts, and two runs at once can share a folder.  A checksum in the
+It is written whole or not at all: a killed run leaves finished parts.  Its name determines its
+content: two runs at once can share a folder.  A checksum in the
 header is of all else: what was damaged on the disk is made again.
 """
 
@@ -65,7 +65,7 @@ class ArmStudy:
         return self.folder / f"part-{start:06d}.safetensors"
 
     def load(self, start: int, count: int, spaces: Sequence[str]) -> Part | None:
-        """The part, or None where it has to be made: not there, or not readable as what it should be."""
+        """The part, or None if it is missing or damaged and has to be made."""
         path = self._path(start)
         if not path.exists():
             return None

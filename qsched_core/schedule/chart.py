@@ -1,6 +1,6 @@
 """A schedule as one picture: coefficients over the steps, every number, and where they come from.
 
-PIL alone.  Dark on an opaque light ground, so that it reads the same in a light and a dark page.
+Drawn with PIL alone, dark on opaque light: it reads the same on a light and a dark page.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .summary import Score
 
 WIDTH, MARGIN, LEFT = 1200, 40, 150
 SIGMA, GOOD = "#b9c0c9", GREEN
-CURVES = (BLUE, ORANGE, PURPLE, GREEN)  # one a parameter, in turn
+CURVES = (BLUE, ORANGE, PURPLE, GREEN)  # one for each parameter, in turn
 PLOT, BARS, ROW, DOT = 380, 90, 34, 7
 MAX_COLUMNS = 16
 
@@ -105,7 +105,9 @@ def _plot(pen: Canvas, top: float, schedule: QSchedule) -> float:
         points = [(x, place(value)) for x, value in zip(xs, values, strict=True)]
         if len(points) == 1:
             points.append((xs[0], place(neutral)))
-        pen.line(points, color, 2.5 if square else 5)  # both are seen where they are equal
+        pen.line(
+            points, color, 2.5 if square else 5
+        )  # so that both are seen where two curves are equal
     if schedule.steps > 2 * MAX_COLUMNS:
         return bottom
     for i, x in enumerate(xs):

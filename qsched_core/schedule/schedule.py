@@ -87,11 +87,11 @@ class QSchedule:
     def at(self, sigmas: Sequence[float], mode: str = "interpolate") -> Match:
         """Coefficients for the trajectory ``sigmas`` [m + 1].
 
-        A sigma that was learned (to a relative 1e-3) gets its own coefficients; any other is
-        interpolated linearly in log-SNR (held constant beyond the ends) and the match's note says
-        so.  The note also tells of steps that begin at a learned sigma and go to another one than
-        they were learned for, as another step count makes them.  ScheduleError for either in mode
-        "strict", and for sigmas that do not decrease.
+        A sigma that was learned (to a relative 1e-3) gets its own coefficients.  For any other they
+        are interpolated linearly in log-SNR, and held constant beyond the ends; the match's note says
+        so.  The note also tells of steps that start at a learned sigma but end at another one than in
+        the learned trajectory: another step count makes such steps.  In mode "strict" both are a
+        ScheduleError; so are sigmas that do not decrease.
         """
         if mode not in MODES:
             raise ScheduleError(f"mode={shown(mode)} is unknown; choose one of {', '.join(MODES)}")
@@ -104,7 +104,7 @@ class QSchedule:
         return Match(self.correction.at(found), note)
 
     def _foreign(self, sigmas: Sequence[float], found: Sequence[SigmaMatch]) -> str:
-        """What is said of sigmas that were not learned; empty if all were."""
+        """The note on sigmas that were not learned; empty if all were."""
         foreign = [s for s, match in zip(sigmas, found, strict=False) if not match.learned]
         if not foreign:
             return ""
@@ -115,7 +115,7 @@ class QSchedule:
         )
 
     def _other_steps(self, sigmas: Sequence[float], found: Sequence[SigmaMatch]) -> str:
-        """What is said of learned sigmas from which another step is made; empty if none is."""
+        """The note on steps that start at a learned sigma and end elsewhere; empty if there are none."""
         for i, match in enumerate(found):
             end, learned = sigmas[i + 1], self.sigmas[match.index + 1]
             if abs(end - learned) > SIGMA_TOLERANCE * sigmas[i]:
@@ -126,7 +126,7 @@ class QSchedule:
         return ""
 
     def tail(self, denoise: float) -> tuple[float, ...]:
-        """The sigmas of a partial denoise: those of the last ``denoise`` of the steps, rounded.
+        """The sigmas of a partial denoise: those of the last round(``denoise`` * steps) steps.
 
         ScheduleError unless ``denoise`` is above 0 and at most 1; at least one step is left.
         """
@@ -139,12 +139,11 @@ class QSchedule:
     ) -> QSchedule:
         """A copy with numbers of one step changed; step 0 is all of them.
 
-        ``changes`` are by the correction's parameter; ``step`` counts from 1.  ``mode`` "add" and
-        "multiply" work on the number that is there, "set" replaces it; None leaves it.  The
-        provenance then says that it was edited, and keeps what was measured with the original
-        apart, under "original".  An edit that changes nothing gives the schedule itself.
-        ScheduleError names a step or parameter that is not there, and a number that would leave its
-        range.
+        ``changes`` maps parameters of the correction to numbers; None changes nothing.  ``step``
+        counts from 1.  ``mode`` "add" and "multiply" work on the old number, "set" replaces it.  The
+        provenance of the copy tells of the edit; what was measured with the original is moved to
+        "original" there.  An edit that changes nothing gives the schedule itself.  ScheduleError
+        names a step or parameter that does not exist, and a number that would be out of range.
         """
         if mode not in EDITS:
             raise ScheduleError(f"mode={shown(mode)} is unknown; choose one of {', '.join(EDITS)}")
@@ -178,7 +177,7 @@ class QSchedule:
         )
 
     def _edited_provenance(self, edit: dict[str, Any]) -> dict[str, Any]:
-        """Still for the same model and sampling; scores and verdict are the original's."""
+        """Model and sampling are kept; scores and verdict go to "original"."""
         before = self.provenance
         kept = {key: before[key] for key in ("model", "sampling") if key in before}
         edits, original = before.get("edits"), before.get("original")
@@ -202,7 +201,7 @@ class QSchedule:
     def to_json(self) -> str:
         """Versioned JSON text; :meth:`from_json` gives an equal schedule back.
 
-        Version 1, which older nodes read, wherever it can say the same.
+        It is version 1, which older nodes read, wherever that can express the schedule.
         """
         return strict_json.dump(self._version_1() or self._version_2())
 
@@ -277,12 +276,12 @@ class QSchedule:
 
 
 def _learned_options(solver: str, provenance: Any) -> dict[str, float]:
-    """The options that a version 1 schedule was learned with: its provenance alone tells them."""
+    """The solver options of a version 1 schedule, which are in its provenance only."""
     sampling = provenance.get("sampling") if isinstance(provenance, Mapping) else None
     options = sampling.get("options") if isinstance(sampling, Mapping) else None
     try:
         return dict(StepSolver(solver, options).options)
-    except ScheduleError:  # a note of something else
+    except ScheduleError:  # "options" holds something else
         return {}
 
 
@@ -296,7 +295,7 @@ def _trajectory_2(content: dict[str, Any]) -> Trajectory:
     return Trajectory.from_json(content["trajectory"])
 
 
-# by version: the fields that say the trajectory, and how they are read
+# by version: the fields that describe the trajectory, and their reader
 _TRAJECTORIES = {
     1: (("solver", "flow", "sigmas"), _trajectory_1),
     2: (("trajectory",), _trajectory_2),

@@ -19,12 +19,12 @@ logger = logging.getLogger(__name__)
 
 CLIP_SCALE, CLIP_SCORE_FLOOR = 100.0, 1.0
 
-# Brings a module to where it should run and says where that is.
+# Moves a module to the device it should run on, and gives that device.
 Placement = Callable[[torch.nn.Module], torch.device]
 
 
 class ScorerError(ValueError):
-    """A scorer that can't be built, or that gave something that is no score."""
+    """A scorer that can't be built, or whose output is no score."""
 
 
 def agree_to_download(allowed: bool, what: str) -> None:
@@ -67,7 +67,7 @@ class Sources:
 
     @staticmethod
     def describe_file(path: Path) -> dict[str, str]:
-        """Its name and SHA-256: provenance."""
+        """The file's name and SHA-256, for provenance."""
         digest = hashlib.sha256()
         with path.open("rb") as file:
             while chunk := file.read(1 << 20):

@@ -255,7 +255,8 @@ def fetched_parts(open_clip, architecture: str) -> list[str]:
 def head_counts(open_clip) -> tuple[dict[int, int], dict[int, int]]:
     """Attention heads by width, of image towers and of text towers, as open_clip's models have them.
 
-    Weights don't show them: a width that has two counts, or none, is in neither.
+    Weights don't show the count.  A width is left out if no model has it, or if
+    models of that width differ.
     """
     vision: dict[int, set[int]] = defaultdict(set)
     text: dict[int, set[int]] = defaultdict(set)

@@ -55,7 +55,7 @@ def read_weights(path: Path) -> Weights:
 
 
 def _is_stored(value: torch.Tensor) -> bool:
-    """Whether every element of ``value`` is in the file: a small file can claim a huge tensor."""
+    """Whether the file holds every element of ``value``: a small file can declare a huge tensor."""
     if value.layout != torch.strided or value.device.type != "cpu":
         return False
     return value.numel() * value.element_size() <= value.untyped_storage().nbytes()

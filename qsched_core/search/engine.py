@@ -1,4 +1,4 @@
-"""The search itself: suggests, evaluates, records; alone, or beside other workers."""
+"""The search: it suggests points, evaluates and records them, alone or beside other workers."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ RECENT = 8
 class Trial:
     """A finished candidate: its number in the whole search (0 is c = 1), scores, and cost.
 
-    ``value`` is the mean JAQ of the calibration prompts; of a ``pruned`` trial, which saw the first
-    of them only, that of c = 1 plus the mean gain over it on those.  ``seconds`` and
-    ``nfe`` (model evaluations) are its share of what it was evaluated together with.
+    ``value`` is the mean JAQ on the calibration prompts.  A ``pruned`` trial saw only the first of
+    them: its value is the mean of c = 1 plus the mean gain on those.  ``seconds`` and ``nfe`` (model
+    evaluations) are its share of the batch that it was evaluated in.
     """
 
     number: int
@@ -109,8 +109,8 @@ class Search:
         self.settings, self.prompts, self.monitor = settings, prompts, monitor or Monitor()
         self.pruner = get_pruner(settings.pruner)
         self.trials: list[Trial] = []
-        # The scores of c = 1, slot 0 of the first stage.  While a stage runs, trials are in the
-        # order of their arrival, and another worker's may come before it.
+        # The scores of c = 1, which is slot 0 of the first stage.  It need not be the first of the
+        # trials: those are in the order of arrival, and another worker's may come earlier.
         self.base: Scores | None = None
         self.new_trials = 0
         self.total = 1 + settings.budget
@@ -166,14 +166,14 @@ class Search:
         working: Mapping[int, Point],
         free: Sequence[int],
     ) -> dict[int, Point]:
-        """Points of the free slots to be evaluated together."""
+        """Points for the free slots that are evaluated together next."""
         fixed = stage.fixed[: stage.trials]
         if free[0] < len(fixed):
             return {s: fixed[s] for s in free[: self.settings.together] if s < len(fixed)}
         # What was lost, by damage or a dead worker, is proposed as it was: from what was before it.
         known = [r for r in done.values() if r.slot < free[0]]
         past = [*stage.history, *((r.point, self._value(r)) for r in known)]
-        # What is not known yet is taken for the worst, so that others look elsewhere.
+        # Running trials count as bad ones, so that workers look in different places.
         worst = min((value for _, value in past), default=0.0)
         past += [(point, worst) for point in working.values()]
         points: dict[int, Point] = {}
@@ -245,9 +245,9 @@ class Search:
         prompts: PromptSet,
         source: Source | None = None,
     ) -> list[Record]:
-        """Evaluate on other prompts than the search's, or from another source; kept as well.
+        """Evaluate on other prompts, or from another source; the results are kept in the study too.
 
-        ``name`` and the prompts name what is kept: the same again is not evaluated again.
+        They are kept under ``name`` and the prompts: the same call evaluates nothing again.
         """
         stage = f"{name} {prompts.hash[:24]}"
         while True:

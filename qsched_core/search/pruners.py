@@ -1,4 +1,4 @@
-"""Giving up early: candidates that are plainly worse don't see every prompt.
+"""Pruning: candidates that are plainly worse don't see every prompt.
 
 Prompts are the resource: a candidate is scored on a few, then on more, and Optuna's pruners decide
 in between.  Seeds are the same for every candidate, so a comparison is paired by prompt.
@@ -17,7 +17,7 @@ from ..study.errors import CalibrationError
 from ..text import shown
 from .samplers import quiet
 
-FIRST_SHARE = 1 / 4  # of the prompts, before the first decision
+FIRST_SHARE = 1 / 4  # share of the prompts before the first decision
 Values = Sequence[float]
 
 
@@ -100,7 +100,7 @@ class Judge:
             self.study = optuna.create_study(
                 direction="maximize", study_name="fidelity", pruner=pruner.build(optuna, prompts)
             )
-        # A pruner keeps what it needs with the trials it was asked about: ask it again.
+        # A pruner stores its state in the trials that it has judged: let it judge them again.
         state = optuna.trial.TrialState
         for values in finished:
             self._begin()
@@ -118,7 +118,7 @@ class Judge:
         self.trial, self.told = self.study.ask(), 0
 
     def give_up(self, values: Values) -> bool:
-        """Whether a candidate with these scores of the first prompts is not worth the rest."""
+        """Whether to give a candidate up, from its scores on the first prompts."""
         for step in range(self.told + 1, len(values) + 1):
             self.trial.report(self.pruner.report(values[:step]), step)
         self.told = len(values)

@@ -21,15 +21,17 @@ from ..study.store import Point
 from .space import Space
 
 Past = Sequence[tuple[Point, float]]
-DIGITS = 4  # of a proposed coefficient: none matters beyond, and rounding hides a GPU's last bits
+DIGITS = (
+    4  # digits of a proposed coefficient: enough for it, and the last bits of a GPU are rounded off
+)
 
 
 @dataclass(frozen=True)
 class Sampler:
     """A registry entry; ``build(optuna, seed)`` makes Optuna's sampler.
 
-    ``replay`` is for one that learns by being told, trial by trial; the others read the finished
-    trials.
+    ``replay`` marks a sampler that has to be told of every trial in turn; the others read the
+    finished trials from the study.
     """
 
     name: str
@@ -55,7 +57,7 @@ def _tpe(optuna, seed):
 
 
 def _cmaes(optuna, seed):
-    # begins in the middle of the box, which is the base solver or near it
+    # starts in the middle of the box, at the base solver or near it
     return optuna.samplers.CmaEsSampler(seed=seed, n_startup_trials=0)
 
 
@@ -71,7 +73,7 @@ SAMPLERS: dict[str, Sampler] = {
 
 @contextmanager
 def quiet(optuna) -> Iterator[None]:
-    """Without Optuna's lines about studies in memory, which are made for every proposal."""
+    """Silences Optuna's log lines: every proposal makes a study in memory."""
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
@@ -88,7 +90,8 @@ def suggest(
     """The point of ``space`` to try next, ``past`` being (point, value) pairs, higher is better."""
     entry = SAMPLERS[sampler]
     optuna = require("optuna", "the search", "optuna")
-    # CMA-ES goes on from its own draws, so its seed stays; the others draw anew each time.
+    # CMA-ES is replayed and continues its own draws, so its seed is fixed; the others get a new
+    # seed each time.
     number = stage if entry.replay else f"{stage}/{slot}"
     digest = hashlib.sha256(f"{seed}/{number}".encode()).digest()
     with quiet(optuna):

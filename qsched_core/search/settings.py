@@ -21,8 +21,9 @@ class CalibrationSettings:
     ``budget`` counts candidates beside c = 1; 0 is the strategy's default.  ``low`` and ``high``
     bound the ramp's values (None: the strategy's own), ``ends`` searches where the ramps end as
     well as where they start, ``radius`` bounds the per-step refinement.  ``pruner`` is how early
-    bad candidates are given up.  A sampler makes ``proposals`` at a time, which are evaluated
-    together; of candidates that don't depend on results ``together`` are, which changes none.
+    bad candidates are given up.  A sampler makes ``proposals`` at a time; they are evaluated
+    together.  Of candidates that don't depend on results ``together`` are evaluated at a time; this
+    does not change any result.
     Raises CalibrationError on any invalid field, MissingDependencyError if something needs a package.
     """
 
@@ -65,5 +66,5 @@ class CalibrationSettings:
     def search(self) -> dict[str, Any]:
         """What the proposals depend on: plain JSON."""
         content = asdict(self)
-        content["fidelity"] = content.pop("pruner")  # its name in the studies there are
+        content["fidelity"] = content.pop("pruner")  # the pruner's name in existing studies
         return {name: v for name, v in content.items() if name not in ("guard", "together")}

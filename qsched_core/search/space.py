@@ -27,7 +27,7 @@ class Space(Protocol):
     def start(self) -> dict[str, float]: ...
 
     def candidate(self, point: Point) -> Candidate:
-        """What is made at ``point``."""
+        """The candidate at ``point``."""
         ...
 
 
@@ -87,7 +87,7 @@ class RampSpace:
 
 @dataclass(frozen=True)
 class StepSpace:
-    """Two free numbers a step, within ``radius`` of what lies between ``centre`` and 1.
+    """Two free numbers a step, from ``radius`` below to ``radius`` above the range of ``centre`` and 1.
 
     ``free`` names the steps that are searched (all by default); the others stay at the centre.
     """
@@ -129,7 +129,7 @@ class StepSpace:
 
 
 class _Nothing:
-    """The box without a coordinate: for what is evaluated but not searched."""
+    """A box without coordinates, for trials that are evaluated but not searched."""
 
     bounds: Mapping[str, Range] = MappingProxyType({})
     start: Point = MappingProxyType({})

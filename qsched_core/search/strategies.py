@@ -1,4 +1,4 @@
-"""How the coefficients are searched: a strategy is a row of stages.
+"""How the coefficients are searched: a strategy is a sequence of stages.
 
 A stage has points that are fixed in advance and, after them, points that a sampler proposes from
 the finished trials.
@@ -18,7 +18,7 @@ from .samplers import SAMPLERS
 from .space import RampSpace, Space, StepSpace, grid_points, sobol_points
 
 RAMP_DESIGN = 4  # points spread over the ramp's box before the sampler takes over
-RAMP_SHARE = 24 / 64  # of the budget, where steps are refined after the ramp
+RAMP_SHARE = 24 / 64  # the ramp's share of the budget, where single steps are refined after it
 PAPER, WIDE = (0.8, 1.2), (0.6, 1.6)  # boxes of the ramp; the demo's best lies outside the paper's
 
 
@@ -72,8 +72,8 @@ StageBuilder = Callable[[Plan, Sequence[Past]], Stage]
 class Strategy:
     """A registry entry; budgets count trials beside the first one, which is at c = 1.
 
-    ``box`` is where ramps are searched by default, ``ramp`` whether they are at all.
-    ``min_budget_ends`` is the least budget where the ramps' ends are free, 0 if that asks no more.
+    ``ramp`` says whether ramps are searched, ``box`` in which range by default.
+    ``min_budget_ends`` is the least budget if the ramps' ends are free; 0: no more than otherwise.
     """
 
     name: str
@@ -146,7 +146,7 @@ def _joint_stage(sampler: str) -> StageBuilder:
 def _block_stages(sampler: str, plan: Plan) -> list[StageBuilder]:
     """One step after another, from the first on, each around the best candidate so far.
 
-    What step i changes costs the evaluations after it alone, the last step's none at all: cheap
+    A change at step i costs only the evaluations after it; at the last step it costs none.  Cheap
     steps get more of the trials.
     """
     left = plan.budget - _ramp_trials(plan)

@@ -22,7 +22,7 @@ def euler_ancestral(
         down, up = ancestral_step(step.sigma, step.sigma_next, eta)
         if down == 0:
             return step.denoised
-        # drawn at eta 0 too, as ComfyUI does: the generator of a longer chain must not shift
+        # drawn at eta 0 too, as in ComfyUI: later draws of the same generator must not shift
         noise = draw(step.sigma, step.sigma_next) * s_noise
         return euler_step(step, down).add_(noise.mul_(up))
 

@@ -120,7 +120,9 @@ class Step(NamedTuple):
     mask: torch.Tensor | None
 
 
-Update = Callable[[Step], torch.Tensor]  # the latent at sigma_next: what makes a solver
+Update = Callable[
+    [Step], torch.Tensor
+]  # gives the latent at sigma_next; this is what one solver has of its own
 
 
 def integrate(
@@ -134,8 +136,7 @@ def integrate(
 ) -> torch.Tensor:
     """Evaluate, correct, update: the loop of every solver, from x [n, ...] at sigmas[0].
 
-    ``update`` makes every step, or there is one for each.
-    ValueError for sigmas or a latent that cannot be sampled, and with the step's number when the
+    ``update`` is one for all steps, or a list with one for each.  ValueError for sigmas or a latent that cannot be sampled, and with the step's number when the
     model returns NaN or infinity.
     """
     check_sigmas(sigmas)

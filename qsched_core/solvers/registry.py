@@ -61,7 +61,7 @@ class ModelInfo:
 class Solver:
     """A registry entry.
 
-    ``make`` gives an update, which a multistep solver's history lives in: a new one begins anew.
+    ``make`` gives an update.  A multistep solver keeps its history in it: a new one has none.
     ``noise`` makes the noise sampler of a stochastic solver from (x, sigmas, seed); None for the
     others.  ``needs`` are the fields of :class:`ModelInfo` that ``make`` takes as keywords,
     ``options`` what a user may set.  ``prepare`` changes the sigmas of a trajectory that begins

@@ -18,7 +18,7 @@ Noise = Callable[[NoiseSource], NoiseSampler]
 
 @dataclass(frozen=True)
 class BoundSolver:
-    """A solver with everything it is told: the model's properties and its options."""
+    """A solver with the model's properties and its options filled in."""
 
     solver: Solver
     settings: Mapping[str, Any]
@@ -43,8 +43,8 @@ def sample_steps(
 ) -> torch.Tensor:
     """The latent [n, ...] at the last of ``sigmas`` from x at the first, each step by its solver.
 
-    With one solver this is its own function, bit for bit.  A multistep solver begins anew where the
-    solver changes.  ``noise`` gives the sampler of a noise source (by default for the seed in
+    With one solver this equals that solver's own function, bit for bit.  A multistep solver loses its
+    history where the solver changes.  ``noise`` gives the sampler of a noise source (by default for the seed in
     ``extra_args``); steps that draw from the same source share one, so that no noise comes twice.
     ValueError as :func:`~.base.integrate`, and where there is not one solver a step.
     """

@@ -1,4 +1,4 @@
-"""Which database a shared study may be in, and how one is spoken of without its secrets.
+"""Which database a shared study may use, and how to name it without its secrets.
 
 A workflow may come from a stranger, who must not choose files, hosts or environment variables of
 the machine that runs it.  So it names a study database by a plain name, or by a variable that the
@@ -24,7 +24,7 @@ DRIVERS = {
     "postgresql": ({"psycopg": "psycopg", "psycopg2": "psycopg2"}, "psycopg[binary]"),
     "mysql": ({"pymysql": "pymysql", "MySQLdb": "mysqldb"}, "pymysql"),
 }
-# Others let a URL name files of the machine, or let the database's server read them.
+# Other options name files of this machine, or let the database's server read them.
 WORKFLOW_OPTIONS = frozenset({"sslmode"})
 MAX_STORAGE, MAX_STUDY = 2000, 128
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}")
@@ -60,7 +60,7 @@ class StorageRule:
     ``folder``: where the files of plain names lie, None where a plain name means nothing.
     ``prefix``: how the environment variables that may be named begin.
     ``urls``: whether network databases may be written out, ``files``: whether SQLite ones may.
-    ``trusted``: whether their options and hosts are the user's own affair.
+    ``trusted``: whether their options and hosts are accepted unchecked.
     """
 
     folder: Path | None = None

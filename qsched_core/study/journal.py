@@ -38,7 +38,7 @@ def fingerprint(content: Mapping[str, Any]) -> str:
 
 
 def distributions(space: Box) -> dict:
-    """The box in Optuna's words."""
+    """The box as Optuna's distributions."""
     optuna = _optuna()
     return {n: optuna.distributions.FloatDistribution(*ends) for n, ends in space.bounds.items()}
 
@@ -182,9 +182,9 @@ class _Claim:
 
 
 class _HeldLock:
-    """For Optuna's lock: the file is ours alone while the journal is open.
+    """Takes the place of Optuna's lock: the file is ours alone while the journal is open.
 
-    Unlike Optuna's lock files, the system's lock does not outlive a killed process.
+    Optuna's own lock files would outlive a killed process; the system's lock does not.
     """
 
     def acquire(self) -> bool:
@@ -231,7 +231,7 @@ def _check_lines(path: Path) -> None:
 
 
 def _locked(path: Path) -> FileLock:
-    """A lock on the journal ``path`` that is held; it goes with the process that holds it."""
+    """The lock of the journal ``path``, held; the system frees it when the process ends."""
     lock = FileLock(path.with_suffix(".lock"), timeout=0, thread_local=False)
     try:
         lock.acquire()

@@ -27,5 +27,7 @@ class StudyPlace:
         return SharedStore(self.database, self.name, content)
 
     def path(self, content: dict[str, Any]) -> Path:
-        """Its file, or what its file would be: for what is kept beside it."""
+        """The study's file, or of a study in a database the path that it would have.
+
+        Other files of the calibration are kept beside it."""
         return journal_path(self.folder, fingerprint(content))

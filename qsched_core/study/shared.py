@@ -90,7 +90,7 @@ class SharedStore:
                 options["connect_args"] = {"connect_timeout": CONNECT_SECONDS}
             if self.database.file is not None:
                 self.database.file.parent.mkdir(parents=True, exist_ok=True)
-            # Workers that make the tables of a new database at once get in each other's way.
+            # Workers that create the tables of a new database at the same time fail; they try again.
             return _patiently(
                 lambda: optuna.storages.RDBStorage(url, engine_kwargs=options),
                 (SQLAlchemyError, optuna.exceptions.StorageInternalError),
@@ -113,7 +113,7 @@ class SharedStore:
             return
         except duplicated:
             found = self.get(key)
-        for seconds in PATIENCE:  # its maker may be about to write it
+        for seconds in PATIENCE:  # the worker that made the study may be about to write it
             if found is not None:
                 break
             time.sleep(seconds)
@@ -210,7 +210,7 @@ class SharedStore:
         return record is not None and record.slot == slot
 
     def working(self, stage: str) -> dict[int, Point]:
-        """What workers are evaluating now, by slot; what fell silent is given up for them."""
+        """What workers are evaluating now, by slot; trials of silent workers are failed."""
         return {
             trial.user_attrs["slot"]: dict(trial.params)
             for trial in self._trials(stage)
@@ -270,7 +270,7 @@ class SharedStore:
         self._storage.set_trial_user_attr(trial, "beat", count)
 
     def finish(self, stage: str, trial: int, record: Record) -> None:
-        """Scores first, then the state: what is complete has its scores."""
+        """Scores are written before the state: a complete trial has its scores."""
         optuna = require("optuna", "the search", "optuna")
         state = optuna.trial.TrialState.COMPLETE
 
@@ -340,7 +340,9 @@ class _Claim:
         for trial in self._running.values():
             try:
                 self.store.fail(trial)
-            except CalibrationError as error:  # the database is gone: others will notice
+            except (
+                CalibrationError
+            ) as error:  # the database is gone: other workers will see that this one fell silent
                 logger.warning("%s", error)
         self._running.clear()
 
@@ -352,7 +354,7 @@ class _Claim:
                 try:
                     self.store.heartbeat(trial, count)
                 except Exception as error:
-                    # finished in this moment, or a database that is away: the next beat tells
+                    # The trial was just finished, or the database does not answer: the next beat will show.
                     logger.debug("no beat: %s", type(error).__name__)
 
 

@@ -59,10 +59,10 @@ class Record:
 
 
 class Claim(Protocol):
-    """Slots that are ours to evaluate; a context manager.
+    """Slots that this worker evaluates; a context manager.
 
-    ``points`` are those that were won, by slot: none where another worker was quicker.  Leaving
-    without ``finish`` gives the slots back.
+    ``points`` by slot, without slots that another worker took first.  Slots that are not finished
+    are given back at the end.
     """
 
     points: Mapping[int, Point]

@@ -37,9 +37,9 @@ def observed(
     at: Observed | None = None,
     extra_args: dict | None = None,
 ) -> Observed:
-    """The model at the levels and latents of ``at``, or along ``trajectory`` from x.
+    """The model at the levels and latents of ``at``; without it along ``trajectory`` from x.
 
-    Every sample has its own seed, as in a rollout.  Of a step with two evaluations the first is
+    Every sample has its own seed, as in a rollout.  Where a step has two evaluations, the first is
     taken.
     """
     made = 0

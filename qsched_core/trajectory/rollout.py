@@ -42,10 +42,10 @@ def per_sample_noise(
 class EvaluationMemo:
     """Model outputs by what went into the model: equal inputs are evaluated once.
 
-    Candidates that agree on their first steps' coefficients share those steps' latents, and so the
-    model's outputs there: all candidates share the first one, those that differ in the last step
-    alone share every one.  Outputs are kept on the CPU, the least recently used given up beyond
-    ``max_bytes``.
+    Candidates with equal coefficients in their first steps have equal latents there, and so equal
+    model outputs.  All candidates share the first output; candidates that differ only in the last
+    step share all of them.  Outputs are kept on the CPU; beyond ``max_bytes`` the least recently used
+    are dropped.
     """
 
     def __init__(self, max_bytes: int = MEMO_BYTES):
@@ -69,8 +69,8 @@ class EvaluationMemo:
 class SharedEvaluations:
     """Wraps a model for one rollout of ``candidates`` x ``samples`` latents, samples fastest.
 
-    A candidate all of whose latents were evaluated before, or are another candidate's, is not
-    evaluated.  ``evaluations`` counts latents that really went through the model.
+    A candidate is not evaluated if all its latents were evaluated before, or are another
+    candidate's.  ``evaluations`` counts latents that really went through the model.
     """
 
     def __init__(self, model, samples: Sequence[Hashable], memo: EvaluationMemo):
@@ -155,7 +155,7 @@ def rollout(
 
 
 def by_trajectory(candidates: Sequence[Candidate]) -> list[list[int]]:
-    """Positions of the candidates that can be rolled out together, in the order of the first."""
+    """Groups of candidates (their positions) that can be rolled out together, in order of appearance."""
     groups: dict[Hashable, list[int]] = {}
     for position, candidate in enumerate(candidates):
         key = (candidate.trajectory, candidate.correction.kind)

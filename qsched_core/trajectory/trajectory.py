@@ -16,7 +16,7 @@ from ..validation import ScheduleError, numbers
 
 @dataclass(frozen=True)
 class StepSolver:
-    """A solver by name, and those of its options that are not left at its defaults.
+    """A solver by name, and those of its options that differ from its defaults.
 
     ScheduleError for a solver that is unknown, an option that it does not have, or one out of range.
     """
