@@ -46,9 +46,8 @@ logger = logging.getLogger(__name__)
 
 QUALITY_WEIGHT = 2.0
 MAX_FORMULA, MAX_TERMS = 2048, 32  # characters and terms of a formula
-LOGARITHMIC = {
-    "clip": "clip_score"
-}  # scorers of which the logarithm is taken: the name of the raw term
+# Scorers of which the logarithm is taken, and the name of the raw term.
+LOGARITHMIC = {"clip": "clip_score"}
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,8 @@ from .trajectory import (
 logger = logging.getLogger(__name__)
 
 SCORED_BYTES = 2**29  # pictures in memory at a time while they are scored
-IDENTITY_KEYS = (
-    "source_hash",
-    "patches",
-)  # key of a model's description: a hash of the weights before quantization
+# Of a model's description: hashes of the weights before quantization, and of the patches on them.
+IDENTITY_KEYS = ("source_hash", "patches")
 
 # ``run(model, x, sigmas, extra_args)`` gives final latents [copies * prompts, ...] for initial
 # latents x [prompts, ...]; ``model(x, sigma, **extra_args)`` takes any multiple of them.

@@ -46,7 +46,7 @@ def paired_interval(before: Sequence[float], after: Sequence[float]) -> Interval
     if not spread:
         return Interval(mean, mean, mean, n)
     skewness = float((((gains - mean) / spread) ** 3).mean())
-    # the estimate for small normal samples; two values have no skewness
+    # the estimate without bias for few normal samples; two values have no skewness
     skewness = skewness * math.sqrt(n * (n - 1)) / (n - 2) if n > 2 else 0.0
     error = spread / math.sqrt(n - 1)
     low = mean - error * _johnson_quantile(skewness, n)

@@ -24,9 +24,7 @@ from .precheck import PreCheck, compared
 
 logger = logging.getLogger(__name__)
 
-SEARCH_VERSION = (
-    2  # part of every study's name; raise it when the search proposes other points than before
-)
+SEARCH_VERSION = 2  # part of every study's name: raise it when other points are proposed
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,8 @@ from scipy.stats import t as student
 from ..statistics import LEVEL, Interval
 
 FEW_PER_DIMENSION = 1.0  # images for each dimension; with fewer the covariance is singular
-GROUPS, FEWEST, MOST = (
-    20,
-    6,
-    1024,
-)  # of the jackknife, and the numbers of images for which it is computed
+# of the jackknife, and the numbers of images for which it is computed
+GROUPS, FEWEST, MOST = 20, 6, 1024
 
 
 def frechet_distance(first: torch.Tensor, second: torch.Tensor) -> float:
@@ -69,7 +66,8 @@ def moments(blocks: Iterable[torch.Tensor], name: str = "the set") -> Moments:
     """Moments, in float64, of features that come in blocks [m, dim]; one block is in memory at a time.
 
     Blocks are joined as in Chan, Golub and LeVeque (1979): the scatter of a union is the sum of both
-    scatters and of the scatter between the two means.  ValueError for fewer than 2 features, and for those that are not finite.
+    scatters and of the scatter between the two means.  ValueError for fewer than 2 features, and for
+    those that are not finite.
     """
     count, mean, scatter = 0, torch.zeros(()), None
     for block in blocks:

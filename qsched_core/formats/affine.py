@@ -24,7 +24,7 @@ class GroupAffine(WeightFormat):
     """
 
     aux = ("scale", "zero", "scale_2")
-    group = 32
+    group_size = 32
     code_bits: ClassVar[int]
 
     @property
@@ -47,7 +47,7 @@ class GroupAffine(WeightFormat):
         return like.aux["scale_2"] if fits else largest * HEADROOM / FP8_MAX
 
     def _quantize_rows(self, rows, common, random, old):
-        values = grouped(rows, self.group)
+        values = grouped(rows, self.group_size)
         scale8, zero8 = self.fit(values, common)
         if old is not None and torch.equal(old["scale_2"], common):
             kept8, kept_zero8 = old["scale"].unsqueeze(2), old["zero"].unsqueeze(2)

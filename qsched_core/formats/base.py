@@ -91,7 +91,7 @@ class WeightFormat(ABC):
     native: ClassVar[NativeLayout | None] = None
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv2d")
     aux: ClassVar[tuple[str, ...]] = ("scale",)
-    group: ClassVar[int] = 1
+    group_size: ClassVar[int] = 1
     by_rows: ClassVar[bool] = True  # whether rows of a packing are a packing: see Packed.rows
     low_bit_activations: ClassVar[bool] = False
 

@@ -15,7 +15,7 @@ TILE = (128, 4)  # rows and blocks whose scales cuBLAS keeps together
 
 
 class BlockFormat(KitchenFormat):
-    """A scale for each ``group`` weights of a row; ``blocks`` names their table.
+    """A scale for each ``group_size`` weights of a row; ``blocks`` names their table.
 
     ``_quantize_rows`` gives the scales row by row, ``_values`` takes them so.  Nothing is padded:
     where comfy-kitchen would pad a weight, its product with a bias fails and it dequantizes
@@ -55,7 +55,10 @@ class BlockFormat(KitchenFormat):
             old = None
             if like is not None:
                 kept = like.aux[self.blocks][tiles]
-                old = {**like.aux, self.blocks: unswizzle(kept, len(values), columns // self.group)}
+                old = {
+                    **like.aux,
+                    self.blocks: unswizzle(kept, len(values), columns // self.group_size),
+                }
             some, tables = self._quantize_rows(values, common, random, old)
             if error is not None:
                 error.add(self._values(some, tables[self.blocks], common), weight[part])
@@ -74,14 +77,14 @@ class BlockFormat(KitchenFormat):
         out = torch.empty(rows, columns, dtype=dtype, device=packed.codes.device)
         for part, tiles in _parts(rows, columns):
             kept = packed.aux[self.blocks][tiles]
-            scale = unswizzle(kept, part.stop - part.start, columns // self.group)
+            scale = unswizzle(kept, part.stop - part.start, columns // self.group_size)
             out[part] = self._values(packed.codes[part], scale, packed.aux["scale"])
         return out
 
     def packed_bytes(self, shape):
         rows, columns = shape
         codes = self.quantize(torch.zeros(self.out_multiple, columns)).codes
-        scales = _up(rows, TILE[0]) * _up(columns // self.group, TILE[1])
+        scales = _up(rows, TILE[0]) * _up(columns // self.group_size, TILE[1])
         row = codes.shape[1] * codes.element_size()
         return rows * row + scales + (4 if len(self.aux) > 1 else 0)
 

@@ -44,7 +44,7 @@ class BitsAndBytes4(WeightFormat):
 
     bits = 4.125
     aux = ("scale", "scale_2")
-    group = 64
+    group_size = 64
     levels: ClassVar[tuple[float, ...]]
 
     def backend(self, device):
@@ -57,7 +57,7 @@ class BitsAndBytes4(WeightFormat):
         return like.aux["scale_2"] if fits else (largest * HEADROOM / FP8_MAX).clamp_(min=1e-30)
 
     def _quantize_rows(self, rows, common, random, old):
-        blocks = grouped(rows, self.group)
+        blocks = grouped(rows, self.group_size)
         largest = blocks.abs().amax(2)
         scale = (largest / common).clamp_(max=FP8_MAX).to(torch.float8_e4m3fn)
         if old is not None and torch.equal(old["scale_2"], common):
@@ -82,4 +82,6 @@ class BitsAndBytes4(WeightFormat):
             return group_values(packed.codes, self.levels, 4, largest, None, columns, dtype)
         codes, shape = packed.codes.reshape(-1, 1), (rows, packed.codes.shape[1] * 2)
         unpack = torch.ops.bitsandbytes.dequantize_4bit.default
-        return unpack(codes, largest.reshape(-1), self.group, self.name, shape, dtype)[:, :columns]
+        return unpack(codes, largest.reshape(-1), self.group_size, self.name, shape, dtype)[
+            :, :columns
+        ]

@@ -19,7 +19,7 @@ class MXFP8(BlockFormat):
     title = "fp8 weights and activations in blocks of 32 (MXFP8)"
     bits = 8.25
     native = NativeLayout("mxfp8", "TensorCoreMXFP8Layout")
-    group = 32
+    group_size = 32
     out_multiple = 32
 
     def refusal(self, at):
@@ -31,7 +31,7 @@ class MXFP8(BlockFormat):
         )
 
     def _quantize_rows(self, rows, common, random, old):
-        values = rows.view(rows.shape[0], -1, self.group)
+        values = rows.view(rows.shape[0], -1, self.group_size)
         largest = values.abs().amax(2)
         # The smallest power of two that brings the largest magnitude to 448 or below.
         mantissa, exponent = torch.frexp(largest / FP8_MAX)
@@ -45,7 +45,7 @@ class MXFP8(BlockFormat):
 
     def _values(self, codes, scale, common):
         power = _power(scale.view(torch.uint8)).unsqueeze(2)
-        return codes.float().view(*scale.shape, self.group).mul_(power).flatten(1)
+        return codes.float().view(*scale.shape, self.group_size).mul_(power).flatten(1)
 
     def _kernel(self, tokens, packed, bias):
         ck, rows = kitchen(self.name), len(tokens)

@@ -35,7 +35,7 @@ class NVFP4(BlockFormat):
     )
     aux = ("scale", "block_scale")
     blocks = "block_scale"
-    group = 16
+    group_size = 16
     out_multiple = 16
 
     def refusal(self, at):
@@ -53,7 +53,7 @@ class NVFP4(BlockFormat):
         return (largest / (FP8_MAX * FP4_MAX)).clamp_(min=1e-30)
 
     def _quantize_rows(self, rows, common, random, old):
-        values = rows.view(rows.shape[0], -1, self.group)
+        values = rows.view(rows.shape[0], -1, self.group_size)
         largest = values.abs().amax(2)
         scale = (largest / FP4_MAX / common).clamp_(max=FP8_MAX).to(FP8)
         if old is not None and torch.equal(old["scale"], common):
@@ -76,7 +76,7 @@ class NVFP4(BlockFormat):
     def _values(self, codes, scale, common):
         total = (scale.float() * common).unsqueeze(2)
         values = look_up(codes, LEVELS, 4)
-        return values.view(*scale.shape, self.group).mul_(total).flatten(1)
+        return values.view(*scale.shape, self.group_size).mul_(total).flatten(1)
 
     def _kernel(self, tokens, packed, bias):
         ck, rows = kitchen(self.name), len(tokens)

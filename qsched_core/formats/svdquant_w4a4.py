@@ -38,13 +38,13 @@ class SVDQuantW4A4(KitchenFormat):
     title = "4-bit weights and activations beside a low-rank branch in 16 bits (SVDQuant)"
     bits = 4.25
     aux = ("scale", "proj_down", "proj_up", "smooth_factor")
-    group = 64
+    group_size = 64
     by_rows = False
 
     def unfit(self, shape):
         reason = super().unfit(shape)
-        if reason is None and math.prod(shape[1:]) % self.group:
-            reason = f"{self.name} needs in features that are a multiple of {self.group}"
+        if reason is None and math.prod(shape[1:]) % self.group_size:
+            reason = f"{self.name} needs in features that are a multiple of {self.group_size}"
         return reason
 
     def refusal(self, at):
@@ -64,7 +64,7 @@ class SVDQuantW4A4(KitchenFormat):
 
     def packed_bytes(self, shape):
         rows, columns = shape[0], math.prod(shape[1:])
-        tables = rows * columns // self.group + (rows + columns) * RANK + columns
+        tables = rows * columns // self.group_size + (rows + columns) * RANK + columns
         return rows * columns // 2 + 2 * tables
 
     def quantize(self, weight, seed=None, like=None, measure=False):
@@ -81,14 +81,16 @@ class SVDQuantW4A4(KitchenFormat):
         random = None
         if seed is not None:
             random = torch.Generator(weight.device).manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
-        scale = torch.empty(columns // self.group, rows, dtype=TABLE_DTYPE, device=weight.device)
+        scale = torch.empty(
+            columns // self.group_size, rows, dtype=TABLE_DTYPE, device=weight.device
+        )
         codes = torch.empty(rows, columns // 2, dtype=torch.int8, device=weight.device)
         error = Error() if measure else None
         for part in _parts(rows, columns):
             values = weight[part].float()
             check_finite(values, part.start)
             branch = up[part].float() @ down.float().t()
-            rest = (values - branch).mul_(smooth.float()).view(len(values), -1, self.group)
+            rest = (values - branch).mul_(smooth.float()).view(len(values), -1, self.group_size)
             old = None if like is None else like.aux["scale"][:, part].t().unsqueeze(2).float()
             found = self._scale(rest, old)
             whole = round_to_int(rest / _nonzero(found), random).clamp_(-INT4_MAX, INT4_MAX)
@@ -126,7 +128,7 @@ class SVDQuantW4A4(KitchenFormat):
         down, smooth = aux["proj_down"].float().t(), aux["smooth_factor"].float()
         out = torch.empty(rows, columns, dtype=dtype, device=packed.codes.device)
         for part in _parts(rows, columns):
-            rest = unpack_int4(packed.codes[part]).float().unflatten(1, (-1, self.group))
+            rest = unpack_int4(packed.codes[part]).float().unflatten(1, (-1, self.group_size))
             rest = rest.mul_(aux["scale"][:, part].t().unsqueeze(2).float()).flatten(1)
             out[part] = torch.addmm(rest.div_(smooth), aux["proj_up"][part].float(), down)
         return out

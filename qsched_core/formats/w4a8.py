@@ -26,7 +26,7 @@ class W4A8(WeightFormat):
     name = "w4a8"
     title = "4-bit weights in groups of 32, 8-bit activations"
     bits = 4.5
-    group = 32
+    group_size = 32
     aux = ("scale", "scale_2")
     low_bit_activations = True
 
@@ -36,7 +36,7 @@ class W4A8(WeightFormat):
         return largest_magnitude(weight).clamp_(min=1e-30)
 
     def _quantize_rows(self, rows, common, random, old):
-        values = grouped(rows, self.group) / common
+        values = grouped(rows, self.group_size) / common
         largest = values.gather(2, values.abs().argmax(2, keepdim=True))
         best = error = None
         for end in (LOWEST, HIGHEST):  # a negative scale puts a positive extreme on -8

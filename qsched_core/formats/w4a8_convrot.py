@@ -40,13 +40,13 @@ class W4A8ConvRot(KitchenFormat):
     bits = 4.5
     kinds = ("linear",)
     aux = ("scale", "s_channel", "codebook")
-    group = 16
+    group_size = 16
     by_rows = False
 
     def unfit(self, shape):
         reason = super().unfit(shape)
-        if reason is None and shape[1] % self.group:
-            reason = f"{self.name} needs in features that are a multiple of {self.group}"
+        if reason is None and shape[1] % self.group_size:
+            reason = f"{self.name} needs in features that are a multiple of {self.group_size}"
         return reason
 
     def refusal(self, at):
@@ -69,7 +69,7 @@ class W4A8ConvRot(KitchenFormat):
 
     def packed_bytes(self, shape):
         rows, columns = shape
-        return rows * columns // 2 + rows * columns // self.group + 4 * rows + 4 * 16
+        return rows * columns // 2 + rows * columns // self.group_size + 4 * rows + 4 * 16
 
     def quantize(self, weight, seed=None, like=None, measure=False):
         """As every format; with ``like`` the codebook stays, and rows that did not change do."""
@@ -80,7 +80,7 @@ class W4A8ConvRot(KitchenFormat):
         size = rotation_size(weight.shape[1])
         codes, scale, channel, _, codebook = kitchen(self.name).quantize_w4a8_int8_weight(
             weight.float(),
-            group_size=self.group,
+            group_size=self.group_size,
             convrot_groupsize=size,
             codebook_tensor=None if like is None else like.aux["codebook"],
             stochastic_rounding=0 if seed is None else (seed & 0x7FFFFFFF) + 1,
@@ -117,7 +117,7 @@ class W4A8ConvRot(KitchenFormat):
             aux["scale"][part],
             aux["s_channel"][part],
             codebook=aux["codebook"],
-            group_size=self.group,
+            group_size=self.group_size,
             convrot_groupsize=packed.options["convrot_groupsize"],
             output_dtype=dtype,
         )
@@ -134,7 +134,7 @@ class W4A8ConvRot(KitchenFormat):
             aux["s_channel"],
             codebook=aux["codebook"],
             bias=bias,
-            group_size=self.group,
+            group_size=self.group_size,
             convrot_groupsize=packed.options["convrot_groupsize"],
             out_dtype=tokens.dtype,
         )

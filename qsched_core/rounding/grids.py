@@ -35,9 +35,9 @@ class Grid(ABC):
     def __init__(self, form: WeightFormat):
         self.form = form
 
-    def group(self, columns: int) -> int:
+    def group_size(self, columns: int) -> int:
         """How many columns share a table."""
-        return self.form.group
+        return self.form.group_size
 
     def common(self, weight: torch.Tensor) -> torch.Tensor | None:
         return self.form._common(weight, None)
@@ -219,7 +219,7 @@ class RowGrid(Grid):
     form: Int8
     levels = tuple(float(v) for v in range(-127, 128))
 
-    def group(self, columns):
+    def group_size(self, columns):
         return columns
 
     def store(self, scale, zero, common):

@@ -50,7 +50,7 @@ def gptq(grid: Grid, weight: torch.Tensor, h: torch.Tensor, damp: float) -> Roun
     its mean diagonal, is not positive definite.
     """
     rows, columns = weight.shape
-    size, common = grid.group(columns), grid.common(weight)
+    size, common = grid.group_size(columns), grid.common(weight)
     left = padded(weight, size).clone()
     energy, feedback = _feedback(h, damp, left.shape[1])
     levels = torch.empty_like(left)
@@ -102,7 +102,7 @@ def refit(rounded: Rounded, weight: torch.Tensor, h: torch.Tensor) -> Rounded:
     ``h`` [columns, columns] fp32, damped.  A scale that would change sign or shrink below a third is
     kept.
     """
-    grid, size = rounded.grid, rounded.grid.group(rounded.columns)
+    grid, size = rounded.grid, rounded.grid.group_size(rounded.columns)
     scale, zero = rounded.lines()
     rows, groups = scale.shape
     extra = rounded.levels.shape[1] - rounded.columns
@@ -149,7 +149,7 @@ def descend(rounded: Rounded, weight: torch.Tensor, h: torch.Tensor, sweeps: int
 
     ``h`` as for :func:`refit`.  Padding stays as it is.
     """
-    grid, size = rounded.grid, rounded.grid.group(rounded.columns)
+    grid, size = rounded.grid, rounded.grid.group_size(rounded.columns)
     scale, zero = rounded.lines()
     values, levels = rounded.values().clone(), rounded.levels.clone()
     slope = (weight - values) @ h

@@ -21,9 +21,7 @@ from ..study.store import Point
 from .space import Space
 
 Past = Sequence[tuple[Point, float]]
-DIGITS = (
-    4  # digits of a proposed coefficient: enough for it, and the last bits of a GPU are rounded off
-)
+DIGITS = 4  # of a proposed coefficient: precise enough, and without the last bits of a GPU
 
 
 @dataclass(frozen=True)
