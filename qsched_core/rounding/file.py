@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ from ..formats.module import QuantizedLinear
 from ..formats.policy import Choice
 from .layer import Calibrated
 
+logger = logging.getLogger(__name__)
+
 KEY, VERSION = "qsched_rounding", 1
 
 
@@ -34,9 +37,10 @@ class RoundedWeights:
 
     @property
     def digest(self) -> str:
-        """SHA-256 (hex) of every code, table and bias."""
+        """SHA-256 (hex) of every code, table and bias, and of what they are."""
         found = hashlib.sha256()
         for name, layer in sorted(self.layers.items()):
+            found.update(f"{name} {self.chosen[name]} {list(layer.packed.shape)}\n".encode())
             biases = {} if layer.bias is None else {"bias": layer.bias}
             for table, data in {"codes": layer.packed.codes, **layer.packed.aux, **biases}.items():
                 found.update(f"{name}.{table} {list(data.shape)}\n".encode())
@@ -62,7 +66,12 @@ class RoundedWeights:
                 "errors": [layer.plain_error, layer.error],
                 "note": layer.note,
             }
-        content = {"version": VERSION, "layers": entries, "provenance": dict(self.provenance)}
+        content = {
+            "version": VERSION,
+            "layers": entries,
+            "provenance": dict(self.provenance),
+            "sha256": self.digest,
+        }
         return write_atomic(path, save(tensors, {KEY: json.dumps(content)}))
 
     @classmethod
@@ -72,7 +81,7 @@ class RoundedWeights:
         try:
             content = json.loads(file.metadata[KEY])
             version, entries = content["version"], content["layers"]
-            provenance = dict(content["provenance"])
+            provenance, digest = dict(content["provenance"]), content["sha256"]
         except (KeyError, TypeError, ValueError):
             raise FormatError(
                 f"{name} has no rounded weights; give a file of qsched_core.calibrate_weights"
@@ -94,7 +103,10 @@ class RoundedWeights:
                 raise FormatError(
                     f"{name}: layer {layer!r} is damaged ({error}); make the file again"
                 ) from None
-        return cls(layers, chosen, provenance)
+        found = cls(layers, chosen, provenance)
+        if found.digest != digest:
+            raise FormatError(f"{name} is damaged: its checksum is wrong; make or copy it again")
+        return found
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Replace the model's layers by the rounded ones, in place.
@@ -127,7 +139,8 @@ class RoundedWeights:
 class Shelf:
     """Finished blocks in a folder of their own, so that a walk that was stopped goes on.
 
-    ``key`` stands for everything that the blocks depend on.
+    ``key`` stands for everything that the blocks depend on.  A damaged file is named in the log, and
+    its block made again.
     """
 
     def __init__(self, folder: Path, key: str, chosen: Mapping[str, Choice]):
@@ -138,7 +151,13 @@ class Shelf:
 
     def load(self, block: str) -> dict[str, Calibrated] | None:
         path = self._path(block)
-        return dict(RoundedWeights.load(path).layers) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            return dict(RoundedWeights.load(path).layers)
+        except FormatError as error:
+            logger.warning("block %s is rounded again: %s", block, error)
+            return None
 
     def save(self, block: str, layers: Mapping[str, Calibrated]) -> None:
         RoundedWeights(layers, self.chosen).save(self._path(block))

@@ -159,6 +159,20 @@ def test_a_walk_that_was_stopped_goes_on_to_the_same_weights(tmp_path, task):
     same(whole.weights.layers, again.weights.layers)
 
 
+@pytest.mark.parametrize("wound", ["flip", "cut", "empty"])
+def test_a_damaged_block_is_named_and_made_again(tmp_path, task, caplog, wound):
+    whole = calibrate_weights(task, PROMPTS, INT2, tmp_path)
+    path = next(tmp_path.rglob("blocks.1.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 4
+    path.write_bytes({"flip": data, "cut": data[:-9], "empty": b""}[wound])
+    told = []
+    again = calibrate_weights(task, PROMPTS, INT2, tmp_path, on_block=told.append)
+    assert [done.resumed for done in told] == [True, False, True]
+    assert "blocks.1 is rounded again" in caplog.text
+    same(whole.weights.layers, again.weights.layers)
+
+
 @pytest.mark.parametrize(
     "change",
     [
