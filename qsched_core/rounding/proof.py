@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..prompts import PromptSet
-from ..source import Measure, scored
+from ..source import Measure, in_levels
 from ..statistics import Interval, paired_interval
 from ..task import Task, TaskSource
 from ..trajectory import Candidate, rollout
@@ -100,15 +100,20 @@ def final_latents(task: Task, prompts: PromptSet) -> torch.Tensor:
     return torch.cat(found)
 
 
-def arm(task: Task, prompts: PromptSet, reference: torch.Tensor, measure: Measure | None) -> Arm:
-    """The task as it computes now, against latents of the unquantized model."""
-    left = (final_latents(task, prompts) - reference).flatten(1).square().sum(1)
-    energy = reference.flatten(1).square().sum(1).mean()
-    return Arm(
-        tuple((left / energy).tolist()), None if measure is None else jaq(task, prompts, measure)
-    )
+def jaq(
+    task: Task, latents: torch.Tensor, prompts: PromptSet, measure: Measure
+) -> tuple[float, ...]:
+    """Scores of the pictures of ``latents``, in the 256 levels of a picture file."""
+    device = task.initial(prompts.seeds[:1]).device
+    scores: list[float] = []
+    for start in range(0, len(prompts), task.max_batch):
+        part = slice(start, start + task.max_batch)
+        pictures = in_levels(task.decode(latents[part].to(device)).cpu())
+        scores += measure.score(pictures, prompts.prompts[part]).jaq
+    return tuple(scores)
 
 
-def jaq(task: Task, prompts: PromptSet, measure: Measure) -> tuple[float, ...]:
-    candidate = Candidate.identity(task.trajectory)
-    return tuple(scored(TaskSource(task, 0), measure, [candidate], prompts)[0].jaq)
+def distances(latents: torch.Tensor, reference: torch.Tensor) -> tuple[float, ...]:
+    """Squared distance of each prompt's latents to the reference's, over their mean squared length."""
+    left = (latents - reference).flatten(1).square().sum(1)
+    return tuple((left / reference.flatten(1).square().sum(1).mean()).tolist())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,14 +14,14 @@ from torch import nn
 
 from ..formats import get
 from ..formats.policy import Choice, Policy
-from ..prompts import CalibrationPrompts
+from ..prompts import CalibrationPrompts, PromptSet
 from ..source import Measure
 from ..study import fingerprint
 from ..task import Task
 from .errors import RoundingError
 from .file import RoundedWeights, Shelf
 from .layer import Calibrated, RoundingSettings, plain
-from .proof import Proof, arm, final_latents, jaq
+from .proof import Arm, Proof, distances, final_latents, jaq
 from .states import TaskStates
 from .walk import BlockDone, calibrate_module, choices, quantized
 
@@ -85,7 +86,9 @@ def calibrate_weights(
     shelf = Shelf(folder, fingerprint(made_of | {"batch": states.batch}), chosen)
     found = calibrate_module(model, states, policy, settings, shelf, on_block)
     seconds = time.monotonic() - began
-    proof, plainly = _proof(task, model, prompts, found, chosen, measure)
+    plainly = rounded_plainly(model, chosen)
+    models = [nullcontext(), *(quantized(model, layers, chosen) for layers in (plainly, found))]
+    proof = _proof(task, prompts.heldout, measure, models)
     kept = found if proof.holds else plainly
     provenance = made_of | {
         "states": len(states),
@@ -112,16 +115,23 @@ def module_of(task: Task) -> nn.Module:
     return task.module
 
 
-def _proof(task, model, prompts, found, chosen, measure) -> tuple[Proof, dict[str, Calibrated]]:
-    plainly = rounded_plainly(model, chosen)
-    reference = final_latents(task, prompts.heldout)
-
-    def of(layers: Mapping[str, Calibrated]):
-        with quantized(model, layers, chosen):
-            return arm(task, prompts.heldout, reference, measure)
-
-    whole = None if measure is None else jaq(task, prompts.heldout, measure)
-    return Proof(of(plainly), of(found), whole), plainly
+def _proof(
+    task: Task,
+    prompts: PromptSet,
+    measure: Measure | None,
+    models: Sequence[AbstractContextManager],
+) -> Proof:
+    """The unquantized, the plainly rounded and the calibrated model, each inside its context."""
+    reference, arms, scores = None, [], None
+    for model in models:
+        with model:
+            latents = final_latents(task, prompts)
+        scored = None if measure is None else jaq(task, latents, prompts, measure)
+        if reference is None:
+            reference, scores = latents, scored
+        else:
+            arms.append(Arm(distances(latents, reference), scored))
+    return Proof(*arms, scores)
 
 
 def rounded_plainly(model: nn.Module, chosen: Mapping[str, Choice]) -> dict[str, Calibrated]:

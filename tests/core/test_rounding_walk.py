@@ -18,6 +18,7 @@ from torch import nn
 from qsched_core.cli import calibrate_weights as command
 from qsched_core.formats.base import FormatError
 from qsched_core.formats.policy import Policy, parse_overrides
+from qsched_core.objective import Scores
 from qsched_core.prompts import CalibrationPrompts
 from qsched_core.rounding import (
     RoundedWeights,
@@ -32,7 +33,8 @@ from qsched_core.rounding import (
 )
 from qsched_core.rounding.blocks import blocks_of, stages_of
 from qsched_core.rounding.proof import final_latents
-from qsched_core.task import TaskError
+from qsched_core.task import TaskError, TaskSource
+from qsched_core.trajectory import Candidate
 
 FILE = Path(rounding_task.__file__)
 ROOT = FILE.parents[2]
@@ -157,6 +159,28 @@ def test_a_walk_that_was_stopped_goes_on_to_the_same_weights(tmp_path, task):
     again = calibrate_weights(task, PROMPTS, INT2, tmp_path / "b", on_block=told.append)
     assert [done.resumed for done in told] == [True, True, False]
     same(whole.weights.layers, again.weights.layers)
+
+
+class Brightness:
+    """Scores a picture by its mean."""
+
+    def score(self, images, prompts):
+        assert len(images) == len(prompts)
+        means = tuple(images.mean((1, 2, 3)).tolist())
+        return Scores(means, means, means)
+
+    def describe(self):
+        return {}
+
+
+def test_pictures_are_scored_where_there_is_a_measure(tmp_path, task):
+    proof = calibrate_weights(task, PROMPTS, INT2, tmp_path, measure=Brightness()).proof
+    source = TaskSource(task)
+    identity = Candidate.identity(task.trajectory)
+    pictures = source.images(PROMPTS.heldout, [identity])[0]
+    assert proof.reference_jaq == pytest.approx(pictures.mean((1, 2, 3)).tolist())
+    assert len(proof.calibrated.jaq) == 24 and proof.plain.jaq != proof.calibrated.jaq
+    assert proof.to_dict()["jaq"]["gain"] == proof.gain.to_dict()
 
 
 @pytest.mark.parametrize("wound", ["flip", "cut", "empty"])
