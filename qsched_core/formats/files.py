@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
+import threading
 import warnings
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -43,13 +47,19 @@ class MappedFile:
     Nothing is read before it is used; ``release`` gives the pages of a tensor that is done with
     back to the system.  The mapping lives as long as any of its tensors does.  Errors are those of
     :func:`read_header`, and FormatError for a dtype that torch does not have.
+
+    Touching the mapping of a file that was cut short kills the process: where the file may have
+    changed, long after it was opened, ``read`` is for that, and fails instead.
     """
 
     def __init__(self, path: str | Path):
         self._name = Path(path).name
-        with open(path, "rb") as file:
-            header = header_of(file, self._name)
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  open as long as this is
+        self._closing = weakref.finalize(self, self._file.close)
+        self._lock = threading.Lock()  # of the place in the file
+        header = header_of(self._file, self._name)
+        self._known = self._facts()
+        self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
         self.entries, self.metadata, self._data = header.tensors, header.metadata, header.data
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
@@ -79,6 +89,58 @@ class MappedFile:
     def owns(self, tensor: torch.Tensor) -> bool:
         """Whether ``tensor`` is a view of the mapping, and so takes no memory of its own."""
         return tensor.device.type == "cpu" and self._start <= tensor.data_ptr() < self._end
+
+    def read(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy of ``tensor``, a view of the mapping, that is read from the file as it was opened.
+
+        FormatError if the file was changed since, or can't be read; one that was only renamed,
+        replaced or deleted is still there.
+        """
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        extent = 1 + sum((size - 1) * step for size, step in steps) if tensor.numel() else 0
+        data = torch.empty(extent, dtype=tensor.dtype)
+        with self._lock, self._named():
+            self._check_same()
+            self._file.seek(tensor.data_ptr() - self._start if extent else 0)
+            self._fill(memoryview(data.view(torch.uint8).numpy()))
+            self._check_same()
+        return torch.as_strided(data, tensor.shape, tensor.stride())
+
+    def check_same(self) -> None:
+        """FormatError if the file was changed since it was opened: ask before touching the mapping."""
+        with self._named():
+            self._check_same()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise FormatError(
+                f"{self._name} can't be read any more ({error.strerror}); see whether its drive is "
+                "connected, and load it again"
+            ) from error
+
+    def _fill(self, view: memoryview) -> None:
+        while view:
+            count = self._file.readinto(view)
+            if not count:
+                raise self._changed()
+            view = view[count:]
+
+    def _facts(self) -> tuple[int, int]:
+        found = os.fstat(self._file.fileno())
+        return found.st_size, found.st_mtime_ns
+
+    def _check_same(self) -> None:
+        if self._facts() != self._known:
+            raise self._changed()
+
+    def _changed(self) -> FormatError:
+        return FormatError(
+            f"{self._name} was changed on disk since it was loaded ({self._known[0]} bytes then, "
+            f"{self._facts()[0]} now); load it again, and replace a file by renaming another to it"
+        )
 
     def release(self, tensor: torch.Tensor) -> None:
         """Give the memory of ``tensor`` back, if it is a view of the mapping; it can be read again."""

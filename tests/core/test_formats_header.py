@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import struct
 
 import pytest
@@ -261,3 +263,44 @@ def test_what_the_library_refuses_is_refused_and_what_it_takes_is_taken(
         place += count
     path = write(tmp_path / "m.safetensors", header, bytes(size if moved else place))
     assert hold_against_the_library(path) == (not refused(path))
+
+
+def test_a_tensor_is_read_as_it_lies_in_the_file(tmp_path):
+    found = torch.arange(24, dtype=torch.bfloat16).reshape(4, 6)
+    path = tmp_path / "m.safetensors"
+    save_file({"a": found, "b": torch.arange(5, dtype=torch.int8)}, path)
+    mapped = MappedFile(path)
+    view = mapped.tensor("a")
+    for part in (view, view.T, view[1:3, 2:5], view[:0], view[2, 3]):
+        copy = mapped.read(part)
+        assert torch.equal(copy, part) and copy.dtype == part.dtype
+        assert not mapped.owns(copy)
+    assert torch.equal(mapped.read(mapped.tensor("b")), torch.arange(5, dtype=torch.int8))
+
+
+@pytest.mark.parametrize("size", [0, 100, 10_000])
+def test_a_file_cut_short_or_grown_since_is_named(size, tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_file({"a": torch.ones(1000)}, path)
+    mapped = MappedFile(path)
+    os.truncate(path, size)
+    with pytest.raises(
+        FormatError, match=rf"m\.safetensors was changed.*4\d\d\d bytes.*{size} now"
+    ):
+        mapped.read(mapped.tensor("a"))
+
+
+@pytest.mark.parametrize("call", ["fstat", "read"])
+def test_a_drive_that_was_unplugged_is_named(call, tmp_path, monkeypatch):
+    path = tmp_path / "m.safetensors"
+    save_file({"a": torch.ones(1000)}, path)
+    mapped = MappedFile(path)
+
+    def gone(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((os, "fstat", gone) if call == "fstat" else (mapped, "_fill", gone)))
+        with pytest.raises(FormatError) as told:
+            mapped.read(mapped.tensor("a"))
+    assert "m.safetensors can't be read any more" in str(told.value)

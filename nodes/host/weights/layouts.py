@@ -30,16 +30,14 @@ from ....qsched_core.formats.policy import Choice
 
 @dataclass(frozen=True, eq=False)
 class WeightSource:
-    """The weight that was quantized, in a mapped file: it takes no memory until it is read."""
+    """The weight that was quantized, in a file: it takes no memory until it is read."""
 
     weight: torch.Tensor
     file: MappedFile
 
     def read(self, device: torch.device) -> torch.Tensor:
-        """A copy in fp32 on ``device``; the memory of the file's pages is released."""
-        weight = self.weight.to(device, torch.float32, copy=True)
-        self.file.release(self.weight)
-        return weight
+        """A copy in fp32 on ``device``; FormatError if the file was changed since it was loaded."""
+        return self.file.read(self.weight).to(device, torch.float32)
 
 
 SEED = 1  # for stochastic rounding where no layer name gives one

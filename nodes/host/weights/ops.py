@@ -63,6 +63,11 @@ class LoadRecord:
     choices: dict[str, Choice] = field(default_factory=dict)  # the policy's answers
     samples: dict[str, bytes] = field(default_factory=dict)  # of weights before quantization
 
+    def check_same(self) -> None:
+        """FormatError if the file was changed while it is loaded."""
+        if self.file is not None:
+            self.file.check_same()
+
     def source(self, weight: torch.Tensor) -> WeightSource | None:
         """A way to read ``weight`` again; None if it is not in the mapped file."""
         owned = self.file is not None and self.file.owns(weight)
@@ -113,6 +118,7 @@ def quantized_ops(
             if weight is None or prefix + "comfy_quant" in state_dict:
                 return False
             record.progress()
+            record.check_same()
             record.kinds[name] = self.kind
             if isinstance(weight, QuantizedTensor):
                 stored, tensor = weight.qsched, record.own(weight)
