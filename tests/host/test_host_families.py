@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 import pytest
 import torch
 from families import QWEN_IMAGE, SMALL, Small
-from inside import loading
+from inside import Request, loading
 
 from benchmarks._families import FAMILIES, weights
 
@@ -19,6 +19,7 @@ management = importlib.import_module("comfy.model_management")
 formats = importlib.import_module("qsched_pack.qsched_core.formats")
 Policy = importlib.import_module("qsched_pack.qsched_core.formats.policy").Policy
 QuantizedTensor = importlib.import_module("comfy_kitchen.tensor").QuantizedTensor
+saving = importlib.import_module("qsched_pack.nodes.host.weights.saving")
 save_file = importlib.import_module("safetensors.torch").save_file
 
 # What stays as the file has it (embedders and heads), and what is modulation, by family: layer
@@ -232,3 +233,14 @@ def test_qwen_image_with_one_block(tmp_path):
         assert 1e-4 < relative(found, wanted) < DIT_DISTANCE["int8"]
     finally:
         path.unlink()
+
+
+@pytest.mark.parametrize("weight_format", ["nf4", pytest.param("int2", marks=pytest.mark.full)])
+@pytest.mark.parametrize("family", ["sd15", "sdxl_koala", "flux_dev", "sd35"])
+def test_comfyuis_own_loader_says_what_opens_an_extended_file(family, weight_format, tmp_path):
+    source, path = tmp_path / "source.safetensors", tmp_path / "saved.safetensors"
+    save_file(SMALL[family].weights(), source)
+    saving.save_model(loading.load_diffusion_model(str(source), Request(weight_format)), path)
+    with pytest.raises(KeyError, match=r"open this file with Load Diffusion Model \(Quantized\)"):
+        comfy_sd.load_diffusion_model(str(path))
+    loading.load_diffusion_model(str(path), Request(weight_format))

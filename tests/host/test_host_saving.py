@@ -18,6 +18,7 @@ from inside import (
     ALL,
     DISTANCE,
     NAMES,
+    REPO,
     Request,
     comfy_sd,
     formats,
@@ -33,11 +34,17 @@ from inside import (
 )
 
 info = importlib.import_module("qsched_pack.nodes.host.weights.provenance")
+layouts = importlib.import_module("qsched_pack.nodes.host.weights.layouts")
 saving = importlib.import_module("qsched_pack.nodes.host.weights.saving")
 report = importlib.import_module("qsched_pack.qsched_core.formats.report")
 workspace = importlib.import_module("qsched_pack.qsched_core.workspace")
 folder_paths = importlib.import_module("folder_paths")
 chart = importlib.import_module("qsched_pack.qsched_core.formats.chart")
+
+OPENERS = {
+    "load_diffusion_model": r"Load Diffusion Model \(Quantized\)",
+    "load_checkpoint_guess_config": r".*Load Checkpoint \(Quantized\)",
+}
 
 
 def metadata(path) -> dict:
@@ -74,11 +81,37 @@ def test_native_files_open_in_plain_comfyui(name, loaded, sample, tmp_path):
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if formats.get(n).file_kind == "extended"])
-def test_extended_files_fail_loudly_in_plain_comfyui(name, loaded, tmp_path):
+@pytest.mark.parametrize("loader", ["load_diffusion_model", "load_checkpoint_guess_config"])
+def test_extended_files_say_in_plain_comfyui_what_opens_them(name, loader, loaded, tmp_path):
     model = loaded(name)
     saving.save_model(model, tmp_path / "saved.safetensors")
-    with pytest.raises(Exception, match=rf"qsched_{name}|size mismatch|Could not detect"):
-        comfy_sd.load_diffusion_model(str(tmp_path / "saved.safetensors"))
+    says = rf"qsched_{name}: open this file with {OPENERS[loader]}"
+    with pytest.raises(KeyError, match=says):
+        getattr(comfy_sd, loader)(str(tmp_path / "saved.safetensors"))
+
+
+def node_names() -> set[str]:
+    text = (REPO / "nodes" / "loading.py").read_text(encoding="utf-8")
+    return set(re.findall(r'display_name="(Load [^"]*)"', text))
+
+
+def test_what_a_file_says_of_its_nodes_are_their_names():
+    assert node_names() and all(name in layouts.HINT for name in node_names())
+
+
+def test_files_without_that_hint_open_as_before(tmp_path, loaded, sample):
+    """Those of earlier versions."""
+    model = loaded("nf4")
+    path, _ = saving.save_model(model, tmp_path / "saved.safetensors")
+    state, facts = safetensors.torch.load_file(path), metadata(path)
+    for key in [k for k in state if k.endswith("comfy_quant")]:
+        entry = json.loads(state[key].numpy().tobytes())
+        assert entry["format"] != "qsched_nf4"
+        entry["format"] = "qsched_nf4"
+        state[key] = torch.tensor(list(json.dumps(entry).encode()), dtype=torch.uint8)
+    safetensors.torch.save_file(state, tmp_path / "older.safetensors", facts)
+    older = loading.load_diffusion_model(str(tmp_path / "older.safetensors"), Request("nf4"))
+    assert same_state(state_bytes(older), state_bytes(model))
 
 
 @pytest.mark.parametrize("name", ["nf4", "int8"])

@@ -7,6 +7,8 @@ use the host's layout.
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,6 +107,11 @@ class PatchableTensor(QuantizedTensor):
 
 
 PREFIX = "qsched_"  # begins the names of our formats in a saved file's "comfy_quant"
+# What follows them there: ComfyUI's own loaders show the whole text in their error.
+HINT = (
+    "open this file with Load Diffusion Model (Quantized) or Load Checkpoint (Quantized), of the "
+    "ComfyUI-QSched nodes"
+)
 
 
 class PackedLayout(QuantizedLayout):
@@ -157,13 +164,20 @@ class PackedLayout(QuantizedLayout):
 
     @classmethod
     def state_dict_tensors(cls, qdata, params):
-        return {"": qdata} | {f"_{name}": getattr(params, name) for name in cls.FORMAT.aux}
+        return {"": _as_the_weight(qdata, params.orig_shape)} | {
+            f"_{name}": getattr(params, name) for name in cls.FORMAT.aux
+        }
 
     @classmethod
     def requantize_kwargs(cls, qtensor):
         params = qtensor._params
         like = _packed(cls.FORMAT, qtensor._qdata, params)
         return {"like": like, "weight_only": params.weight_only}
+
+
+def _as_the_weight(codes: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Codes in rows as long as the weight's, where they fill them: ComfyUI knows UNets by these."""
+    return codes.reshape(-1, *shape[1:]) if codes.numel() % math.prod(shape[1:]) == 0 else codes
 
 
 def _packed(form: WeightFormat, qdata: torch.Tensor, params) -> Packed:
@@ -318,9 +332,18 @@ def saved_name(name: str) -> str:
     return PREFIX + name if native is None else native.algorithm
 
 
+def with_hint(tensor: torch.Tensor) -> torch.Tensor:
+    """A layer's "comfy_quant" with ``HINT`` in it, if ComfyUI's own loaders can't open the layer."""
+    entry = json.loads(tensor.cpu().numpy().tobytes())
+    if not entry["format"].startswith(PREFIX):
+        return tensor
+    entry["format"] = f"{PREFIX}{saved_format(entry)}: {HINT}"
+    return torch.tensor(list(json.dumps(entry).encode()), dtype=torch.uint8)
+
+
 def saved_format(entry: Mapping) -> str | None:
     """Our name for the format of a layer's "comfy_quant" entry; None for one we don't restore."""
-    name = str(entry.get("format", ""))
+    name = str(entry.get("format", "")).partition(":")[0]
     if name.startswith(PREFIX) and name.removeprefix(PREFIX) in LAYOUTS:
         return name.removeprefix(PREFIX)
     rotated = bool(entry.get("convrot") or (entry.get("params") or {}).get("convrot"))
@@ -371,6 +394,8 @@ def _restore(sd: dict, name: str, form: WeightFormat, entry: Mapping) -> Packed:
     codes = sd[f"{name}.weight"]
     if form.native is None:
         aux = {table: sd.pop(f"{name}.weight_{table}") for table in form.aux}
+        if list(codes.shape[1:]) == entry["shape"][1:]:
+            codes = codes.reshape(entry["shape"][0], -1)
         return Packed(codes, aux, tuple(entry["shape"]), entry.get("options", {}))
     aux = {table: sd.pop(f"{name}.weight{form.native.keys[table]}") for table in form.aux}
     params = get_layout_class(form.native.layout).Params

@@ -21,7 +21,9 @@ from safetensors import SafetensorError
 
 from ....qsched_core.files import check_room, write_whole
 from ....qsched_core.formats import FormatError, get
+from ....qsched_core.formats.layer_entry import SUFFIX
 from ....qsched_core.workspace import remove_abandoned
+from . import layouts
 from .loading import METADATA, merge_patches
 from .provenance import INFO, model_info
 
@@ -69,7 +71,7 @@ def save_model(
         provenance["merged_patches"] = provenance["patches"]
     provenance = {"version": VERSION, **provenance, "kind": file_kind(provenance)}
     metadata = {METADATA: json.dumps(provenance), "format": "pt", **(extra or {})}
-    keys = _extra_keys(model, alone=clip is None and vae is None)
+    keys = _extra_keys(model, alone=clip is None and vae is None) | _entries(model)
 
     def write(place: Path) -> None:
         try:
@@ -121,6 +123,13 @@ def file_kind(provenance: dict) -> str:
     """ "native" if plain ComfyUI opens a file of this model, "extended" if this pack alone does."""
     kinds = {get(name).file_kind for name in provenance["quantized_layers"]}
     return "extended" if "extended" in kinds else "native"
+
+
+def _entries(model) -> dict[str, torch.Tensor]:
+    """The layers' entries, with what ComfyUI's own loaders are to say of them, by key in the file."""
+    state = model.model.diffusion_model.state_dict()
+    entries = {k: layouts.with_hint(v) for k, v in state.items() if k.endswith(SUFFIX)}
+    return model.model.model_config.process_unet_state_dict_for_saving(entries)
 
 
 def _extra_keys(model, alone: bool) -> dict[str, torch.Tensor]:
