@@ -67,7 +67,7 @@ class DiskError(OSError):
 
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
+_DENIED = {errno.EACCES, errno.EPERM}
 _GONE = {errno.EIO, errno.ENODEV, errno.ENXIO, errno.ESTALE, errno.ENOTCONN, errno.ENOENT}
 
 
@@ -92,8 +92,11 @@ def disk_error(
             f"({reason})",
             number,
         )
-    if number in _READ_ONLY:
-        what, fix = "its folder is read-only", "make it writable, or choose another"
+    if number == errno.EROFS:
+        what, fix = "its disk is read-only", "make it writable, or choose another"
+    elif number in _DENIED:
+        what = "access is denied"
+        fix = "make the folder writable, close what has the file open, or choose another"
     elif number in _GONE:
         what, fix = "its drive does not answer", "see whether it is connected, or choose another"
     else:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..files import check_folder
 from ..formats import get
 from ..formats.policy import Choice, Policy
 from ..prompts import CalibrationPrompts, PromptSet
@@ -62,12 +63,13 @@ def calibrate_weights(
     ``task`` is of the unquantized model and has its ``module``, which is left as it is.  Finished
     blocks are kept in ``folder``: a walk that was stopped goes on there, to the same weights.  On the
     held-out prompts the result is compared with plain rounding; where it is not nearer to the
-    unquantized model, plain rounding is what is returned.  RoundingError or FormatError before any
-    work, or naming the layer that can't be rounded.
+    unquantized model, plain rounding is what is returned.  RoundingError, FormatError or DiskError
+    before any work, or naming the layer that can't be rounded.
     """
     settings = settings or RoundingSettings()
     model = module_of(task)
     chosen = choices(model, policy)
+    check_folder(folder, _stored_bytes(model, chosen))
     made_of = {
         "algorithm": ALGORITHM,
         "settings": settings.to_dict(),
@@ -99,6 +101,12 @@ def calibrate_weights(
     }
     weights = RoundedWeights(kept, chosen, provenance)
     return WeightsResult(weights, proof, proof.holds, seconds, states.evaluations)
+
+
+def _stored_bytes(model: nn.Module, chosen: Mapping[str, Choice]) -> int:
+    """About what the rounded layers take on disk."""
+    sizes = ((model.get_submodule(n).weight.numel(), c.format) for n, c in chosen.items())
+    return int(sum(count * get(form).bits / 8 for count, form in sizes))
 
 
 def module_of(task: Task) -> nn.Module:

@@ -129,7 +129,7 @@ ERRORS = {
     errno.ENOSPC: r"disk is full: it takes 2\.0 MB, .* free; free some space",
     errno.EDQUOT: r"quota is used up: it takes 2\.0 MB, .* free; free some space",
     errno.EROFS: "read-only .*make it writable",
-    errno.EACCES: "read-only .*make it writable",
+    errno.EACCES: "access is denied .*make the folder writable",
     errno.EIO: "drive does not answer .*connected",
     errno.ENODEV: "drive does not answer .*connected",
     errno.ENAMETOOLONG: "choose another name",

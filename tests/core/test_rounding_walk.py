@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from qsched_core.cli import calibrate_weights as command
+from qsched_core.files import SPARE_BYTES, DiskError
 from qsched_core.formats.base import FormatError
 from qsched_core.formats.policy import Policy, parse_overrides
 from qsched_core.objective import Scores
@@ -181,6 +182,19 @@ def test_pictures_are_scored_where_there_is_a_measure(tmp_path, task):
     assert proof.reference_jaq == pytest.approx(pictures.mean((1, 2, 3)).tolist())
     assert len(proof.calibrated.jaq) == 24 and proof.plain.jaq != proof.calibrated.jaq
     assert proof.to_dict()["jaq"]["gain"] == proof.gain.to_dict()
+
+
+def test_a_disk_without_room_for_the_blocks_is_refused_before_the_walk(tmp_path, task, monkeypatch):
+    def called(*_):
+        raise AssertionError("the model ran")
+
+    monkeypatch.setattr(task.module, "forward", called)
+    layers = choices(task.module, INT2)
+    weights = sum(task.module.get_submodule(name).weight.numel() for name in layers)
+    room = type("Usage", (), {"free": SPARE_BYTES + weights // 4})  # 2 bits, but for the scales
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: room)
+    with pytest.raises(DiskError, match=r"walk can't be written, .* MB free"):
+        calibrate_weights(task, PROMPTS, INT2, tmp_path / "walk")
 
 
 @pytest.mark.parametrize("wound", ["flip", "cut", "empty"])

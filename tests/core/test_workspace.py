@@ -171,3 +171,43 @@ def test_two_that_finish_at_once_get_two_names(tmp_path):
     assert write_whole(write, iter(names)) == names[1]
     assert [p.read_text() for p in names[:2]] == ["second", "first"]
     assert sorted(tmp_path.iterdir()) == names[:2]
+
+
+SERVER = """
+import sys; sys.path.append(sys.argv[1])
+from pathlib import Path
+from qsched_core.files import write_whole
+folder = Path(sys.argv[2])
+def counted():  # as ComfyUI numbers files
+    while True:
+        yield folder / f"m_{len(list(folder.glob('m_*'))) + 1:05}"
+print("ready", flush=True)
+sys.stdin.readline()
+for i in range(15):
+    text = f"{sys.argv[3]} {i}"
+    print(write_whole(lambda place: place.write_text(text), counted()), text, sep="\\t", flush=True)
+"""
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_servers_on_one_folder_overwrite_nothing(tmp_path, links):
+    script = SERVER
+    if not links:
+        script = f"import os\ndef no(*_): raise PermissionError\nos.link = no\n{SERVER}"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    servers = [
+        subprocess.Popen([sys.executable, "-c", script, ROOT, str(tmp_path), name], **pipes)
+        for name in "abc"
+    ]
+    try:
+        assert [s.stdout.readline() for s in servers] == ["ready\n"] * 3
+        for server in servers:
+            server.stdin.write("\n")
+            server.stdin.flush()
+        told = [line.split("\t") for s in servers for line in s.communicate()[0].splitlines()]
+    finally:
+        for server in servers:
+            server.kill()
+    assert len({path for path, _ in told}) == len(told) == 45
+    assert all(Path(path).read_text() == text for path, text in told)
+    assert len(list(tmp_path.iterdir())) == 45
