@@ -7,7 +7,7 @@ import json
 from comfy_api.latest import io, ui
 
 from ..qsched_core.calibration import calibrate
-from ..qsched_core.calibration.report import report_text
+from ..qsched_core.calibration.report import report_text, verdict_text
 from ..qsched_core.correction.scalar import MAX_COEFFICIENT
 from ..qsched_core.optional import MissingDependencyError
 from ..qsched_core.search import PRUNERS, STRATEGIES, CalibrationSettings
@@ -15,7 +15,7 @@ from ..qsched_core.study import Database, StudyPlace, check_shared, workflow_rul
 from .host.calibration import CalibrationLive, report_of
 from .host.folders import studies_folder
 from .host.pictures import as_tensor
-from .host.progress import progress_text
+from .host.progress import on_node
 from .inputs import (
     check_objective,
     negative_input,
@@ -52,7 +52,14 @@ class QSchedJAQCalibrator(io.ComfyNode):
                     max=100000,
                     tooltip=f"Candidates to try; 0 is the search's own number ({budgets}).",
                 ),
-                io.Int.Input("seed", default=0, min=0, max=MAX_SEED, tooltip="Of the search."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=MAX_SEED,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
+                    tooltip="Of the search. Another one learns anew.",
+                ),
                 io.Boolean.Input(
                     "guard",
                     default=True,
@@ -111,7 +118,7 @@ class QSchedJAQCalibrator(io.ComfyNode):
         live = CalibrationLive(cls.hidden.unique_id, source)
         result = calibrate(source, objective, prompts, settings, place, reference, live.monitor())
         picture, text = report_of(result, source, live.thumbnails, prompts), report_text(result)
-        progress_text(cls.hidden.unique_id, result.verdict.text)
+        live.finished(picture)
         content = {
             "preset": objective.preset,
             "objective": objective.describe(),
@@ -119,7 +126,7 @@ class QSchedJAQCalibrator(io.ComfyNode):
             **result.to_dict(),
         }
         shown = ui.PreviewImage(as_tensor(picture), cls=cls).as_dict()
-        shown |= {"text": (json.dumps(content),)}
+        shown |= on_node(verdict_text(result), json.dumps(content))
         return io.NodeOutput(result.schedule, as_tensor(picture), text, ui=shown)
 
 

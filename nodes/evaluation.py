@@ -24,7 +24,7 @@ from ..qsched_core.trajectory import Candidate
 from .host.evaluation import BASELINE, QUANTIZED, SCHEDULE, made_by, model_arms, reference_arm
 from .host.folders import evaluations_folder, output_path, scratch_folder
 from .host.pictures import as_tensor
-from .host.progress import EvaluationLive
+from .host.progress import EvaluationLive, on_node
 from .host.scoring import ManagedPlacement
 from .inputs import (
     check_objective,
@@ -174,7 +174,7 @@ class QSchedEvaluate(io.ComfyNode):
         }
         picture = as_tensor(report_picture(found))
         scores, scratch = json.dumps(content), scratch_folder()
-        shown = ui.PreviewImage(picture, cls=cls).as_dict() | {"text": (scores,)}
+        shown = ui.PreviewImage(picture, cls=cls).as_dict() | on_node(text, scores)
         return io.NodeOutput(scores, found[main.name].images(scratch), picture, text, ui=shown)
 
 

@@ -9,6 +9,7 @@ from comfy_api.latest import io, ui
 from ..qsched_core.formats import get, names
 from ..qsched_core.formats.chart import draw
 from ..qsched_core.formats.report import table
+from .host.progress import on_node
 from .host.weights import loading
 from .host.weights.files import check_file, model_path, weight_files
 from .host.weights.provenance import INFO, describe, layer_rows, model_info, report_title
@@ -73,7 +74,7 @@ class QSchedLoadDiffusionModel(io.ComfyNode):
         path = model_path("diffusion_models", unet_name, "unet_name")
         model = loading.load_diffusion_model(path, loading.Request(weight_format, layers))
         text = describe(model_info(model))
-        return io.NodeOutput(model, text, ui=ui.PreviewText(text))
+        return io.NodeOutput(model, text, ui=on_node(text))
 
 
 class QSchedLoadCheckpoint(io.ComfyNode):
@@ -107,7 +108,7 @@ class QSchedLoadCheckpoint(io.ComfyNode):
         path = model_path("checkpoints", ckpt_name, "ckpt_name")
         model, clip, vae = loading.load_checkpoint(path, loading.Request(weight_format, layers))
         text = describe(model_info(model))
-        return io.NodeOutput(model, clip, vae, text, ui=ui.PreviewText(text))
+        return io.NodeOutput(model, clip, vae, text, ui=on_node(text))
 
 
 class QSchedQuantizeModel(io.ComfyNode):
@@ -131,7 +132,7 @@ class QSchedQuantizeModel(io.ComfyNode):
     def execute(cls, model, weight_format, layers="") -> io.NodeOutput:
         model = loading.quantize_model(model, loading.Request(weight_format, layers))
         text = describe(model_info(model))
-        return io.NodeOutput(model, text, ui=ui.PreviewText(text))
+        return io.NodeOutput(model, text, ui=on_node(text))
 
 
 class QSchedQuantizeTextEncoder(io.ComfyNode):
@@ -155,7 +156,7 @@ class QSchedQuantizeTextEncoder(io.ComfyNode):
     def execute(cls, clip, weight_format, layers="") -> io.NodeOutput:
         clip = quantize_text_encoder(clip, loading.Request(weight_format, layers))
         text = describe(clip.patcher.model_options[INFO])
-        return io.NodeOutput(clip, text, ui=ui.PreviewText(text))
+        return io.NodeOutput(clip, text, ui=on_node(text))
 
 
 class QSchedQuantizationReport(io.ComfyNode):
@@ -177,7 +178,7 @@ class QSchedQuantizationReport(io.ComfyNode):
         rows = layer_rows(model.model.diffusion_model)
         picture = draw(rows, report_title(model))
         image = torch.from_numpy(np.asarray(picture).astype(np.float32) / 255).unsqueeze(0)
-        shown = ui.PreviewImage(image, cls=cls).as_dict() | ui.PreviewText(table(rows)).as_dict()
+        shown = ui.PreviewImage(image, cls=cls).as_dict() | on_node(table(rows))
         return io.NodeOutput(image, table(rows), ui=shown)
 
 
@@ -216,7 +217,7 @@ class QSchedSaveModel(io.ComfyNode):
         path, saved = save_model(model, paths, clip, vae, merge_loras, extra)
         opens = "plain ComfyUI" if saved["kind"] == "native" else "this pack's loader nodes"
         text = f"{path}\n{describe(saved)}\n{saved['kind']}: {opens} can open it"
-        return io.NodeOutput(str(path), ui=ui.PreviewText(text))
+        return io.NodeOutput(str(path), ui=on_node(text))
 
 
 NODES = (

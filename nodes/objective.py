@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..qsched_core import objective as jaq
 from ..qsched_core.prompts import PromptError, parse_prompts
 from ..qsched_core.scorers import SCORERS, ScorerError, scorer_names
 from ..qsched_core.text import shown
 from .host import scoring
+from .host.progress import on_node
 from .types import Objective
 
 NONE = "none"
@@ -187,7 +188,13 @@ class QSchedJAQScore(io.ComfyNode):
             "means": scores.means(),
         }
         text = json.dumps(content)
-        return io.NodeOutput(text, scores.mean(), ui=ui.PreviewText(text))
+        return io.NodeOutput(text, scores.mean(), ui=on_node(_said(scores), text))
+
+
+def _said(scores: jaq.Scores) -> str:
+    """The means, to be read."""
+    means = ", ".join(f"{name} {value:.4f}" for name, value in scores.means().items())
+    return f"mean of {len(scores)} images: {means}"
 
 
 def _lines(text: str, images: int) -> tuple[str, ...]:

@@ -56,7 +56,14 @@ class QSchedCalibrationPrompts(io.ComfyNode):
                     multiline=True,
                     tooltip=f"{text_tooltip} 32 or more tell small gains from chance.",
                 ),
-                io.Int.Input("seed", default=0, min=0, max=MAX_SEED),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=MAX_SEED,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
+                    tooltip="Of the pictures. With another one everything is learned anew.",
+                ),
                 io.String.Input(
                     "categories",
                     default="",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..qsched_core.correction import DEFAULT, Parameter
 from ..qsched_core.schedule import (
@@ -18,6 +18,7 @@ from ..qsched_core.solvers import SOLVERS
 from ..qsched_core.text import shown
 from ..qsched_core.trajectory import Trajectory
 from .host.folders import new_schedule_path, schedule_files, schedule_path
+from .host.progress import on_node
 from .host.trajectories import SCHEDULERS, sigmas_and_flow, sigmas_of
 from .inputs import collected
 from .types import Schedule
@@ -77,7 +78,7 @@ class QSchedRamp(io.ComfyNode):
         trajectory = Trajectory.of(sigmas.tolist(), solver, flow)
         ramps = {p.name: (ends[_widget(p, "start")], ends[_widget(p, "end")]) for p in PARAMETERS}
         schedule = QSchedule(trajectory, DEFAULT.ramp(ramps, trajectory.steps), {"source": "ramp"})
-        return io.NodeOutput(schedule, ui=ui.PreviewText(schedule.describe()))
+        return io.NodeOutput(schedule, ui=on_node(schedule.describe()))
 
 
 class QSchedLoadSchedule(io.ComfyNode):
@@ -115,7 +116,7 @@ class QSchedLoadSchedule(io.ComfyNode):
     @classmethod
     def execute(cls, schedule_name) -> io.NodeOutput:
         schedule = QSchedule.load(schedule_path(schedule_name))
-        return io.NodeOutput(schedule, ui=ui.PreviewText(schedule.describe()))
+        return io.NodeOutput(schedule, ui=on_node(schedule.describe()))
 
 
 class QSchedSaveSchedule(io.ComfyNode):
@@ -159,7 +160,7 @@ class QSchedSaveSchedule(io.ComfyNode):
             schedule.save(path, overwrite)
         except FileExistsError:
             raise ScheduleError(_exists(name, path)) from None
-        return io.NodeOutput(schedule, ui=ui.PreviewText(f"saved to {path}\n{schedule.describe()}"))
+        return io.NodeOutput(schedule, ui=on_node(f"saved to {path}\n{schedule.describe()}"))
 
 
 def _exists(name: str, path: Path) -> str:
@@ -211,7 +212,7 @@ class QSchedEditSchedule(io.ComfyNode):
     @with_changes
     def execute(cls, schedule, step, mode, changes) -> io.NodeOutput:
         edited = schedule.edited({n: by or None for n, by in changes.items()}, step, mode)
-        return io.NodeOutput(edited, ui=ui.PreviewText(edited.describe()))
+        return io.NodeOutput(edited, ui=on_node(edited.describe()))
 
 
 def _change_input(parameter: Parameter):

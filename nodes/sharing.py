@@ -7,7 +7,7 @@ from comfy_api.latest import io, ui
 from ..qsched_core.schedule import QSchedule, ScheduleError, chart, summary
 from ..qsched_core.text import json_for_page
 from .host.pictures import as_tensor
-from .host.progress import progress_text
+from .host.progress import on_node, progress_text
 from .types import Schedule
 
 
@@ -49,7 +49,7 @@ class QSchedScheduleFromText(io.ComfyNode):
     @classmethod
     def execute(cls, text) -> io.NodeOutput:
         schedule = _parse(text)
-        return io.NodeOutput(schedule, ui=ui.PreviewText(schedule.describe()))
+        return io.NodeOutput(schedule, ui=on_node(schedule.describe()))
 
 
 def _parse(text: str) -> QSchedule:

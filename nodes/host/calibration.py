@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
@@ -18,7 +17,7 @@ from ...qsched_core.calibration import CalibrationResult
 from ...qsched_core.calibration.report import Sample, report_path, report_picture, typical
 from ...qsched_core.files import write_atomic
 from ...qsched_core.prompts import CalibrationPrompts, PromptSet
-from ...qsched_core.search import Monitor, Progress
+from ...qsched_core.search import Monitor, Progress, Standing
 from ...qsched_core.trajectory import Candidate
 from .pictures import contact_sheet, shrink
 from .progress import progress_text
@@ -31,7 +30,10 @@ Thumbnails = dict[tuple[Candidate, int], torch.Tensor]  # uint8 pictures by cand
 
 
 class CalibrationLive:
-    """Progress on the node: the bar, the best candidate's pictures, and a line of text.
+    """Progress on the node: one bar for all parts, the best candidate's pictures, a line of text.
+
+    What the page was shown last stays there, in front of the node's own output, so that is the
+    report's picture.
 
     ``thumbnails`` holds the source's pictures, never a reference's.  Those of finished trials are
     dropped, so that the pictures of the held-out prompts remain at the end.
@@ -41,10 +43,11 @@ class CalibrationLive:
         self.node_id, self.source = node_id, source
         self.bar: comfy.utils.ProgressBar | None = None
         self.preview: Image.Image | None = None
+        self.text = ""
         self.thumbnails: Thumbnails = {}
 
     def monitor(self) -> Monitor:
-        return Monitor(on_trial=self.trial_done, on_pictures=self.pictures_made, idle=self.waiting)
+        return Monitor(self.trial_done, self.moved, self.pictures_made, self.waiting)
 
     def pictures_made(self, source, candidate: Candidate, prompts: PromptSet, images) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
@@ -53,9 +56,7 @@ class CalibrationLive:
             self.thumbnails |= {(candidate, seed): picture for seed, picture in kept}
 
     def trial_done(self, progress: Progress) -> None:
-        done = progress.trial.number + 1
-        if self.bar is None:
-            self.bar = comfy.utils.ProgressBar(progress.total, node_id=self.node_id)
+        """The pictures of the best one so far."""
         if progress.improved or self.preview is None:
             pictures = [
                 picture
@@ -63,26 +64,31 @@ class CalibrationLive:
                 if candidate == progress.trial.candidate
             ]
             self.preview = contact_sheet(torch.stack(pictures[:PREVIEWS])) if pictures else None
+            if self.preview is not None and self.bar is not None:
+                shown = ("JPEG", self.preview, 1024)
+                self.bar.update_absolute(self.bar.current, None, shown)
         done_with = progress.trial.candidate
         self.thumbnails = {k: v for k, v in self.thumbnails.items() if k[0] != done_with}
-        preview = None if self.preview is None else ("JPEG", self.preview, 1024)
-        self.bar.update_absolute(done, progress.total, preview)
-        progress_text(
-            self.node_id,
-            f"trial {done} of {progress.total}, best JAQ {progress.best.value:.4f}, "
-            f"about {_duration(progress.seconds_left)} left",
-        )
         comfy.model_management.throw_exception_if_processing_interrupted()
+
+    def moved(self, standing: Standing) -> None:
+        if self.bar is None:
+            self.bar = comfy.utils.ProgressBar(round(standing.total), node_id=self.node_id)
+        self.bar.update_absolute(round(standing.done), round(standing.total))
+        if standing.text != self.text:
+            self.text = standing.text
+            progress_text(self.node_id, self.text)
+
+    def finished(self, picture: Image.Image) -> None:
+        """The report's picture, as it is."""
+        if self.bar is not None:
+            self.bar.update_absolute(self.bar.total, None, ("PNG", picture, None))
 
     def waiting(self) -> None:
         """Other servers have the remaining trials."""
         comfy.model_management.throw_exception_if_processing_interrupted()
-        progress_text(self.node_id, "waiting for the trials of other servers")
-
-
-def _duration(seconds: float) -> str:
-    text = time.strftime("%H:%M:%S", time.gmtime(max(0, round(seconds))))
-    return text.removeprefix("00:")
+        self.text = "waiting for the trials of other servers"
+        progress_text(self.node_id, self.text)
 
 
 def report_of(

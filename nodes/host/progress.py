@@ -6,6 +6,7 @@ import logging
 
 import comfy.model_management
 import comfy.utils
+from comfy_execution.utils import get_executing_context
 
 from ...qsched_core.evaluation import Arm
 from ...qsched_core.evaluation import Progress as EvaluationProgress
@@ -30,6 +31,17 @@ def progress_text(node_id: str | None, text: str) -> None:
     server = getattr(PromptServer, "instance", None)
     if server is not None and node_id is not None:
         server.send_progress_text(markup_free(text), node_id)
+
+
+def on_node(text: str, content: str | None = None) -> dict:
+    """A node's ``ui``: shows ``text`` on the node that runs, and leaves ``content``, or the text, in
+    the history.
+
+    The text of ComfyUI's own ``PreviewText`` is drawn on no node but its Preview Any.
+    """
+    context = get_executing_context()
+    progress_text(None if context is None else context.node_id, text)
+    return {"text": (text if content is None else content,)}
 
 
 class EvaluationLive:

@@ -10,6 +10,7 @@ from typing import Any
 from ..objective import Scores
 from ..prompts import CalibrationPrompts
 from ..schedule import QSchedule
+from ..search.course import CONTROL, HELDOUT, PRECHECK
 from ..search.engine import Monitor, Search, Trial, best_of
 from ..search.settings import CalibrationSettings
 from ..source import Measure, Source, check_reference
@@ -131,16 +132,24 @@ def calibrate(
     study = place.open(content)
     with study as store:
         run = Search(store, source, measure, settings, prompts.calibration, monitor)
+        run.course.expect(HELDOUT, 2 * len(prompts.heldout))
         known, checked = "", None
         if reference is not None:
+            run.course.expect(CONTROL, 2 * len(prompts.heldout))
+            run.course.begin(PRECHECK)
             known = fingerprint(provenance_of(reference, measure))[:24]
             checked = _prechecked(store, f"precheck {known}", source, reference, prompts)
         run.stages(source.trajectory)
         winner = best_of(run.trials)
         candidates = list(dict.fromkeys((identity, winner.candidate)))
+        again = reference is not None and winner is not run.trials[0]
+        run.course.expect(HELDOUT, len(candidates) * len(prompts.heldout))
+        run.course.expect(CONTROL, again * len(candidates) * len(prompts.heldout))
+        run.course.begin(HELDOUT)
         heldout = run.judged("heldout", candidates, prompts.heldout)
         controls = []
-        if reference is not None and winner is not run.trials[0]:
+        if again:
+            run.course.begin(CONTROL)
             controls = run.judged(f"control {known}", candidates, prompts.heldout, reference)
     trials = tuple(run.trials)
     before, after = heldout[0].scores, heldout[-1].scores

@@ -38,6 +38,21 @@ def typical(gains: Sequence[float]) -> list[int]:
     return list(dict.fromkeys([order[0], order[len(order) // 2], order[-1]]))
 
 
+def verdict_text(result: CalibrationResult) -> str:
+    """What a user must know, in a few lines: the verdict, what the control says, every warning.
+
+    Each line is a sentence: one of ComfyUI's two canvases runs lines together.
+    """
+    verdict, count = result.verdict, len(result.warnings)
+    lines = [verdict.text]
+    if count:
+        lines.insert(0, f"{verdict.kind}, with {count} warning{'s' * (count > 1)} (below)")
+    if result.control is not None:
+        lines.append(result.control.text)
+    lines += [f"Warning: {plain(warning)}" for warning in result.warnings]
+    return "\n".join(f"{line}." for line in lines)
+
+
 def report_text(result: CalibrationResult) -> str:
     """The verdict, the scores before and after term by term, the coefficients, and the cost."""
     found = (result.control, result.precheck)
@@ -88,6 +103,7 @@ def report_path(result: CalibrationResult, heldout: PromptSet) -> Path:
     shown = {
         "verdict": [result.verdict.text, result.verdict.keep_identity],
         "notes": [part and part.text for part in (result.control, result.precheck)],
+        "warnings": list(result.warnings),
         "trials": [[trial.value, trial.pruned] for trial in result.trials],
         "best": result.best.correction.to_json(),
         "heldout": heldout.hash,
@@ -119,6 +135,8 @@ def _title(pen: Canvas, result: CalibrationResult) -> float:
     for part in (result.control, result.precheck):
         if part is not None:
             y = pen.paragraph(MARGIN, y, part.text, width, GREY, 13, 17)
+    for warning in result.warnings:
+        y = pen.paragraph(MARGIN, y, f"warning: {plain(warning)}", width, ORANGE, 13, 17)
     return y + 14
 
 

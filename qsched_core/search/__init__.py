@@ -1,5 +1,6 @@
 """How candidates are found: spaces, strategies, samplers, pruners, and the engine that runs them."""
 
+from .course import Standing
 from .engine import Monitor, Progress, Search, Trial, best_of
 from .pruners import PRUNERS
 from .settings import CalibrationSettings
@@ -12,6 +13,7 @@ __all__ = [
     "Monitor",
     "Progress",
     "Search",
+    "Standing",
     "Trial",
     "best_of",
     "get_strategy",

@@ -16,6 +16,7 @@ from ..source import Measure, OnPictures, Source, scored
 from ..study.errors import CalibrationError
 from ..study.store import Point, Record, Store
 from ..trajectory import Candidate, Trajectory
+from .course import SEARCH, Course, Standing
 from .pruners import Judge, get_pruner, rungs
 from .samplers import suggest
 from .settings import CalibrationSettings
@@ -77,13 +78,13 @@ class Progress:
 class Monitor:
     """What a calibration tells while it runs; each call may raise to stop it.
 
-    ``on_trial`` follows each trial, ``on_step`` each sampling step of a batch,
+    ``on_trial`` follows each trial, ``on_standing`` each sampling step of every part,
     ``on_pictures(source, candidate, prompts, images)`` gets all pictures as they are scored, and ``idle`` is
     called while other workers have the remaining trials.
     """
 
     on_trial: Callable[[Progress], None] | None = None
-    on_step: Callable[[], None] | None = None
+    on_standing: Callable[[Standing], None] | None = None
     on_pictures: OnPictures | None = None
     idle: Callable[[], None] = lambda: None
 
@@ -114,9 +115,13 @@ class Search:
         self.base: Scores | None = None
         self.new_trials = 0
         self.total = 1 + settings.budget
+        self.course = Course(source.trajectory.steps, self.monitor.on_standing)
+        self.course.trials = self.total
+        self.course.expect(SEARCH, self.total * len(prompts))
 
     def stages(self, trajectory: Trajectory) -> None:
         """Run every stage of the strategy."""
+        self.course.begin(SEARCH)
         plan = self.settings.plan(trajectory)
         strategy = get_strategy(self.settings.strategy)
         for build in strategy.stages(plan):
@@ -232,8 +237,11 @@ class Search:
     def _note(self, stage: Stage, record: Record, resumed: bool) -> None:
         trial = self._trial(stage, record, len(self.trials))
         self.trials.append(trial)
+        best = best_of(self.trials)
+        self.course.trial(
+            best.value, trial.seconds, len(trial.scores), self.total, len(self.prompts)
+        )
         if self.monitor.on_trial is not None:
-            best = best_of(self.trials)
             recent = self.trials[-RECENT:]
             left = fmean(t.seconds for t in recent) * (self.total - len(self.trials))
             self.monitor.on_trial(Progress(trial, self.total, best, best is trial, left, resumed))
@@ -273,13 +281,15 @@ class Search:
         """Scores, seconds and NFE of every candidate."""
         source = source or self.source
         started, counted = time.perf_counter(), source.nfe
+        pictures = len(candidates) * len(prompts)
+        self.course.measuring(pictures, -(-pictures // source.max_batch))
         try:
             scores = scored(
                 source,
                 self.measure,
                 candidates,
                 prompts,
-                self.monitor.on_step,
+                self.course.step,
                 self.monitor.on_pictures,
             )
         except torch.OutOfMemoryError:
@@ -291,6 +301,7 @@ class Search:
                 f"{what} failed: {error}. The {number - 1} trials before it are kept; mend the "
                 "cause and run the same again to go on from there"
             ) from error
+        self.course.scored()
         seconds = (time.perf_counter() - started) / len(candidates)
         share, rest = divmod(source.nfe - counted, len(candidates))
         if any(len(s) != len(prompts) for s in scores):

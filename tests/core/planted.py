@@ -23,6 +23,8 @@ class Planted:
     width = height = 1
     max_batch = 1000
 
+    max_batch = 32
+
     def __init__(
         self,
         evaluate: Evaluate | None = None,

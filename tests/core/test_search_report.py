@@ -17,6 +17,7 @@ from qsched_core.calibration.report import (
     report_picture,
     report_text,
     typical,
+    verdict_text,
 )
 from qsched_core.correction import ScalarCorrection
 from qsched_core.objective import Scores
@@ -142,8 +143,18 @@ def test_a_kept_picture_is_found_again_by_what_it_shows_alone():
         *((replace(made, control=control), prompts) for control in controls),
         *((replace(made, precheck=check), prompts) for check in checks),
     ]
+    shown.append((replace(made, warnings=()), prompts))
     paths = [report_path(*each) for each in shown]
     assert len(set(paths)) == len(shown)
     assert all(path.name.startswith("study.") and path.suffix == ".png" for path in paths)
     again = replace(result(), new_trials=0, seconds=9.0)  # the same study, taken up again
     assert report_path(again, PromptSet(prompts.prompts, prompts.seeds)) == paths[0]
+
+
+def test_every_warning_stands_beside_the_verdict():
+    made = replace(result(heldout_gain=0.2), warnings=("look out", "mind the gap"))
+    lines = verdict_text(made).splitlines()
+    assert lines[0].startswith("helps, with 2 warnings")
+    assert lines[1].startswith("helps: held-out gain")
+    assert lines[2:] == ["Warning: look out.", "Warning: mind the gap."]
+    assert verdict_text(replace(made, warnings=())).splitlines() == lines[1:2]

@@ -15,6 +15,7 @@ from PIL import Image
 
 from devtools.server import ServerError
 
+TEXT, PREVIEW = 3, 4  # kinds of binary messages that the server sends
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 NAME = "qsched_learn_and_sample.json"
 
@@ -83,36 +84,46 @@ def test_every_template_has_a_thumbnail(repo_root):
         assert Image.open(template.with_suffix(".jpg")).width >= 200
 
 
-async def follow(server, prompt: dict) -> tuple[str, list[int], list[str]]:
-    """A prompt's id, and what its client hears of node 4: progress and lines of text."""
-    steps, texts = [], []
+async def follow(server, prompt: dict) -> tuple[str, list[float], list[str], list[bytes]]:
+    """A prompt's id, and what its client hears: progress and previews of node 4, all texts."""
+    steps, texts, previews = [], [], []
     async with (
         aiohttp.ClientSession() as session,
         session.ws_connect(f"{server.url}/ws?clientId=follower") as socket,
     ):
+        flags = {"supports_preview_metadata": True}  # as the page says of itself
+        await socket.send_json({"type": "feature_flags", "data": flags})
         prompt_id = await asyncio.to_thread(server.queue, prompt, client_id="follower")
         async for message in socket:
             if message.type is aiohttp.WSMsgType.BINARY:
-                texts.append(message.data[4:].decode("utf-8", "replace"))
+                kind, body = int.from_bytes(message.data[:4], "big"), message.data[4:]
+                length = int.from_bytes(body[:4], "big")
+                if kind == TEXT:
+                    texts.append(body.decode("utf-8", "replace"))
+                elif kind == PREVIEW and json.loads(body[4 : 4 + length])["display_node_id"] == "4":
+                    previews.append(body[4 + length :])
                 continue
             event = json.loads(message.data)
             if event["type"] == "progress" and event["data"]["node"] == "4":
-                steps.append(event["data"]["value"])
+                steps.append(event["data"]["value"] / event["data"]["max"])
             if event["type"] == "execution_error":
                 pytest.fail(event["data"]["exception_message"])
             if event["type"] == "execution_success":
                 assert event["data"]["prompt_id"] == prompt_id
-                return prompt_id, steps, texts
+                return prompt_id, steps, texts, previews
     raise AssertionError("the socket closed early")
 
 
 @pytest.fixture(scope="module")
 def learned(server, short) -> SimpleNamespace:
-    """The short workflow run once, with a client that listens: history entry, steps and texts."""
-    prompt_id, steps, texts = asyncio.run(asyncio.wait_for(follow(server, short(101)), 600))
+    """The short workflow run once, with a client that listens: history entry and what it heard."""
+    heard = asyncio.run(asyncio.wait_for(follow(server, short(101)), 600))
+    prompt_id, steps, texts, previews = heard
     entry = server.wait(prompt_id, 60)
     report = json.loads(entry["outputs"]["4"]["text"][0])
-    return SimpleNamespace(entry=entry, report=report, steps=steps, texts=texts)
+    return SimpleNamespace(
+        entry=entry, report=report, steps=steps, texts=texts, previews=previews
+    )
 
 
 def test_the_workflow_learns_saves_and_samples(server, learned):
@@ -143,8 +154,21 @@ def test_a_finished_study_is_not_repeated(server, short, learned):
 
 def test_progress_and_text_arrive_on_the_websocket(learned):
     assert learned.steps == sorted(learned.steps)
-    assert learned.steps[-1] == 7
-    assert any(re.search(r"trial \d of 7, best JAQ", text) for text in learned.texts)
+    assert learned.steps[-1] == 1
+    assert len(set(learned.steps)) > 20  # it moves inside a trial too
+    for said in (
+        r"search: trial \d of 7, best JAQ", "check on held-out prompts", "Warning: 4 calibration",
+        "Warning: 8 held-out", "saved to",
+    ):  # fmt: skip
+        assert any(re.search(said, text) for text in learned.texts), said
+
+
+def test_the_report_is_the_last_picture_that_the_page_gets(server, learned):
+    """The page keeps the last preview in front of the node's output."""
+    (shown,) = learned.entry["outputs"]["4"]["images"]
+    report = Image.open(io.BytesIO(server.image(shown))).convert("RGB")
+    last = Image.open(io.BytesIO(learned.previews[-1])).convert("RGB")
+    assert last.tobytes() == report.tobytes()
 
 
 @pytest.mark.parametrize(
