@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..qsched_core.schedule import MODES
 from ..qsched_core.solvers import SOLVERS
 from .host.sampling import ksampler, make_around_sampler, make_sampler
-from .host.trajectories import SCHEDULERS
+from .host.trajectories import AS_LEARNED, SCHEDULERS
 from .inputs import checked_options, option_inputs, with_options, wrong_options
 from .types import Schedule
 
@@ -25,6 +25,15 @@ def _mode_input():
 
 def _schedule_input():
     return Schedule.Input("schedule", tooltip="Coefficients from a calibrator, a file or a ramp.")
+
+
+def _optional_schedule():
+    """Appended last: sockets of a saved workflow are found by name."""
+    return Schedule.Input(
+        "schedule",
+        optional=True,
+        tooltip="Coefficients from a calibrator, a file or a ramp. Without it: the plain solver.",
+    )
 
 
 def _solver_input():
@@ -48,10 +57,24 @@ def _seed_input(name: str):
 
 def _trajectory_inputs() -> list:
     return [
-        io.Int.Input("steps", default=4, min=1, max=1000, tooltip="Sampling steps."),
+        io.Int.Input(
+            "steps",
+            default=4,
+            min=1,
+            max=1000,
+            tooltip="Sampling steps; those of the schedule where the scheduler is as learned.",
+        ),
         io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, round=0.01),
         _solver_input(),
-        io.Combo.Input("scheduler", options=list(SCHEDULERS), default="simple"),
+        io.Combo.Input(
+            "scheduler",
+            options=[*SCHEDULERS, AS_LEARNED],
+            default=AS_LEARNED,
+            tooltip=(
+                "as learned: the steps and the noise levels of the schedule, whatever steps says. "
+                "Any other makes as many steps as steps says."
+            ),
+        ),
         io.Conditioning.Input("positive"),
         io.Conditioning.Input("negative"),
         io.Latent.Input("latent_image", tooltip="The latent to denoise."),
@@ -122,7 +145,6 @@ class QSchedKSampler(io.ComfyNode):
             search_aliases=["ksampler", "qsched", "few-step"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that denoises the latent."),
-                _schedule_input(),
                 _seed_input("seed"),
                 *_trajectory_inputs(),
                 io.Float.Input(
@@ -135,6 +157,7 @@ class QSchedKSampler(io.ComfyNode):
                 ),
                 _mode_input(),
                 *option_inputs(),
+                _optional_schedule(),
             ],
             outputs=[io.Latent.Output(tooltip="The denoised latent.")],
             hidden=[io.Hidden.unique_id],
@@ -150,8 +173,8 @@ class QSchedKSampler(io.ComfyNode):
     @classmethod
     @with_options
     def execute(
-        cls, model, schedule, seed, steps, cfg, solver, scheduler, positive, negative, latent_image,
-        denoise=1.0, mode=MODES[0], options=None,
+        cls, model, seed, steps, cfg, solver, scheduler, positive, negative, latent_image,
+        denoise=1.0, mode=MODES[0], schedule=None, options=None,
     ) -> io.NodeOutput:  # fmt: skip
         latent = ksampler(
             model, schedule, solver, mode, cls.hidden.unique_id,
@@ -173,7 +196,6 @@ class QSchedKSamplerAdvanced(io.ComfyNode):
             "trajectory, with or without fresh noise.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that denoises the latent."),
-                _schedule_input(),
                 io.Combo.Input("add_noise", options=["enable", "disable"]),
                 _seed_input("noise_seed"),
                 *_trajectory_inputs(),
@@ -182,6 +204,7 @@ class QSchedKSamplerAdvanced(io.ComfyNode):
                 io.Combo.Input("return_with_leftover_noise", options=["disable", "enable"]),
                 _mode_input(),
                 *option_inputs(),
+                _optional_schedule(),
             ],
             outputs=[io.Latent.Output(tooltip="The latent after the last of the steps.")],
             hidden=[io.Hidden.unique_id],
@@ -195,9 +218,9 @@ class QSchedKSamplerAdvanced(io.ComfyNode):
     @classmethod
     @with_options
     def execute(
-        cls, model, schedule, add_noise, noise_seed, steps, cfg, solver, scheduler, positive,
+        cls, model, add_noise, noise_seed, steps, cfg, solver, scheduler, positive,
         negative, latent_image, start_at_step, end_at_step, return_with_leftover_noise,
-        mode=MODES[0], options=None,
+        mode=MODES[0], schedule=None, options=None,
     ) -> io.NodeOutput:  # fmt: skip
         latent = ksampler(
             model, schedule, solver, mode, cls.hidden.unique_id,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import comfy.model_management
 import comfy.utils
@@ -15,10 +16,15 @@ from ...qsched_core.text import markup_free, plain
 logger = logging.getLogger(__name__)
 
 
-def report(node_id: str | None, text: str) -> None:
-    """Say something to the user: in the log, and on the node while it runs."""
-    logger.warning(plain(text))
-    progress_text(node_id, text)
+def report(node_id: str | None, warnings: Sequence[str], note: str) -> None:
+    """Show ``note`` on the node, and every warning that is not empty; those go to the log too.
+
+    All at once: what is shown next takes its place, as this does with an earlier run's.
+    """
+    found = [text for text in warnings if text]
+    for text in found:
+        logger.warning(plain(text))
+    progress_text(node_id, "\n".join(f"{text}." for text in (*found, note)))
 
 
 def progress_text(node_id: str | None, text: str) -> None:

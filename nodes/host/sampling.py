@@ -18,8 +18,9 @@ from ...qsched_core.correction import (
 from ...qsched_core.schedule import QSchedule, ScheduleError
 from ...qsched_core.solvers import check_sigmas, get_solver
 from ...qsched_core.text import shown
+from ...qsched_core.trajectory import Trajectory
 from .progress import report
-from .trajectories import is_flow, sigmas_and_flow, solver_info
+from .trajectories import is_flow, levels, model_sampling, solver_info
 from .weights.provenance import model_info
 
 
@@ -28,9 +29,10 @@ def make_sampler(
     solver: str,
     mode: str = "interpolate",
     node_id: str | None = None,
+    note: str = "",
     **options: float,
 ):
-    """A SAMPLER that runs ``solver`` corrected by ``schedule``.
+    """A SAMPLER that runs ``solver`` corrected by ``schedule``; ``note`` is shown with its own.
 
     The schedule is matched to the sigmas and to the model when sampling starts: ScheduleError if
     they do not fit (or, with ``mode`` "strict", if anything differs from what was learned).
@@ -42,7 +44,7 @@ def make_sampler(
 
     def sample(model, x, sigmas, extra_args=None, callback=None, disable=None):
         guider = model.inner_model
-        correction = _matched(schedule, solver, options, guider, sigmas, mode, node_id)
+        correction = _matched(schedule, solver, options, guider, sigmas, mode, node_id, note)
         function = guider.model_options.get("denoise_mask_function")
         if function is not None:
             correction = _ChangingMask(correction, guider, sigmas, function)
@@ -111,12 +113,21 @@ class _ChangingMask:
 
 
 def _matched(
-    schedule: QSchedule, solver: str, options, guider, sigmas: torch.Tensor, mode: str, node_id
+    schedule: QSchedule,
+    solver: str,
+    options,
+    guider,
+    sigmas: torch.Tensor,
+    mode: str,
+    node_id,
+    note: str = "",
 ) -> Correction:
     """The schedule's correction at ``sigmas``.
 
     What differs from what was learned is reported to the user; in mode "strict" it is a
-    ScheduleError."""
+    ScheduleError.  A ramp made by hand belongs to no noise levels: that its coefficients are
+    interpolated is no difference.
+    """
     flow = is_flow(guider.inner_model.model_sampling)
     if flow != schedule.flow and not schedule.is_identity:
         learned, found = ("flow", "epsilon") if schedule.flow else ("epsilon", "flow")
@@ -129,9 +140,9 @@ def _matched(
         raise ScheduleError(f"{differences}; calibrate again, or set mode to 'interpolate'")
     check_sigmas(sigmas)
     match = schedule.at(sigmas.tolist(), mode)
-    for text in (differences, match.note):
-        if text and not schedule.is_identity:
-            report(node_id, text)
+    by_hand = schedule.provenance.get("source") == "ramp"
+    found = [differences, "" if by_hand else match.note]
+    report(node_id, [] if schedule.is_identity else found, note or f"{len(sigmas) - 1} steps")
     return match.correction
 
 
@@ -186,7 +197,7 @@ def ksampler(
 ):  # fmt: skip
     """KSampler with a corrected solver: the LATENT dict it returns is KSampler's own.
 
-    Steps ``start`` to ``end`` of the trajectory are made; without ``leftover_noise`` the last of
+    Without a schedule c is 1; the scheduler may be ``AS_LEARNED``.  Steps ``start`` to ``end`` of the trajectory are made; without ``leftover_noise`` the last of
     them goes to sigma 0, as in ComfyUI's advanced KSampler.
     """
     image = comfy.sample.fix_empty_latent_channels(
@@ -196,7 +207,12 @@ def ksampler(
         latent.get("downscale_ratio_temporal"),
     )
     out = {k: v for k, v in latent.items() if not k.startswith("downscale_ratio_")}
-    sigmas, _ = sigmas_and_flow(model, scheduler, steps, denoise)
+    sigmas, note = levels(schedule, model, scheduler, steps, denoise)
+    if schedule is None:
+        note = "; ".join(text for text in ("no schedule: the plain solver, c = 1", note) if text)
+        flow = is_flow(model_sampling(model))
+        check_sigmas(sigmas)
+        schedule = QSchedule.identity(Trajectory.of(sigmas.tolist(), solver, flow))
     if end is not None and end < len(sigmas) - 1:
         sigmas = sigmas[: end + 1].clone()
         if not leftover_noise:
@@ -212,7 +228,7 @@ def ksampler(
         model,
         noise,
         cfg,
-        make_sampler(schedule, solver, mode, node_id, **(options or {})),
+        make_sampler(schedule, solver, mode, node_id, note, **(options or {})),
         sigmas,
         positive,
         negative,

@@ -14,6 +14,7 @@ from ...qsched_core.text import shown
 from ...qsched_core.trajectory import Trajectory
 
 SCHEDULERS = comfy.samplers.SCHEDULER_NAMES
+AS_LEARNED = "as learned"  # in a scheduler's place: the schedule's own steps and noise levels
 
 
 def model_sampling(model):
@@ -47,6 +48,23 @@ def sigmas_and_flow(
         sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, int(steps / denoise))
         sigmas = sigmas[-(steps + 1) :]
     return sigmas.cpu(), is_flow(sampling)
+
+
+def levels(
+    schedule: QSchedule | None, model, scheduler: str, steps: int, denoise: float
+) -> tuple[torch.Tensor, str]:
+    """Sigmas (CPU) of a KSampler with a schedule, and what is to be said of them.
+
+    ``AS_LEARNED`` takes the schedule's own, whatever ``steps`` is; below ``denoise`` 1 the last
+    ones.  Errors as :func:`sigmas_and_flow`.
+    """
+    if scheduler != AS_LEARNED:
+        return sigmas_and_flow(model, scheduler, steps, denoise)[0], ""
+    if schedule is None:
+        note = f"nothing was learned: {steps} steps of the scheduler {SCHEDULERS[0]}"
+        return sigmas_and_flow(model, SCHEDULERS[0], steps, denoise)[0], note
+    sigmas = torch.tensor(schedule.tail(denoise))
+    return sigmas, f"{len(sigmas) - 1} steps and their noise levels as learned"
 
 
 def sigmas_of(

@@ -286,3 +286,34 @@ def test_around_a_sampler_node(server):
     }  # fmt: skip
     for found, wanted in zip(pictures(server, prompt), expected, strict=True):
         assert np.abs(found.astype(int) - wanted.astype(int)).max() <= 1
+
+
+def test_without_a_schedule_it_is_the_plain_solver(server):
+    prompt = graph()
+    del prompt["5"], prompt["6"]["inputs"]["schedule"]
+    assert same(pictures(server, prompt), pictures(server, as_core(prompt)))
+    prompt["6"]["inputs"]["scheduler"] = "as learned"  # nothing was: the default of a new node
+    assert same(pictures(server, prompt), pictures(server, as_core(graph())))
+
+
+def test_as_learned_takes_steps_and_noise_levels_from_the_schedule(server):
+    prompt = graph(scheduler="karras", steps=3)
+    prompt["5"]["inputs"] = ramp(0.9, 1.1, scheduler="karras", steps=3)
+    expected = pictures(server, prompt)
+    prompt["6"]["inputs"] |= {"scheduler": "as learned", "steps": 4, "mode": "strict"}
+    assert same(pictures(server, prompt), expected)
+    prompt["6"]["inputs"]["denoise"] = (
+        0.6  # two of its three steps, both learned: strict is content
+    )
+    assert not same(pictures(server, prompt), expected)
+
+
+def test_a_ramp_made_by_hand_does_not_warn_at_another_denoise(server):
+    start = len(server.log_tail(10**6))
+    prompt = graph(denoise=0.6)
+    prompt["5"]["inputs"] = ramp(0.9, 1.1)
+    assert len(pictures(server, prompt)) == 2
+    assert "not learned" not in server.log_tail(10**6)[start:]
+    prompt["6"]["inputs"]["solver"] = "lcm"
+    pictures(server, prompt)
+    assert "solver 'euler', not 'lcm'" in server.log_tail(10**6)[start:]

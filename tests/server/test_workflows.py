@@ -121,9 +121,7 @@ def learned(server, short) -> SimpleNamespace:
     prompt_id, steps, texts, previews = heard
     entry = server.wait(prompt_id, 60)
     report = json.loads(entry["outputs"]["4"]["text"][0])
-    return SimpleNamespace(
-        entry=entry, report=report, steps=steps, texts=texts, previews=previews
-    )
+    return SimpleNamespace(entry=entry, report=report, steps=steps, texts=texts, previews=previews)
 
 
 def test_the_workflow_learns_saves_and_samples(server, learned):
