@@ -3,7 +3,7 @@
 64 captions calibrate (four steps each), 256 others judge: neither the demo's own nor each other's.
 ``calibrated.FORMAT.distance``: relative latent distance to the unquantized model, calibrated and
 plain; the ratio is of the two.  ``calibrated.FORMAT.change``: ends of the paired 95 % interval of the
-distances' difference, over plain's mean; below 0 is nearer.  ``calibrated.FORMAT.jaq`` (``--jaq``):
+distances' difference, over plain's mean; below 0 is nearer.  ``calibrated.FORMAT.jaq`` (not with ``--no-jaq``):
 held-out JAQ of both; the ratio is the lower end of the interval of the gain.  ``calibrated.FORMAT.bits``: bits a
 weight as stored, of all quantized layers.  ``calibrate.FORMAT.seconds``: the walk, on one thread.
 """
@@ -95,7 +95,7 @@ def main() -> None:
     )
     parser.add_argument("--prompts", type=int, default=64, help="that calibrate")
     parser.add_argument("--heldout", type=int, default=256)
-    parser.add_argument("--jaq", action="store_true", help="score the pictures too")
+    parser.add_argument("--jaq", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
     prompts = captions(options.prompts, options.heldout)

@@ -82,6 +82,7 @@ def calibrate_weights(
         "seed": seed,
         "weights": digest(model),
     }
+    check_folder(folder, packed_bytes(model, chosen))
     began = time.monotonic()
     states = TaskStates(task, prompts.calibration, states_per_prompt, seed)
     # The batch is a matter of the order of sums, so it is part of what a walk depends on.
@@ -152,6 +153,12 @@ def rounded_plainly(model: nn.Module, chosen: Mapping[str, Choice]) -> dict[str,
             get(choice.format), layer.weight.detach(), bias, "plain rounding was kept"
         )
     return made
+
+
+def packed_bytes(model: nn.Module, chosen: Mapping[str, Choice]) -> int:
+    """What the rounded layers take on the disk, about."""
+    shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in chosen}
+    return sum(get(choice.format).packed_bytes(shapes[name]) for name, choice in chosen.items())
 
 
 def digest(model: nn.Module) -> str:

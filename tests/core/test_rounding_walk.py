@@ -162,6 +162,17 @@ def test_a_walk_that_was_stopped_goes_on_to_the_same_weights(tmp_path, task):
     same(whole.weights.layers, again.weights.layers)
 
 
+def test_a_folder_that_cannot_be_written_is_named_before_any_work(tmp_path, task):
+    def never(x, sigma, cond):
+        raise AssertionError("the model ran")
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        calibrate_weights(
+            replace(task, denoise=never), PROMPTS, INT2, tmp_path / "file" / "studies"
+        )
+
+
 class Brightness:
     """Scores a picture by its mean."""
 
