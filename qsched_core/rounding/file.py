@@ -40,9 +40,11 @@ class RoundedWeights:
         """SHA-256 (hex) of every code, table and bias, and of what they are."""
         found = hashlib.sha256()
         for name, layer in sorted(self.layers.items()):
-            found.update(f"{name} {self.chosen[name]} {list(layer.packed.shape)}\n".encode())
+            choice, packed = self.chosen[name], layer.packed
+            kind = [name, choice.format, choice.weight_only, packed.shape, dict(packed.options)]
+            found.update(json.dumps(kind, sort_keys=True).encode())
             biases = {} if layer.bias is None else {"bias": layer.bias}
-            for table, data in {"codes": layer.packed.codes, **layer.packed.aux, **biases}.items():
+            for table, data in {"codes": packed.codes, **packed.aux, **biases}.items():
                 found.update(f"{name}.{table} {list(data.shape)}\n".encode())
                 raw = data.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
                 found.update(raw.numpy())
