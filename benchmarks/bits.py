@@ -113,10 +113,8 @@ def main() -> None:
                 full(torch.device("cpu")), prompts, Policy(name), Path(folder),
                 measure=measure, on_block=done,
             )  # fmt: skip
-        made = rows_of(name, result, spent[-1] - spent[0])
-        report(made, None)
-        rows += made
-    report(rows, options.json)
+        rows += rows_of(name, result, spent[-1] - spent[0])
+        report(rows, options.json)
 
 
 if __name__ == "__main__":
