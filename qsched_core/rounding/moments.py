@@ -13,8 +13,8 @@ from .errors import RoundingError
 class Moments:
     """Means over a layer's input rows, fp64, on the device of the model.
 
-    ``h`` [in, in] is E[x_q x_qᵀ] of the inputs that the quantized model gives the layer, ``cross``
-    [in, in] E[x_fp x_qᵀ] with those of the unquantized one; ``mean_q`` and ``mean_fp`` [in] their
+    ``h`` [in, in] is E[x_q x_q^T] of the inputs that the quantized model gives the layer, ``cross``
+    [in, in] E[x_fp x_q^T] with those of the unquantized one; ``mean_q`` and ``mean_fp`` [in] their
     means, ``rows`` how many rows there were.
     """
 
