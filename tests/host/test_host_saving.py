@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import gc
 import importlib
+import importlib.util
 import json
 import os
 import re
+import threading
 from pathlib import Path
 
 import families
@@ -289,19 +292,30 @@ def test_a_model_that_is_being_saved_is_not_taken_for_abandoned(loaded, tmp_path
     assert [p.name for p in tmp_path.iterdir()] == ["saved.safetensors"]
 
 
+def started() -> None:
+    """The pack, as ComfyUI starts it."""
+    place = importlib.util.spec_from_file_location("qsched_pack.nodes", REPO / "nodes/__init__.py")
+    module = importlib.util.module_from_spec(place)
+    place.loader.exec_module(module)
+    asyncio.run(module.QSchedExtension().on_load())
+    for thread in threading.enumerate():
+        if thread.name == "qsched-clean":
+            thread.join()
+
+
 def test_what_a_killed_run_left_goes_when_the_server_starts(tmp_path, monkeypatch):
-    folders = importlib.import_module("qsched_pack.nodes.host.folders")
     for name in ("get_output_directory", "get_user_directory"):
         monkeypatch.setattr(folder_paths, name, lambda: str(tmp_path))
     monkeypatch.setattr(folder_paths, "get_folder_paths", lambda name: [str(tmp_path / "none")])
+    monkeypatch.setattr(folder_paths, "add_model_folder_path", lambda *names: None)
     left = tmp_path / "a" / "b"
     left.mkdir(parents=True)
     half = workspace.Workspace(left, "model.safetensors").__enter__()
     half.data.write_bytes(b"half")
-    folders.start_cleaning().join()
+    started()
     assert half.data.exists(), "its writer lives"
     half._lock.release()
-    folders.start_cleaning().join()
+    started()
     assert not list(left.iterdir())
 
 
