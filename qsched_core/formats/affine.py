@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from .base import CHUNK_ELEMENTS, Packed, WeightFormat, grouped, round_to_int
+from .base import CHUNK_ELEMENTS, Packed, WeightFormat, grouped, least_error, round_to_int
 from .tables import group_values, pack
 
 FP8_MAX = 448.0  # of float8_e4m3fn
@@ -87,27 +87,24 @@ class GroupAffine(WeightFormat):
         low = values.amin(2, keepdim=True).clamp_(max=0)
         high = values.amax(2, keepdim=True).clamp_(min=0)
         mean = values.mean(2, keepdim=True)
-        best8 = best_zero8 = error = None
-        for start in STARTS:
-            scale = ((high - low) / self.top * start).clamp_(min=1e-30)
-            zero = (self.top / 2 - (high + low) / 2 / scale).clamp_(0, self.top)
-            for _ in range(ROUNDS):
-                codes = self.codes(values, scale, zero)
-                mean_code = codes.mean(2, keepdim=True)
-                spread = (codes - mean_code).square().sum(2, keepdim=True)
-                slope = ((codes - mean_code) * values).sum(2, keepdim=True)
-                slope = slope / spread.clamp(min=1e-12)
-                scale = torch.where((spread > 0) & (slope > 0), slope, scale)
-                zero = (mean_code - mean / scale).clamp_(0, self.top)
-            scale8, zero8 = self.store(scale, zero, common)
-            stored, stored_zero = self.stored(scale8, zero8, common)
-            left = (self.codes(values, stored, stored_zero) - stored_zero).mul_(stored).sub_(values)
-            left = left.square_().sum(2, keepdim=True)
-            if error is None:
-                best8, best_zero8, error = scale8, zero8, left
-            else:
-                better = left < error
-                best8 = torch.where(better, scale8.float(), best8.float()).to(scale8.dtype)
-                best_zero8 = torch.where(better, zero8, best_zero8)
-                error = torch.where(better, left, error)
-        return best8, best_zero8
+
+        def tries():
+            for start in STARTS:
+                scale = ((high - low) / self.top * start).clamp_(min=1e-30)
+                zero = (self.top / 2 - (high + low) / 2 / scale).clamp_(0, self.top)
+                for _ in range(ROUNDS):
+                    codes = self.codes(values, scale, zero)
+                    mean_code = codes.mean(2, keepdim=True)
+                    spread = (codes - mean_code).square().sum(2, keepdim=True)
+                    slope = ((codes - mean_code) * values).sum(2, keepdim=True)
+                    slope = slope / spread.clamp(min=1e-12)
+                    scale = torch.where((spread > 0) & (slope > 0), slope, scale)
+                    zero = (mean_code - mean / scale).clamp_(0, self.top)
+                scale8, zero8 = self.store(scale, zero, common)
+                stored, stored_zero = self.stored(scale8, zero8, common)
+                left = self.codes(values, stored, stored_zero) - stored_zero
+                left = left.mul_(stored).sub_(values).square_().sum(2, keepdim=True)
+                yield left, scale8, zero8
+
+        scale8, zero8 = least_error(tries())
+        return scale8, zero8

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -341,6 +341,25 @@ def grouped(rows: torch.Tensor, size: int) -> torch.Tensor:
     """[rows, in] as [rows, groups, size], the last group filled up with zeros."""
     rows = F.pad(rows, (0, -rows.shape[1] % size))
     return rows.view(rows.shape[0], -1, size)
+
+
+def least_error(tries: Iterable[tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
+    """Of every element the tables of the try with the least error, the first of equal ones.
+
+    A try is (error, table, ...), all of one shape.
+    """
+    best: list[torch.Tensor] = []
+    for error, *tables in tries:
+        if not best:
+            least, best = error, tables
+            continue
+        better = error < least
+        least = torch.where(better, error, least)
+        best = [  # in fp32, as torch.where takes no fp8
+            torch.where(better, new.float(), old.float()).to(new.dtype)
+            for new, old in zip(tables, best, strict=True)
+        ]
+    return best
 
 
 def round_to_int(values: torch.Tensor, random: torch.Generator | None) -> torch.Tensor:

@@ -100,6 +100,23 @@ class KitchenFormat(WeightFormat):
     def available(self, device):
         return self.refusal(place(device))
 
+    def unfit_columns(self, columns: int, size: int) -> str | None:
+        """Why a weight of so many in features can't be cut into groups of ``size``, or None."""
+        return (
+            f"{self.name} needs in features that are a multiple of {size}"
+            if columns % size
+            else None
+        )
+
+    def before_sm80(self, at: Place) -> str | None:
+        """The refusal of a kernel for GPUs from sm_80 on, and for the CPU."""
+        if at.type == "cpu" or at.at_least(8, 0):
+            return None
+        return (
+            f"{self.name} needs an sm_80 or newer GPU or the CPU; found {at}; nothing would run "
+            "instead: choose nf4"
+        )
+
     def linear(self, x, packed, bias=None, weight_only=False):
         if weight_only:
             return super().linear(x, packed, bias, weight_only)

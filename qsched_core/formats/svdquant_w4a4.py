@@ -14,6 +14,7 @@ from .base import (
     Packed,
     check_finite,
     largest_magnitude,
+    least_error,
     round_to_int,
 )
 from .kitchen import INT4_MAX, KitchenFormat, backend, kitchen, pack_int4, place, unpack_int4
@@ -42,18 +43,10 @@ class SVDQuantW4A4(KitchenFormat):
     by_rows = False
 
     def unfit(self, shape):
-        reason = super().unfit(shape)
-        if reason is None and math.prod(shape[1:]) % self.group_size:
-            reason = f"{self.name} needs in features that are a multiple of {self.group_size}"
-        return reason
+        return super().unfit(shape) or self.unfit_columns(math.prod(shape[1:]), self.group_size)
 
     def refusal(self, at):
-        if at.type != "cpu" and not at.at_least(8, 0):
-            return (
-                f"{self.name} needs an sm_80 or newer GPU or the CPU; found {at}; nothing would "
-                "run instead: choose nf4"
-            )
-        return missing("comfy_kitchen", self.name, "comfy-kitchen")
+        return self.before_sm80(at) or missing("comfy_kitchen", self.name, "comfy-kitchen")
 
     def backend(self, device):
         at = place(device)
@@ -105,16 +98,14 @@ class SVDQuantW4A4(KitchenFormat):
     def _scale(self, rest, old) -> torch.Tensor:
         """The stored scales, in fp32, of the groups of ``rest`` [rows, groups, 64]."""
         largest = rest.abs().amax(2, keepdim=True)
-        best = error = None
-        for shrink in SHRINK:
-            scale = (largest * (shrink / INT4_MAX)).to(TABLE_DTYPE).float()
-            left = (rest / _nonzero(scale)).round_().clamp_(-INT4_MAX, INT4_MAX)
-            left = left.mul_(scale).sub_(rest).square_().sum(2, keepdim=True)
-            if error is None:
-                best, error = scale, left
-            else:
-                better = left < error
-                best, error = torch.where(better, scale, best), torch.where(better, left, error)
+
+        def tries():
+            for shrink in SHRINK:
+                scale = (largest * (shrink / INT4_MAX)).to(TABLE_DTYPE).float()
+                left = (rest / _nonzero(scale)).round_().clamp_(-INT4_MAX, INT4_MAX)
+                yield left.mul_(scale).sub_(rest).square_().sum(2, keepdim=True), scale
+
+        (best,) = least_error(tries())
         if old is not None:
             best = torch.where(largest <= old * (INT4_MAX + 0.5), old, best)
         return best

@@ -39,10 +39,7 @@ class W4A4(KitchenFormat):
     kinds = ("linear",)
 
     def unfit(self, shape):
-        reason = super().unfit(shape)
-        if reason is None and shape[1] % GROUP:
-            reason = f"{self.name} needs in features that are a multiple of {GROUP}"
-        return reason
+        return super().unfit(shape) or self.unfit_columns(shape[1], GROUP)
 
     def refusal(self, at):
         native = at.at_least(8, 0) and not at.at_least(9, 0)

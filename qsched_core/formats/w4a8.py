@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .base import Packed, WeightFormat, grouped, largest_magnitude, round_to_int
+from .base import Packed, WeightFormat, grouped, largest_magnitude, least_error, round_to_int
 from .tables import group_values, pack
 
 LOWEST, HIGHEST = -8, 7
@@ -38,16 +38,15 @@ class W4A8(WeightFormat):
     def _quantize_rows(self, rows, common, random, old):
         values = grouped(rows, self.group_size) / common
         largest = values.gather(2, values.abs().argmax(2, keepdim=True))
-        best = error = None
-        for end in (LOWEST, HIGHEST):  # a negative scale puts a positive extreme on -8
-            for shrink in SHRINK:
-                scale = _stored(largest / end * shrink)
-                left = (_codes(values, scale, None) * scale - values).square_().sum(2, keepdim=True)
-                if error is None:
-                    best, error = scale, left
-                else:
-                    better = left < error
-                    best, error = torch.where(better, scale, best), torch.where(better, left, error)
+
+        def tries():
+            for end in (LOWEST, HIGHEST):  # a negative scale puts a positive extreme on -8
+                for shrink in SHRINK:
+                    scale = _stored(largest / end * shrink)
+                    left = _codes(values, scale, None) * scale - values
+                    yield left.square_().sum(2, keepdim=True), scale
+
+        (best,) = least_error(tries())
         if old is not None:
             kept = old["scale"].float().unsqueeze(2)
             span = values / _nonzero(kept)

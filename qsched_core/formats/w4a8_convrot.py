@@ -44,18 +44,10 @@ class W4A8ConvRot(KitchenFormat):
     by_rows = False
 
     def unfit(self, shape):
-        reason = super().unfit(shape)
-        if reason is None and shape[1] % self.group_size:
-            reason = f"{self.name} needs in features that are a multiple of {self.group_size}"
-        return reason
+        return super().unfit(shape) or self.unfit_columns(shape[1], self.group_size)
 
     def refusal(self, at):
-        if at.type != "cpu" and not at.at_least(8, 0):
-            return (
-                f"{self.name} needs an sm_80 or newer GPU or the CPU; found {at}; nothing would "
-                "run instead: choose nf4"
-            )
-        reason = missing("comfy_kitchen", self.name, "comfy-kitchen")
+        reason = self.before_sm80(at) or missing("comfy_kitchen", self.name, "comfy-kitchen")
         if reason is None and _found() is not None:
             reason = (
                 f"{self.name} needs comfy-kitchen {OLDEST} or newer, which comes with a newer "

@@ -18,6 +18,7 @@ from contextlib import suppress
 from typing import Any
 
 from ..optional import require
+from ..text import plain
 from .database import DRIVERS, Database, check_shared
 from .errors import CalibrationError
 from .failures import failure
@@ -369,9 +370,8 @@ def differing(one: Any, other: Any, path: str = "") -> list[str]:
     return [] if one == other else [f"{_short(path)}: {_short(one)}, here {_short(other)}"]
 
 
-def _short(value: Any, most: int = 60) -> str:
-    text = "".join(c if c.isprintable() else "?" for c in str(value)[: most + 1])
-    return text if len(text) <= most else f"{text[:most]}..."
+def _short(value: Any) -> str:
+    return plain(str(value), 60)
 
 
 def _maximize() -> list:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from tiny_clip import CONFIG
 
 from qsched_core.cli import calibrate, evaluate
 from qsched_core.correction import ScalarCorrection
@@ -27,16 +28,6 @@ pytest.importorskip("optuna", reason="the search needs optuna")
 
 FILE = Path(plain_task.__file__)
 ROOT = FILE.parents[2]
-CONFIG = {
-    "model_cfg": {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
-        "text_cfg": {
-            "context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1,
-        },
-    },
-    "preprocess_cfg": {"mean": [0.5, 0.4, 0.3], "std": [0.25, 0.2, 0.3]},
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

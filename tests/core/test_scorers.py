@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from tiny_clip import CONFIG
 
 from qsched_core.optional import MissingDependencyError, missing, require
 from qsched_core.scorers import (
@@ -30,16 +31,6 @@ from qsched_core.scorers import (
 )
 from qsched_core.scorers.clip_iqa import ClipIqa
 
-CONFIG = {
-    "model_cfg": {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
-        "text_cfg": {
-            "context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1,
-        },
-    },
-    "preprocess_cfg": {"mean": [0.5, 0.4, 0.3], "std": [0.25, 0.2, 0.3]},
-}  # fmt: skip
 PROMPTS = ("a red circle", "a blue square", "two green rings")
 
 
