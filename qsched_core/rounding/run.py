@@ -69,7 +69,7 @@ def calibrate_weights(
     settings = settings or RoundingSettings()
     model = module_of(task)
     chosen = choices(model, policy)
-    check_folder(folder, _stored_bytes(model, chosen))
+    check_folder(folder, packed_bytes(model, chosen))
     made_of = {
         "algorithm": ALGORITHM,
         "settings": settings.to_dict(),
@@ -82,7 +82,6 @@ def calibrate_weights(
         "seed": seed,
         "weights": digest(model),
     }
-    check_folder(folder, packed_bytes(model, chosen))
     began = time.monotonic()
     states = TaskStates(task, prompts.calibration, states_per_prompt, seed)
     # The batch is a matter of the order of sums, so it is part of what a walk depends on.
@@ -102,12 +101,6 @@ def calibrate_weights(
     }
     weights = RoundedWeights(kept, chosen, provenance)
     return WeightsResult(weights, proof, proof.holds, seconds, states.evaluations)
-
-
-def _stored_bytes(model: nn.Module, chosen: Mapping[str, Choice]) -> int:
-    """About what the rounded layers take on disk."""
-    sizes = ((model.get_submodule(n).weight.numel(), c.format) for n, c in chosen.items())
-    return int(sum(count * get(form).bits / 8 for count, form in sizes))
 
 
 def module_of(task: Task) -> nn.Module:
