@@ -84,16 +84,16 @@ class QSchedJAQCalibrator(io.ComfyNode):
     @classmethod
     @with_options
     def validate_inputs(
-        cls, search, budget, solver=None, low=0.0, high=0.0, radius=0.1, ramp_ends=False,
-        fidelity="full", proposals=1, storage="", study="", options=None,
+        cls, solver=None, storage="", study="", options=None
     ):  # fmt: skip
+        """ComfyUI gives an error for each input that is asked for here, whichever is wrong.
+
+        So what its own limits say is left to them, and the rest to ``execute``.
+        """
         wrong = wrong_options(solver, options)
         if wrong:
             return wrong
-        values = (search, budget, low, high, radius, ramp_ends, fidelity, proposals)
         try:
-            if None not in values:  # wired: checked when it runs
-                _settings(*values)
             _database(storage, study)
         except (ValueError, MissingDependencyError) as error:
             return str(error)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+from .errors import plainly_named
 from .text import shown
 from .workspace import Workspace, remove_abandoned
 
@@ -58,6 +59,7 @@ def _unusable(path: str) -> str:
     return ""
 
 
+@plainly_named
 class DiskError(OSError):
     """A file that can't be written; the message names it, the space it takes, and what to do."""
 

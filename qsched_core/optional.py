@@ -6,7 +6,10 @@ import importlib
 import importlib.util
 from types import ModuleType
 
+from .errors import plainly_named
 
+
+@plainly_named
 class MissingDependencyError(ImportError):
     """A feature's package is not installed; the message has the command that installs it."""
 

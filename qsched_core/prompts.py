@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from .errors import plainly_named
 from .text import shown
 
 BUNDLED = Path(__file__).parent / "data" / "prompts.json"
@@ -20,6 +21,7 @@ EARLY_TEXT, EARLY_PARTS, EARLY_FILE = 2**18, 2**13, 2**16
 _PARTS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029[{,"  # ends of lines, and separators of JSON
 
 
+@plainly_named
 class PromptError(ValueError):
     """Prompts that can not be used; the message says how to mend them."""
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from .batches import Batches
+from .errors import plainly_named
 from .objective import Scores
 from .prompts import PromptSet
 from .solvers import ModelInfo
@@ -41,6 +42,7 @@ Run = Callable[
 OnPictures = Callable[["Source", Candidate, PromptSet, torch.Tensor], None]
 
 
+@plainly_named
 class SourceError(ValueError):
     """A source that can't make what is asked for; the message says what to change."""
 

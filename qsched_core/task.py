@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 
+from .errors import plainly_named
 from .prompts import PromptSet
 from .solvers import ModelInfo, get_solver
 from .source import ModelSource, SourceError
 from .trajectory import MEMO_BYTES, Trajectory, tile
 
 
+@plainly_named
 class TaskError(SourceError):
     """A task that can't be found, or something that is no task; the message says what to change."""
 

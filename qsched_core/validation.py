@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .errors import plainly_named
 from .text import plain, shown
 
 MAX_STEPS = 1000
@@ -18,6 +19,7 @@ MAX_DEPTH = 64  # far below the recursion limit of any JSON reader or writer
 _INT_LIMIT = 2**64  # seeds are below it; Python refuses to print integers of some thousand digits
 
 
+@plainly_named
 class ScheduleError(ValueError):
     """A schedule, or a request to it, that can not be used; the message says how to mend it."""
 

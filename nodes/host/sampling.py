@@ -20,7 +20,7 @@ from ...qsched_core.solvers import check_sigmas, get_solver
 from ...qsched_core.text import shown
 from ...qsched_core.trajectory import Trajectory
 from .progress import report
-from .trajectories import is_flow, levels, model_sampling, solver_info
+from .trajectories import is_flow, largest_latent, levels, model_sampling, solver_info
 from .weights.provenance import model_info
 
 
@@ -207,6 +207,14 @@ def ksampler(
         latent.get("downscale_ratio_temporal"),
     )
     out = {k: v for k, v in latent.items() if not k.startswith("downscale_ratio_")}
+    largest = largest_latent(model)
+    if largest and max(image.shape[-2:]) > largest:
+        ratio = model.get_model_object("latent_format").spacial_downscale_ratio
+        height, width = (size * ratio for size in image.shape[-2:])
+        raise ScheduleError(
+            f"latent_image={width} x {height} is more than this model knows; make it at most "
+            f"{largest * ratio} x {largest * ratio}"
+        )
     sigmas, note = levels(schedule, model, scheduler, steps, denoise)
     if schedule is None:
         note = "; ".join(text for text in ("no schedule: the plain solver, c = 1", note) if text)

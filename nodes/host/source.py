@@ -12,10 +12,10 @@ import comfy.samplers
 import torch
 
 from ...qsched_core.prompts import PromptSet
-from ...qsched_core.source import ModelSource
+from ...qsched_core.source import ModelSource, SourceError
 from ...qsched_core.trajectory import MEMO_BYTES, Trajectory
 from .encoding import encode
-from .trajectories import model_sampling, solver_info
+from .trajectories import largest_latent, model_sampling, solver_info
 from .weights.provenance import clip_hash, model_info, weights_hash
 
 
@@ -58,10 +58,15 @@ class ComfySource(ModelSource):
     def _empty_latent(self, width: int, height: int) -> torch.Tensor:
         latent_format = self.model.get_model_object("latent_format")
         ratio = latent_format.spacial_downscale_ratio
+        largest = largest_latent(self.model)
         for name, value in (("width", width), ("height", height)):
             if value < ratio or value % ratio:
                 raise ValueError(
                     f"{name}={value} must be a positive multiple of {ratio} for this model"
+                )
+            if largest and value > largest * ratio:
+                raise SourceError(
+                    f"{name}={value} is more than this model knows; set at most {largest * ratio}"
                 )
         latent = torch.zeros(1, latent_format.latent_channels, height // ratio, width // ratio)
         return latent.unsqueeze(2) if latent_format.latent_dimensions == 3 else latent

@@ -21,6 +21,18 @@ def model_sampling(model):
     return model.get_model_object("model_sampling")
 
 
+def largest_latent(model) -> int | None:
+    """Rows or columns that a latent may have at most; None where the model sets no bound.
+
+    ComfyUI's MMDiT has a table of positions, and fails beyond it with a bare assertion.
+    """
+    network = model.get_model_object("diffusion_model")
+    positions = getattr(network, "pos_embed_max_size", None)
+    if positions is None or getattr(network, "pos_embed", None) is None:
+        return None
+    return positions * network.x_embedder.patch_size[0]
+
+
 def is_flow(sampling) -> bool:
     """Whether sigma is a flow's time in [0, 1] rather than the noise's standard deviation."""
     return isinstance(sampling, comfy.model_sampling.CONST)

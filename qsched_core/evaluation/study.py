@@ -24,6 +24,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from ..errors import plainly_named
 from ..files import disk_error, write_atomic
 from ..objective import Scores
 
@@ -33,6 +34,7 @@ CONTENT, SUM = "qsched_evaluation", "sha256"
 FEATURES, PICTURE = "features:", "picture:"
 
 
+@plainly_named
 class EvaluationError(ValueError):
     """An evaluation that can not start or go on; the message says what to change."""
 

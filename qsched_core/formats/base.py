@@ -11,12 +11,14 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 
+from ..errors import plainly_named
 from .tables import block_rows, fill_in_blocks
 
 CHUNK_ELEMENTS = 1 << 21  # weights quantized at once: bounds the temporaries to some 50 MB
 PRODUCT_ELEMENTS = 1 << 20  # weights that a CPU dequantizes at once to multiply by them
 
 
+@plainly_named
 class FormatError(ValueError):
     """A weight format that can't be used as asked; the message names the value and the fix."""
 

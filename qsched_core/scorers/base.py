@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from ..errors import plainly_named
+
 if TYPE_CHECKING:
     from .open_clip import DualEncoder
 
@@ -23,6 +25,7 @@ CLIP_SCALE, CLIP_SCORE_FLOOR = 100.0, 1.0
 Placement = Callable[[torch.nn.Module], torch.device]
 
 
+@plainly_named
 class ScorerError(ValueError):
     """A scorer that can't be built, or whose output is no score."""
 

@@ -13,6 +13,7 @@ HOST = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths",
         "node_helpers", "server", "nodes", "comfyui_version"}  # fmt: skip
 # From the ground up: a part imports what stands before it, and itself.
 LAYERS = (
+    ("errors",),
     ("text", "optional", "statistics", "recent", "workspace"),
     ("files", "validation"),
     ("strict_json", "canvas", "prompts", "sigmas"),

@@ -66,8 +66,7 @@ def test_every_node_with_options_has_its_widget(nodes):
 def test_its_value_is_checked_before_a_graph_runs(nodes, solver, drift, says):
     for name, node in nodes.items():
         assert "drift" in inspect.getfullargspec(node.validate_inputs).args, name
-        more = {"search": "gp", "budget": 0} if name == "QSchedJAQCalibrator" else {}
-        answer = node.validate_inputs(solver=solver, drift=drift, **more)
+        answer = node.validate_inputs(solver=solver, drift=drift)
         assert (answer is True) if says is None else (says in answer), name
 
 

@@ -288,6 +288,14 @@ def test_around_a_sampler_node(server):
         assert np.abs(found.astype(int) - wanted.astype(int)).max() <= 1
 
 
+def test_a_size_beyond_the_model_is_refused_with_the_size_it_can(server):
+    prompt = graph()
+    prompt["4"]["inputs"] |= {"width": 512, "height": 96}
+    reason = r"qsched.ScheduleError: latent_image=512 x 96 is more than .* at most 256 x 256"
+    with pytest.raises(ServerError, match=reason):
+        server.run(prompt)
+
+
 def test_without_a_schedule_it_is_the_plain_solver(server):
     prompt = graph()
     del prompt["5"], prompt["6"]["inputs"]["schedule"]

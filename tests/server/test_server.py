@@ -177,3 +177,15 @@ def test_a_server_that_dies_shows_its_log(comfyui_path, tmp_path):
     with pytest.raises(ServerError, match="no-such-option"):
         server.start()
     assert server.process.poll() is not None
+
+
+def test_a_mistake_is_one_error_at_its_own_input(server):
+    """ComfyUI tells of each input that a node's own validation asks for."""
+    prompt = {
+        "1": {"class_type": "QSchedJAQCalibrator", "inputs": {"search": "luck", "low": 2.0}},
+    }
+    with pytest.raises(ServerError) as refused:
+        server.run(prompt)
+    text = str(refused.value)
+    assert text.count("luck") == 1
+    assert text.count("low") == 1
