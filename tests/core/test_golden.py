@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from planted import READER
-from test_search import PROMPTS, World
+from search_cases import PROMPTS, World
 
 from qsched_core.calibration import calibrate
 from qsched_core.schedule import QSchedule

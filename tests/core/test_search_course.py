@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 from planted import TRAJECTORY
-from test_search import PROMPTS, World, run
+from search_cases import PROMPTS, World, run
 
 from qsched_core.search import CalibrationSettings
 from qsched_core.search.course import CONTROL, HELDOUT, PRECHECK, SEARCH, Course, duration

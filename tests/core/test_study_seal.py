@@ -10,7 +10,7 @@ import sqlite3
 import pytest
 import torch
 from planted import TRAJECTORY
-from test_search import World, outcome, run
+from search_cases import World, outcome, run
 
 from qsched_core.evaluation.study import ArmStudy, Part, keep_features, kept_features
 from qsched_core.objective import Scores
