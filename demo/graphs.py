@@ -17,7 +17,7 @@ PARTS = "parts"  # the node that loads what is not quantized
 
 
 def shipped() -> dict:
-    """The shipped workflow: nodes 1 to 11, from the loader to the saved picture."""
+    """The shipped workflow: from the loader to the saved picture, and the report beside it."""
     return json.loads(WORKFLOW.read_text(encoding="utf-8"))
 
 
