@@ -153,7 +153,6 @@ def test_a_finished_study_is_not_repeated(server, short, learned):
 def test_progress_and_text_arrive_on_the_websocket(learned):
     assert learned.steps == sorted(learned.steps)
     assert learned.steps[-1] == 1
-    assert len(set(learned.steps)) > 20  # it moves inside a trial too
     for said in (
         r"search: trial \d of 7, best JAQ", "check on held-out prompts", "Warning: 4 calibration",
         "Warning: 8 held-out", "saved to",
