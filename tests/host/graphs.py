@@ -66,7 +66,7 @@ def drawing(model, positive, negative=None, cfg=1.0, shape=None, guider=None, ma
 
 
 def levels_of(model) -> torch.Tensor:
-    return host.sigmas_and_flow(model, "simple", STEPS)[0]
+    return trajectories.sigmas_and_flow(model, "simple", STEPS)[0]
 
 
 def schedule_of(model, solver: str, c_x=C_X, c_eps=C_EPS):

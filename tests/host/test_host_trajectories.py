@@ -34,7 +34,7 @@ def test_sigmas_are_ksamplers(small, scheduler, files):
             args = (model, steps, "cpu", "euler", scheduler, denoise)
             wanted = outcome(lambda args=args: samplers.KSampler(*args).sigmas)
             found = outcome(
-                lambda s=steps, d=denoise: host.sigmas_and_flow(model, scheduler, s, d)[0]
+                lambda s=steps, d=denoise: trajectories.sigmas_and_flow(model, scheduler, s, d)[0]
             )
             if found != wanted:
                 differ.append((steps, denoise))
