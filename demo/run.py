@@ -182,7 +182,7 @@ def _difference_of_gains(control_before, control_after, rows: list[Row]) -> dict
 def table(rows: list[Row], details: dict) -> str:
     head = (
         f"{'':16}{'weights':>10}{'JAQ calib.':>12}{'JAQ test [95 % interval]':>30}"
-        f"{'gain on test':>28}{'model evals':>13}{'seconds':>9}"
+        f"{'gain on test':>28}{'NFE':>13}{'seconds':>9}"
     )
     lines = [head, "-" * len(head)]
     for row in rows:
