@@ -21,7 +21,7 @@ PYTHON_OLDEST, PYTHON_NEWEST = (3, 10), (3, 14)
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 TOOLS = (
     "pytest", "pytest-xdist", "pytest-timeout", "filelock", "hypothesis", "ruff", "gguf",
-    "psycopg[binary]",
+    "psycopg[binary]", "playwright",
 )  # fmt: skip
 # What a fresh environment takes; on Linux torch comes with CUDA's libraries.
 DISK_GB = 8 if sys.platform == "linux" else 3

@@ -1,4 +1,4 @@
-"""The shipped workflows: both forms are the same graph, and the graph runs to a picture."""
+"""The shipped workflow: its graph runs to a picture."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from PIL import Image
 from devtools.server import ServerError
 
 TEXT, PREVIEW = 3, 4  # kinds of binary messages that the server sends
-WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 NAME = "qsched_learn_and_sample.json"
 
 
@@ -40,41 +39,6 @@ def short(workflow):
         return graph
 
     return make
-
-
-def as_api(workflow: dict, info: dict) -> dict:
-    """A UI workflow in API form, as the page converts it."""
-    links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
-    graph = {}
-    for node in workflow["nodes"]:
-        schema, values, inputs = info[node["type"]], iter(node["widgets_values"]), {}
-        for group in ("required", "optional"):
-            for name in schema["input_order"].get(group, []):
-                kind, *options = schema["input"][group][name]
-                if isinstance(kind, list) or kind in WIDGETS:
-                    inputs[name] = next(values)
-                    controlled = options and options[0].get("control_after_generate")
-                    if controlled or name in ("seed", "noise_seed"):
-                        next(values)  # the page's own "control after generate" widget
-        assert next(values, None) is None, f"{node['type']} has more widget values than widgets"
-        for socket in node["inputs"]:
-            if socket["link"] is not None:
-                inputs[socket["name"]] = links[socket["link"]]
-        graph[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
-    return graph
-
-
-def test_template_and_api_file_are_the_same_graph(server, repo_root, workflow):
-    template = json.loads((repo_root / "workflows" / NAME).read_text(encoding="utf-8"))
-    converted = as_api(template, server.object_info())
-    assert converted.keys() == workflow.keys()
-    for key, node in workflow.items():
-        assert converted[key]["class_type"] == node["class_type"]
-        given = node["inputs"]
-        assert {k: converted[key]["inputs"][k] for k in given} == given
-        extra = set(converted[key]["inputs"]) - set(given)
-        defaults = server.object_info()[node["class_type"]]["input"].get("optional", {})
-        assert extra <= set(defaults)
 
 
 def test_every_template_has_a_thumbnail(repo_root):
