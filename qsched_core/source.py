@@ -261,7 +261,7 @@ def check_reference(source: Source, reference: Source) -> None:
     """SourceError unless ``reference`` is the same model on the same trajectory, quantized or not.
 
     The same means: equal sampling, equal size, and equal hashes of the unquantized weights and of the
-    patches on them.  If a model has no hash, it is not compared, and this is logged.
+    patches on them, be they merged before the rounding or not.  What can't be compared is logged.
     """
     mine, other = source.describe(), reference.describe()
     one, two = source.trajectory, reference.trajectory
@@ -288,7 +288,13 @@ def check_reference(source: Source, reference: Source) -> None:
                 key,
             )
             return
-        if one != two:
+        same = one == two if key != "patches" else _same_patches(*models)
+        if same is None:
+            logger.warning(
+                "whether the reference has the model's LoRAs can't be told: some are merged into "
+                "weights, others are not"
+            )
+        elif not same:
             what = {"patches": "LoRAs or other patches"}.get(key, "weights")
             names = [model.get("source") or "unnamed" for model in models]
             raise SourceError(
@@ -299,6 +305,21 @@ def check_reference(source: Source, reference: Source) -> None:
 
 def _identity(model: Any) -> Mapping[str, Any]:
     return model if isinstance(model, Mapping) else {}
+
+
+def _same_patches(one: Mapping[str, Any], two: Mapping[str, Any]) -> bool | None:
+    """Whether two models have the same patches; None where it can't be told.
+
+    Quantizing merges LoRAs into the weights: then they are on the reference alone.
+    """
+    (merged, left), (other_merged, other_left) = (
+        (model.get("merged_patches") or "", model["patches"]) for model in (one, two)
+    )
+    if merged == other_merged:
+        return left == other_left
+    if (merged and left) or (other_merged and other_left):
+        return None  # a hash is of all that was merged at once
+    return (merged or left) == (other_merged or other_left)
 
 
 def _short(value: Any, most: int = 120) -> str:

@@ -111,6 +111,23 @@ def test_a_reference_that_is_another_model_is_refused(change, says):
         check_reference(source(), source(**change))
 
 
+def merged(**found):
+    return source(provenance=KNOWN | found)
+
+
+def test_a_lora_that_was_merged_before_the_rounding_is_on_the_reference(caplog):
+    """A checkpoint, its LoRA, then the rounding: the reference is what came before the rounding."""
+    rounded = merged(merged_patches="a lora")
+    check_reference(rounded, merged(patches="a lora"))
+    check_reference(rounded, merged(merged_patches="a lora"))
+    assert not caplog.text
+    for other in ({}, {"patches": "another"}, {"merged_patches": "another"}):
+        with pytest.raises(SourceError, match="other LoRAs"):
+            check_reference(rounded, merged(**other))
+    check_reference(merged(merged_patches="a lora", patches="two"), merged(patches="both"))
+    assert "LoRAs can't be told" in caplog.text
+
+
 def test_the_same_model_in_other_bits_is_a_reference(caplog):
     caplog.set_level(logging.WARNING)
     check_reference(source(), source(provenance=KNOWN))
