@@ -21,7 +21,15 @@ from ..qsched_core.prompts import CalibrationPrompts, PromptSet
 from ..qsched_core.source import check_reference
 from ..qsched_core.statistics import mean_interval
 from ..qsched_core.trajectory import Candidate
-from .host.evaluation import BASELINE, QUANTIZED, SCHEDULE, made_by, model_arms, reference_arm
+from .host.evaluation import (
+    BASELINE,
+    QUANTIZED,
+    SCHEDULE,
+    made_by,
+    match_of,
+    model_arms,
+    reference_arm,
+)
 from .host.folders import evaluations_folder, output_path, scratch_folder
 from .host.pictures import as_tensor
 from .host.progress import EvaluationLive, on_node
@@ -130,7 +138,7 @@ class QSchedEvaluate(io.ComfyNode):
         check_objective(objective)
         sampling = (solver, scheduler, steps, cfg, width, height, negative, options)
         source = source_of(model, clip, vae, *sampling, memory=SOURCE_BYTES)
-        match = None if schedule is None else schedule.at(source.trajectory.sigmas)
+        match = None if schedule is None else match_of(schedule, source)
         changes = match is not None and not match.correction.is_identity
         arms = model_arms(
             source,

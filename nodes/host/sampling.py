@@ -128,14 +128,9 @@ def _matched(
     ScheduleError.  A ramp made by hand belongs to no noise levels: that its coefficients are
     interpolated is no difference.
     """
-    flow = is_flow(guider.inner_model.model_sampling)
-    if flow != schedule.flow and not schedule.is_identity:
-        learned, found = ("flow", "epsilon") if schedule.flow else ("epsilon", "flow")
-        raise ScheduleError(
-            f"the schedule was learned for a {learned} model but this is a {found} model; "
-            "calibrate it for this model"
-        )
-    differences = _differences(schedule, solver, options, guider.model_patcher)
+    if not schedule.is_identity:
+        schedule.check_flow(is_flow(guider.inner_model.model_sampling))
+    differences = differences_of(schedule, solver, options, guider.model_patcher)
     if differences and mode == "strict":
         raise ScheduleError(f"{differences}; calibrate again, or set mode to 'interpolate'")
     check_sigmas(sigmas)
@@ -156,7 +151,7 @@ def _options_of(sampler, solver: str) -> dict[str, float] | None:
     return {k: v for k, v in sampler.extra_options.items() if k in known}
 
 
-def _differences(schedule: QSchedule, solver: str, options, model) -> str:
+def differences_of(schedule: QSchedule, solver: str, options, model) -> str:
     """How this use differs from what the schedule was learned for, in words; empty if it does not.
 
     ``options`` None: the solver's options are unknown and not compared.
@@ -165,10 +160,10 @@ def _differences(schedule: QSchedule, solver: str, options, model) -> str:
     if solver != schedule.solver:
         parts.append(f"solver {schedule.solver!r}, not {solver!r}")
     elif options is not None:
-        before = schedule.trajectory.options
         for name, value in get_solver(solver).check(options).items():
-            if before.get(name, value) != value:
-                parts.append(f"{name} {before[name]}, not {value}")
+            before = _learned(schedule.trajectory, name, value)
+            if before != [value]:
+                parts.append(f"{name} {' and '.join(map(str, before))}, not {value}")
     learned = schedule.provenance.get("model")
     if isinstance(learned, dict):
         found = model_info(model)
@@ -183,6 +178,17 @@ def _differences(schedule: QSchedule, solver: str, options, model) -> str:
         if "patches" in learned and before != now:
             parts.append(f"LoRAs {before or 'none'}, not {now or 'none'}")
     return f"this schedule was learned for {'; '.join(parts)}" if parts else ""
+
+
+def _learned(trajectory: Trajectory, option: str, value: float) -> list[float]:
+    """The values that an option had in the steps; ``value`` where the schedule does not say.
+
+    Of one solver for all steps an older schedule does not; of several each says what it was.
+    """
+    if trajectory.is_uniform:
+        return [trajectory.options.get(option, value)]
+    each = (step.solver.check(dict(step.options))[option] for step in trajectory.solvers)
+    return list(dict.fromkeys(each))
 
 
 def _loras(info) -> str:

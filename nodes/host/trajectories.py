@@ -68,13 +68,14 @@ def levels(
     """Sigmas (CPU) of a KSampler with a schedule, and what is to be said of them.
 
     ``AS_LEARNED`` takes the schedule's own, whatever ``steps`` is; below ``denoise`` 1 the last
-    ones.  Errors as :func:`sigmas_and_flow`.
+    ones.  ScheduleError where a model of the other kind is to take them; else errors as :func:`sigmas_and_flow`.
     """
     if scheduler != AS_LEARNED:
         return sigmas_and_flow(model, scheduler, steps, denoise)[0], ""
     if schedule is None:
         note = f"nothing was learned: {steps} steps of the scheduler {SCHEDULERS[0]}"
         return sigmas_and_flow(model, SCHEDULERS[0], steps, denoise)[0], note
+    schedule.check_flow(is_flow(model_sampling(model)))
     sigmas = torch.tensor(schedule.tail(denoise))
     return sigmas, f"{len(sigmas) - 1} steps and their noise levels as learned"
 

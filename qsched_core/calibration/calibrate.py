@@ -240,11 +240,14 @@ def study_content(
 
 def _prechecked(
     store: Store, key: str, source: Source, reference: Source, prompts: CalibrationPrompts
-) -> PreCheck:
-    """The pre-check, made once a study and reference."""
+) -> PreCheck | None:
+    """The pre-check, made once a study and reference; None for a correction that can't be fitted."""
     content = store.get(key)
     if content is None:
-        content = compared(source, reference, prompts.calibration).to_dict()
+        found = compared(source, reference, prompts.calibration)
+        if found is None:
+            return None
+        content = found.to_dict()
         store.put(key, content)
     checked = PreCheck.from_dict(content)
     logger.info(checked.text)

@@ -6,6 +6,7 @@ reference are a least-squares fit: no search is needed.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from ..prompts import PromptSet
 from ..source import Source
 
 MIN_PROMPTS, COMPARED_PROMPTS = 2, 8
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ def precheck(
     this cost; None: one latent a step, prompt and model.  ValueError where the shapes differ or
     there are fewer than 2 prompts.
     """
+    if not can_be_fitted(correction):
+        raise ValueError(f"a correction of kind {correction.kind!r} has no least-squares fit")
     steps = len(sigmas) - 1
     if not len(latents) == len(quantized) == len(reference) == steps:
         raise ValueError(
@@ -107,15 +111,37 @@ def precheck(
     return PreCheck(tuple(shares), total, tuple(errors), count, spent)
 
 
-def compared(quantized: Source, reference: Source, prompts: PromptSet) -> PreCheck:
-    """The pre-check of two models on the first prompts, along the reference's trajectory."""
+def can_be_fitted(correction: type[Correction]) -> bool:
+    """Whether Euler's corrected step is linear in the numbers of this kind of correction."""
+    one = torch.ones(1, 1, dtype=torch.float64)
+    return correction.euler_basis(one, one / 2, 1.0, 0.5) is not None
+
+
+def compared(
+    quantized: Source,
+    reference: Source,
+    prompts: PromptSet,
+    correction: type[Correction] = DEFAULT,
+) -> PreCheck | None:
+    """The pre-check of two models on the first prompts, along the reference's trajectory.
+
+    None, and nothing is evaluated, for a kind of correction that least squares can't fit.
+    """
+    if not can_be_fitted(correction):
+        logger.info(
+            "no pre-check: a correction of kind %s is not linear in its numbers, so its best share "
+            "of the error is not known before the search",
+            correction.kind,
+        )
+        return None
     few = prompts.part(
         0, min(len(prompts), COMPARED_PROMPTS, max(MIN_PROMPTS, quantized.max_batch))
     )
     exact = reference.observed(few)
     ours = quantized.observed(few, exact)
     sigmas = (*exact.sigmas, quantized.trajectory.sigmas[-1])
-    return precheck(exact.latents, ours.outputs, exact.outputs, sigmas, exact.nfe + ours.nfe)
+    nfe = exact.nfe + ours.nfe
+    return precheck(exact.latents, ours.outputs, exact.outputs, sigmas, nfe, correction)
 
 
 def _cross_fitted(columns: torch.Tensor, target: torch.Tensor) -> float:

@@ -60,7 +60,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     objective = objective_of(arguments, device)
     task = load_task(arguments.task, device)
     source = TaskSource(task, SOURCE_BYTES)
-    match = None if schedule is None else schedule.at(source.trajectory.sigmas)
+    match = None
+    if schedule is not None:
+        schedule.check_flow(source.trajectory.flow)
+        match = schedule.at(source.trajectory.sigmas)
     corrected = None if match is None else Candidate(source.trajectory, match.correction)
     arms = arms_of(source, corrected)
     if arguments.reference_task is not None:

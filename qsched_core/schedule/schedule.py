@@ -84,6 +84,15 @@ class QSchedule:
     def candidate(self) -> Candidate:
         return Candidate(self.trajectory, self.correction)
 
+    def check_flow(self, flow: bool) -> None:
+        """ScheduleError unless a model's sigmas (``flow`` or not) are of the kind that was learned."""
+        if flow != self.flow:
+            learned, found = ("a flow", "an epsilon") if self.flow else ("an epsilon", "a flow")
+            raise ScheduleError(
+                f"the schedule was learned for {learned} model but this is {found} model; "
+                "calibrate it for this model"
+            )
+
     def at(self, sigmas: Sequence[float], mode: str = "interpolate") -> Match:
         """Coefficients for the trajectory ``sigmas`` [m + 1].
 
@@ -266,12 +275,13 @@ class QSchedule:
             raise ScheduleError(f"{path}: {error}") from None
 
     def describe(self) -> str:
-        """A small text table, a row a step."""
-        columns = self.correction.rows()
+        """A small text table, a row a step; with the solver of each where there are several."""
+        columns, uniform = self.correction.rows(), self.trajectory.is_uniform
         lines = [f"{self.solver}, {self.steps} steps, {'flow' if self.flow else 'epsilon'} sigmas"]
         for i, sigma in enumerate(self.sigmas[:-1]):
             cells = "".join(f"  {name} {values[i]:.4f}" for name, values in columns.items())
-            lines.append(f"  step {i + 1}: sigma {sigma:.4f}{cells}")
+            name = "" if uniform else f"  {self.trajectory.solvers[i].name}"
+            lines.append(f"  step {i + 1}: sigma {sigma:.4f}{cells}{name}")
         return "\n".join(lines)
 
 

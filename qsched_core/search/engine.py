@@ -90,8 +90,12 @@ class Monitor:
 
 
 def best_of(trials: Sequence[Trial]) -> Trial:
-    """The highest JAQ; the earlier one of equals, so that c = 1 wins a tie."""
-    return max((t for t in trials if not t.pruned), key=lambda t: (t.value, -t.number))
+    """The highest JAQ; the earlier one of equals, so that c = 1 wins a tie.
+
+    Pruned trials count only while there is no other: where what was damaged is still to be made again.
+    """
+    whole = [trial for trial in trials if not trial.pruned] or trials
+    return max(whole, key=lambda t: (t.value, -t.number))
 
 
 class Search:

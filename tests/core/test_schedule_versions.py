@@ -95,3 +95,18 @@ def test_candidates_are_told_apart_by_trajectory_and_correction():
     other = Candidate.identity(replace(RAMPED.trajectory, solvers=(StepSolver("lcm"),)))
     assert one == same and len({one, same, other}) == 2
     assert one.is_identity and not RAMPED.candidate.is_identity
+
+
+def test_a_schedule_of_several_solvers_says_which_step_has_which():
+    mixed = with_trajectory(*[StepSolver("euler")] * 3, StepSolver("dpmpp_2m"))
+    head, *lines = mixed.describe().splitlines()
+    assert head.startswith("euler+dpmpp_2m, 4 steps")
+    assert [line.split()[-1] for line in lines] == ["euler"] * 3 + ["dpmpp_2m"]
+    assert "euler" not in with_trajectory(StepSolver("euler")).describe().partition("\n")[2]
+
+
+def test_a_model_of_the_other_kind_is_refused():
+    flow = with_trajectory(StepSolver("euler"))
+    flow.check_flow(True)
+    with pytest.raises(ScheduleError, match="learned for a flow model but this is an epsilon"):
+        flow.check_flow(False)

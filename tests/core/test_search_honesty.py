@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from search_cases import PROMPTS, World, run
 
 from qsched_core.calibration import precheck
+from qsched_core.calibration.precheck import compared
 from qsched_core.calibration.report import report_text
 from qsched_core.correction import ScalarCorrection
 from qsched_core.objective import Scores
@@ -160,6 +161,28 @@ def test_the_pre_check_is_made_once_before_the_search(tmp_path):
     assert first.precheck == again.precheck
     assert first.precheck.text in report_text(first)
     assert first.schedule.provenance["precheck"]["prompts"] == 8
+
+
+class Curved(ScalarCorrection):
+    """A kind of correction that no least squares can fit."""
+
+    kind = "curved"
+
+    @staticmethod
+    def euler_basis(x, denoised, sigma, sigma_next):
+        return None
+
+
+def test_a_correction_that_is_not_linear_has_no_pre_check_and_costs_nothing(caplog):
+    caplog.set_level("INFO")
+    world, reference = Seen(error=0.1), Seen()
+    assert compared(world, reference, PROMPTS.calibration, Curved) is None
+    assert "no pre-check: a correction of kind curved" in caplog.text
+    assert world.nfe == reference.nfe == 0
+    assert compared(world, reference, PROMPTS.calibration).prompts == 8
+    x, exact, _ = tensors(1)
+    with pytest.raises(ValueError, match="kind 'curved' has no least-squares fit"):
+        precheck(list(x), list(exact), list(exact), LEVELS, correction=Curved)
 
 
 # Cautions

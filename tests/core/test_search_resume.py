@@ -163,3 +163,18 @@ def test_a_damaged_journal_is_named(tmp_path):
     path.write_bytes(b"".join([lines[0], b"{garbage\n", *lines[1:]]))
     with pytest.raises(CalibrationError, match=f"{path.name}.*damaged"):
         run(World(), tmp_path)
+
+
+def test_the_base_that_was_lost_is_made_again_before_candidates_that_were_given_up(tmp_path):
+    settings = CalibrationSettings("grid", 16, pruner="hyperband", together=1)
+    whole = run(World(), tmp_path, settings)
+    assert any(trial.pruned for trial in whole.trials)
+    (path,) = tmp_path.glob("*.journal")
+    lines = path.read_text().splitlines(keepends=True)
+    first = [i for i, line in enumerate(lines) if line.startswith('{"op_code":4,')]
+    kept = {i for i, trial in zip(first, whole.trials, strict=False) if trial.pruned}
+    lost = set(first[: len(whole.trials)]) - kept
+    path.write_text("".join(line for i, line in enumerate(lines) if i not in lost))
+    again = run(World(), tmp_path, settings)
+    assert outcome(again)[:3] == outcome(whole)[:3]
+    assert again.baseline.candidate.is_identity and again.new_trials == len(lost)

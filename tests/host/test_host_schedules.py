@@ -1,0 +1,148 @@
+"""Schedules of several solvers, and of other kinds of models, in the nodes that take a schedule."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from types import SimpleNamespace
+
+import inside  # noqa: F401  the pack becomes importable
+import pytest
+import torch
+from graphs import C_EPS, C_X, FLUX_SCHNELL, SD15, SEED, STEPS, conditioning, plain, with_cfg
+
+samplers = importlib.import_module("comfy.samplers")
+sampling = importlib.import_module("qsched_pack.nodes.host.sampling")
+evaluation = importlib.import_module("qsched_pack.nodes.host.evaluation")
+sources = importlib.import_module("qsched_pack.nodes.host.source")
+trajectories = importlib.import_module("qsched_pack.nodes.host.trajectories")
+schedule_nodes = importlib.import_module("qsched_pack.nodes.schedules")
+sharing = importlib.import_module("qsched_pack.nodes.sharing")
+schedules = importlib.import_module("qsched_pack.qsched_core.schedule")
+core = importlib.import_module("qsched_pack.qsched_core.trajectory")
+corrections = importlib.import_module("qsched_pack.qsched_core.correction")
+
+TWO = [core.StepSolver("euler"), core.StepSolver("euler")]
+MIXED = (*TWO, core.StepSolver("tcd", {"gamma": 0.5}), core.StepSolver("dpmpp_2m"))
+HALVES = tuple(core.StepSolver("tcd", {} if i < 2 else {"gamma": 0.5}) for i in range(STEPS))
+
+
+def schedule_of(model, solvers, correction=None):
+    sigmas, flow = trajectories.sigmas_and_flow(model, "simple", STEPS)
+    trajectory = core.Trajectory(sigmas.tolist(), flow, solvers)
+    return schedules.QSchedule(trajectory, correction or corrections.ScalarCorrection(C_X, C_EPS))
+
+
+def drawn(
+    model, schedule, small=SD15, scheduler="simple", solver="euler", mode="interpolate", **options
+):
+    positive = conditioning(small)
+    return sampling.ksampler(
+        model, schedule, solver, mode, None, seed=SEED, steps=STEPS, cfg=1.0, scheduler=scheduler,
+        positive=positive, negative=positive, latent={"samples": torch.zeros(small.latent)},
+        options=options,
+    )["samples"]  # fmt: skip
+
+
+def test_a_schedule_of_several_solvers_runs_the_chosen_one_and_says_so(files, caplog):
+    model = plain(files, SD15)
+    found = drawn(model, schedule_of(model, MIXED), scheduler="as learned")
+    assert "solver 'euler+tcd+dpmpp_2m', not 'euler'" in caplog.text
+    assert torch.equal(found, drawn(model, schedule_of(model, (core.StepSolver("euler"),))))
+    with pytest.raises(schedules.ScheduleError, match=r"euler\+tcd\+dpmpp_2m"):
+        drawn(model, schedule_of(model, MIXED), mode="strict")
+
+
+def test_options_that_changed_on_the_way_are_a_difference(files, caplog):
+    model = plain(files, SD15)
+    for gamma in (0.3, 0.5):
+        with pytest.raises(schedules.ScheduleError, match=f"gamma 0.3 and 0.5, not {gamma}"):
+            drawn(model, schedule_of(model, HALVES), solver="tcd", mode="strict", gamma=gamma)
+
+
+def test_around_a_sampler_a_schedule_of_several_solvers_is_taken(files):
+    draw = with_cfg(files)
+    around = sampling.make_around_sampler(
+        schedule_of(draw.model, MIXED), samplers.sampler_object("euler"), "interpolate"
+    )
+    assert torch.isfinite(draw(around)).all()
+
+
+@pytest.mark.parametrize("identity", [False, True])
+def test_noise_levels_of_the_other_kind_of_model_are_not_sampled(identity, files):
+    learned, other = plain(files, FLUX_SCHNELL), plain(files, SD15)
+    ones = corrections.ScalarCorrection.identity(STEPS) if identity else None
+    schedule = schedule_of(learned, (core.StepSolver("euler"),), ones)
+    with pytest.raises(schedules.ScheduleError, match="learned for a flow model but this is an"):
+        drawn(other, schedule, scheduler="as learned")
+
+
+def test_an_evaluation_says_what_the_schedule_was_learned_for(files, caplog):
+    model = plain(files, SD15)
+    source = SimpleNamespace(
+        model=model, trajectory=trajectories.trajectory_of(model, "euler", "simple", STEPS)
+    )
+    schedule = schedule_of(model, MIXED)
+    match = evaluation.match_of(schedule, source)
+    assert match.correction == schedule.correction
+    assert "solver 'euler+tcd+dpmpp_2m', not 'euler'" in match.note and match.note in caplog.text
+    assert not evaluation.match_of(schedule_of(model, (core.StepSolver("euler"),)), source).note
+    flow = schedule_of(plain(files, FLUX_SCHNELL), (core.StepSolver("euler"),))
+    with pytest.raises(schedules.ScheduleError, match="learned for a flow model"):
+        evaluation.match_of(flow, source)
+
+
+def test_version_2_goes_through_text_picture_and_edit(files, monkeypatch):
+    monkeypatch.setattr(sharing.ui, "PreviewImage", lambda *a, **k: SimpleNamespace(as_dict=dict))
+    monkeypatch.setattr(
+        sharing.QSchedShowSchedule, "hidden", SimpleNamespace(unique_id=None), raising=False
+    )
+    schedule = schedule_of(plain(files, SD15), MIXED)
+    image, text, summary = sharing.QSchedShowSchedule.execute(schedule).args
+    assert json.loads(text)["version"] == 2 and "euler+tcd+dpmpp_2m" in summary
+    assert image.shape[-1] == 3 and image.std() > 0.01
+    assert sharing.QSchedScheduleFromText.validate_inputs(text) is True
+    (again,) = sharing.QSchedScheduleFromText.execute(text).args
+    assert again == schedule
+    (edited,) = schedule_nodes.QSchedEditSchedule.execute(
+        again, step=2, mode="add", c_x=0.01, c_eps=0.0
+    ).args
+    assert edited.trajectory == schedule.trajectory and edited.correction.c_x[1] == C_X[1] + 0.01
+    assert schedules.QSchedule.from_json(edited.to_json()) == edited
+    newer = json.dumps(json.loads(text) | {"version": 3})
+    assert "reads versions 1 and 2" in sharing.QSchedScheduleFromText.validate_inputs(newer)
+
+
+class Encoder:
+    """A CLIP and a VAE as far as their hashes go."""
+
+    def __init__(self):
+        self.model = self.first_stage_model = torch.nn.Linear(2, 2)
+        self.patcher, self.patches, self.backup, self.hook_backup = self, {}, {}, {}
+
+
+@pytest.mark.parametrize(
+    ("solver", "given", "options"),
+    [
+        ("euler", {}, {}),
+        ("euler_ancestral", {}, {"options": {"eta": 1.0}}),
+        ("tcd", {"gamma": 0.5}, {"options": {"gamma": 0.5}}),
+    ],
+)
+def test_a_source_says_what_studies_of_earlier_versions_say(solver, given, options, files):
+    """The name of a study is a hash of this: what is added or left out begins every study anew."""
+    model, encoder = plain(files, SD15), Encoder()
+    trajectory = trajectories.trajectory_of(model, solver, "simple", STEPS, given)
+    found = sources.ComfySource(
+        model, encoder, encoder, trajectory, negative="no", width=64, height=32
+    ).describe()
+    assert list(found) == ["model", "clip_hash", "vae_hash", "sampling"]
+    assert found["clip_hash"] == found["vae_hash"]
+    assert set(found["model"]) == {
+        "source", "source_hash", "format", "layers", "backend", "compute_dtype", "weight_bytes",
+        "unquantized_bytes", "patches",
+    }  # fmt: skip
+    assert found["sampling"] == {
+        "solver": solver, "sigmas": list(trajectory.sigmas), "cfg": 1.0, "negative": "no",
+        "width": 64, "height": 32, **options,
+    }  # fmt: skip
