@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
+from ..qsched_core.files import check_prefix
 from ..qsched_core.formats import get, names
 from ..qsched_core.formats.chart import draw
 from ..qsched_core.formats.report import table
@@ -207,6 +208,15 @@ class QSchedSaveModel(io.ComfyNode):
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
         )
+
+    @classmethod
+    def validate_inputs(cls, filename_prefix=None):
+        try:
+            if filename_prefix is not None:  # not wired
+                check_prefix(filename_prefix)
+        except ValueError as error:
+            return str(error)
+        return True
 
     @classmethod
     def execute(

@@ -12,11 +12,14 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from .errors import plainly_named
-from .text import shown
+from .text import plain, shown
 from .workspace import Workspace, remove_abandoned
 
 # Names that Windows gives to devices, in any folder and with any extension.
-_DEVICES = re.compile(r"(con|prn|aux|nul|com[1-9]|lpt[1-9])(\..*)?", re.IGNORECASE)
+_DEVICES = re.compile(
+    r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\u00b9\u00b2\u00b3]) *(\..*)?", re.IGNORECASE
+)
+_PLACEHOLDER = re.compile(r"%[^%/\\]*%")  # ComfyUI writes the date and the like in its place
 MOST_NAME = 1024  # characters of a name that is looked up; no file system holds longer ones
 PROBE_BYTES, SPARE_BYTES = 2**16, 2**24
 _MOST_BYTES = 180  # a part may have 255, a path on Windows 260; the temporary name is longer
@@ -48,15 +51,55 @@ def _unusable(path: str) -> str:
             return "is empty, absolute, or has an empty part"
         if part.startswith(".") or part.endswith((".", " ")):
             return "has a part that begins with a dot, or ends with a dot or space"
-        if re.search(r'[<>:"|?*]', part) or any(
-            unicodedata.category(c) in ("Cc", "Cs") for c in part
-        ):
-            return "has a character that not every file system can hold"
-        if _DEVICES.fullmatch(part):
-            return f"has the part {shown(part)}, which is a device on Windows"
+        reason = _unusable_part(part)
+        if reason:
+            return reason
     if len(path.encode()) > _MOST_BYTES:
         return f"is longer than {_MOST_BYTES} bytes"
     return ""
+
+
+def _unusable_part(part: str) -> str:
+    """Why no file or folder can be called so, wherever it is; empty if one can."""
+    if re.search(r'[<>:"|?*]', part) or plain(part) != part:
+        return "has a character that not every file system can hold, or that can't be seen"
+    if _DEVICES.fullmatch(part):
+        return f"has the part {shown(part)}, which is a device on Windows"
+    return ""
+
+
+def check_prefix(prefix: str) -> None:
+    """ValueError for a ``filename_prefix`` whose names some system can't hold, or takes for a device.
+
+    Where it leads is not looked at: the host sees to that.
+    """
+    reason = ""
+    if len(prefix) > 2 * _MOST_BYTES:
+        reason = f"is longer than {2 * _MOST_BYTES} characters"
+    else:
+        *folders, name = _PLACEHOLDER.sub("", os.path.splitdrive(prefix)[1]).split("/")
+        # The host goes on with a number, so that only what has a dot is left a device.
+        parts = [p for folder in [*folders, f"{name}_"] for p in folder.split("\\")]
+        reason = next(filter(None, map(_unusable_part, parts)), "")
+    if reason:
+        raise ValueError(
+            f"filename_prefix={shown(prefix)} {reason}; give a plain name, or folder/name"
+        )
+
+
+def inside(root: Path, name: str) -> Path | None:
+    """The path ``name`` in the folder ``root``, None where it lies elsewhere, through a link too.
+
+    What is elsewhere by its name is not looked at: it may be on another host.
+    """
+    try:
+        path = Path(os.path.abspath(root / name.replace("\\", "/")))
+        if not path.is_relative_to(os.path.abspath(root)):
+            return None
+        path, root = path.resolve(), root.resolve()
+    except (OSError, ValueError):  # a name that no file system can hold
+        return None
+    return path if path.is_relative_to(root) else None
 
 
 @plainly_named

@@ -30,7 +30,10 @@ MOST_LABEL = 60  # characters of the file's name in the folder's
 MOST_HEADER = 2**24  # bytes of a temporary file that are searched for our mark
 LOCK, DATA = "lock", "data"
 _OURS = re.compile(r"\..*\.([0-9a-f]{8})-([0-9a-f]{8})-[0-9a-f]{8}\.partial", re.DOTALL)
-_EARLIER = re.compile(r".+\.[0-9a-f]{8}\.partial", re.DOTALL)
+# earlier versions': of any file with a dot in front, of parts of evaluations and models without
+_EARLIER = re.compile(
+    r"(\..+\.(json|csv|png|safetensors)|.+\.safetensors)\.[0-9a-f]{8}\.partial", re.DOTALL
+)
 _LIBRARYS = re.compile(r"\.tmp[0-9A-Za-z]{6}")  # safetensors' own, before it renames
 _UNKNOWN = "0" * 8
 
@@ -139,6 +142,8 @@ def _removed(path: Path) -> bool:
 
 
 def _remove_folder(path: Path, machine: str, boot: str) -> bool:
+    if not _holds_ours(path):
+        return False
     here = boot == _boot() != _UNKNOWN  # on one system a lock tells all there is to know
     if not here and machine != _machine():
         return False
@@ -154,6 +159,15 @@ def _remove_folder(path: Path, machine: str, boot: str) -> bool:
         lock.release()
     shutil.rmtree(path)
     return True
+
+
+def _holds_ours(path: Path) -> bool:
+    """Whether nothing is in the folder but what a writer puts there: no one else's work goes."""
+    return all(
+        (entry.name in (LOCK, DATA) or _LIBRARYS.fullmatch(entry.name))
+        and entry.is_file(follow_symlinks=False)
+        for entry in os.scandir(path)
+    )
 
 
 def _quiet(path: Path, seconds: float) -> bool:

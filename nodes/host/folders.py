@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 
 import folder_paths
 
 from ...qsched_core.evaluation import EvaluationError
-from ...qsched_core.files import MOST_NAME, safe_name
+from ...qsched_core.files import MOST_NAME, inside, safe_name
 from ...qsched_core.prompts import PromptError
 from ...qsched_core.schedule import ScheduleError
 from ...qsched_core.text import shown
@@ -82,12 +81,10 @@ def new_schedule_path(name: str) -> Path:
 
 def input_file(name: str) -> Path:
     """The file called ``name`` in the input folder; PromptError if it is not there."""
-    root = Path(folder_paths.get_input_directory()).resolve()
     path = None
     if name.strip() and len(name) <= MOST_NAME:
-        with suppress(OSError, ValueError):  # a name that no file system can hold
-            path = (root / name.strip().replace("\\", "/")).resolve()
-    if path is None or not path.is_relative_to(root) or not path.is_file():
+        path = inside(Path(folder_paths.get_input_directory()), name.strip())
+    if path is None or not path.is_file():
         raise PromptError(
             f"file={shown(name)} is no file in ComfyUI's input folder; copy it there and write its "
             "name"

@@ -6,19 +6,20 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
 
 from ..text import shown
-from .base import FormatError, Packed
+from .base import FormatError, Packed, WeightFormat
 
 SUFFIX = ".comfy_quant"
 MAX_ENTRY = 1 << 20  # bytes; a real one has some hundred
 VALUES_A_BYTE = 8  # more than any format packs into a byte of codes
 
 
-def _is_shape(value: object) -> bool:
+def is_shape(value: object) -> bool:
     return (
         isinstance(value, list)
         and len(value) in (2, 4)
@@ -26,24 +27,24 @@ def _is_shape(value: object) -> bool:
     )
 
 
-def _is_options(value: object) -> bool:
+def is_options(value: object) -> bool:
     return isinstance(value, dict) and all(isinstance(v, (int, float, str)) for v in value.values())
 
 
-def _is_error(value: object) -> bool:
+def is_error(value: object) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and value >= 0
 
 
 # What we read, and what must stand there; the host's other values are its own business.
 FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "format": (lambda value: isinstance(value, str), "a text"),
-    "shape": (_is_shape, "2 or 4 whole numbers from 1"),
+    "shape": (is_shape, "2 or 4 whole numbers from 1"),
     "sample": (
         lambda value: isinstance(value, str) and re.fullmatch(r"(?:[0-9a-fA-F]{2})*", value),
         "bytes in hexadecimal",
     ),
-    "error": (_is_error, "a number from 0"),
-    "options": (_is_options, "an object of plain values"),
+    "error": (is_error, "a number from 0"),
+    "options": (is_options, "an object of plain values"),
     "params": (lambda value: isinstance(value, dict), "an object"),
     "full_precision_matrix_mult": (lambda value: isinstance(value, bool), "true or false"),
     "convrot": (lambda value: isinstance(value, bool), "true or false"),
@@ -89,3 +90,39 @@ def check_stored(packed: Packed, key: str, file: str, by_rows: bool) -> None:
             f"{file}: layer {shown(key.removesuffix(SUFFIX))}: its codes {list(packed.codes.shape)} of "
             f"{packed.codes.dtype} are no weight of the shape {list(packed.shape)}; get the file again"
         )
+
+
+def check_tables(packed: Packed, form: WeightFormat, key: str, file: str) -> None:
+    """FormatError unless codes and tables have the shapes and dtypes of ``form``'s own packing.
+
+    Kernels take the tables' lengths for granted: a short one is read beyond its end.
+    """
+    check_stored(packed, key, file, True)
+    given = {"codes": packed.codes, **packed.aux}
+    for table, (rows, rest, dtype) in _tables(form, packed.shape[1:]).items():
+        wanted = (*((packed.shape[0],) if rows else ()), *rest)
+        found = given[table]
+        if tuple(found.shape) != wanted or found.dtype != dtype:
+            raise FormatError(
+                f"{file}: layer {shown(key.removesuffix(SUFFIX))}: its {table} is "
+                f"{list(found.shape)} of {found.dtype}, and {form.name} has {list(wanted)} of {dtype} for "
+                f"a weight of the shape {list(packed.shape)}; get the file again"
+            )
+
+
+@lru_cache(maxsize=256)
+def _tables(form: WeightFormat, columns: tuple[int, ...]) -> Mapping[str, tuple]:
+    """Of codes and tables: whether they have the weight's rows, the shape of one, and the dtype.
+
+    Found by packing two rows; empty where the format needs more of them at a time.
+    """
+    shape = (2, *columns)
+    if form.unfit(shape) is not None:
+        return {}
+    packed = form.quantize(torch.zeros(shape))
+    tables = {"codes": packed.codes, **packed.aux}
+    return {
+        name: (bool(t.ndim), tuple(t.shape[1:]), t.dtype)
+        for name, t in tables.items()
+        if not t.ndim or t.shape[0] == 2
+    }

@@ -18,8 +18,10 @@ from ..files import write_atomic
 from ..formats import get
 from ..formats.base import FormatError, Packed
 from ..formats.files import MappedFile
+from ..formats.layer_entry import check_tables, is_error, is_options, is_shape
 from ..formats.module import QuantizedLinear
 from ..formats.policy import Choice
+from ..text import plain, shown
 from .layer import Calibrated
 
 logger = logging.getLogger(__name__)
@@ -82,28 +84,29 @@ class RoundedWeights:
         file, name = MappedFile(path), Path(path).name
         try:
             content = json.loads(file.metadata[KEY])
-            version, entries = content["version"], content["layers"]
+            version, entries = content["version"], dict(content["layers"])
             provenance, digest = dict(content["provenance"]), content["sha256"]
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, RecursionError):
             raise FormatError(
                 f"{name} has no rounded weights; give a file of qsched_core.calibrate_weights"
             ) from None
         if version != VERSION:
-            raise FormatError(f"{name} is of version {version!r}; this pack reads {VERSION}")
+            raise FormatError(f"{name} is of version {shown(version)}; this pack reads {VERSION}")
         layers, chosen = {}, {}
         for layer, entry in entries.items():
             try:
                 form = get(entry["format"])
                 aux = {table: file.tensor(f"{layer}.{table}").clone() for table in form.aux}
                 codes = file.tensor(f"{layer}.codes").clone()
-                packed = Packed(codes, aux, tuple(entry["shape"]), dict(entry["options"]))
+                packed = _packed(codes, aux, entry)
+                check_tables(packed, form, layer, name)
                 bias = f"{layer}.bias"
                 bias = file.tensor(bias).clone() if bias in file.entries else None
-                layers[layer] = Calibrated(packed, bias, *entry["errors"], entry["note"])
+                layers[layer] = _calibrated(packed, bias, entry)
                 chosen[layer] = Choice(entry["format"], bool(entry["weight_only"]))
             except (KeyError, TypeError, ValueError) as error:
                 raise FormatError(
-                    f"{name}: layer {layer!r} is damaged ({error}); make the file again"
+                    f"{name}: layer {shown(layer)} is damaged ({plain(str(error), 300)}); make the file again"
                 ) from None
         found = cls(layers, chosen, provenance)
         if found.digest != digest:
@@ -136,6 +139,23 @@ class RoundedWeights:
         for parent, child, made in new:  # all of them, or none
             setattr(parent, child, made)
         return model
+
+
+def _packed(codes: torch.Tensor, aux: Mapping[str, torch.Tensor], entry: Mapping) -> Packed:
+    """The packing that ``entry`` describes; ValueError for what is no shape or no options."""
+    if not is_shape(entry["shape"]) or not is_options(entry["options"]):
+        raise ValueError("its shape or its options are not such")
+    return Packed(codes, aux, tuple(entry["shape"]), dict(entry["options"]))
+
+
+def _calibrated(packed: Packed, bias: torch.Tensor | None, entry: Mapping) -> Calibrated:
+    errors, note = entry["errors"], entry["note"]
+    sound = isinstance(errors, list) and all(e is None or is_error(e) for e in errors)
+    if not sound or len(errors) != 2 or not isinstance(note, str):
+        raise ValueError("its errors or its note are not such")
+    if bias is not None and (tuple(bias.shape) != packed.shape[:1] or not bias.is_floating_point()):
+        raise ValueError("its bias does not go with its shape")
+    return Calibrated(packed, bias, *errors, note)
 
 
 class Shelf:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..optional import missing, require
 from ..recent import Recent
+from ..text import shown
 from .base import (
     CLIP_SCALE,
     CLIP_SCORE_FLOOR,
@@ -150,7 +151,7 @@ def load_file(
         _check_architecture(open_clip, architecture, path.name)
         source["architecture"] = architecture
         for part in fetched_parts(open_clip, architecture):
-            agree_to_download(allow_download, f"architecture={architecture!r}: {part!r}")
+            agree_to_download(allow_download, f"architecture={shown(architecture)}: {part!r}")
         try:
             # Absolute: a bare name could be one of the weights that open_clip downloads.
             model = open_clip.create_model(
@@ -184,8 +185,10 @@ def load_named(name: str, allow_download: bool = False, place: Placement = stay)
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if tag not in tags:
         known = ", ".join(f"{architecture}/{t}" for t in tags) or "none for this architecture"
-        raise ScorerError(f"architecture={name!r} is not a pretrained model's name; known: {known}")
-    agree_to_download(allow_download, f"architecture={name!r}")
+        raise ScorerError(
+            f"architecture={shown(name)} is not a pretrained model's name; known: {known}"
+        )
+    agree_to_download(allow_download, f"architecture={shown(name)}")
     try:
         model = open_clip.create_model(architecture, pretrained=tag, weights_only=True)
     except Exception as error:
@@ -226,7 +229,7 @@ def _check_architecture(open_clip, architecture: str, file: str) -> None:
             f"for example {examples}"
         )
     raise ScorerError(
-        f"architecture={architecture!r} is not one of open_clip's {len(known)} models, such as "
+        f"architecture={shown(architecture)} is not one of open_clip's {len(known)} models, such as "
         f"{examples}; see open_clip.list_models()"
     )
 

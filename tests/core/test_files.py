@@ -7,13 +7,21 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qsched_core import files
-from qsched_core.files import DiskError, check_room, safe_name, write_atomic
+from qsched_core.files import (
+    DiskError,
+    check_prefix,
+    check_room,
+    inside,
+    safe_name,
+    write_atomic,
+)
 
 
 def test_a_name_can_t_be_taken_between_the_look_and_the_rename(tmp_path, monkeypatch):
@@ -102,6 +110,8 @@ BAD = [
     "", " ", ".", "..", ".json", "../a", "a/../b", "a/./b", "/etc/passwd", "a//b", "a/", r"..\a",
     r"C:\a", "C:a", r"\\server\share\a", "a.", "a /b", "a\0b", "a\nb", "a\ud800", "con", "NUL.json",
     "lpt1.txt", "a/Aux/b", "a?", "a|b", "<a>", ".git/a", "x" * 300, "/".join("ab" * 100),
+    "COM\u00b9", "lpt\u00b3.a", "con .a", "a/conin$", "CONOUT$.a", "photo\u202egnp", "a\u200b",
+    "a\u2066b", "a\u2028b", "\ufeffa", "a\x9b31m",
 ]  # fmt: skip
 
 
@@ -111,6 +121,55 @@ def test_names_that_leave_the_folder_or_a_system_are_refused(name):
         safe_name(name)
     assert len(str(error.value)) < 700
     assert str(error.value).encode()
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "a\x1b[31mb", "a\nb", "a\0b", "a\u202eb", "a\ud800", "a:stream", "a|b", "con.x", "con/x",
+        "a\\COM\u00b9\\x", "nul .x", "x" * 10**6, "C:evil",
+    ],
+)  # fmt: skip
+def test_a_prefix_that_another_system_takes_for_something_else_is_refused(prefix):
+    with pytest.raises(ValueError, match=r"^filename_prefix=") as error:
+        check_prefix(prefix)
+    assert len(str(error.value)) < 400 and str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "", "a", "diffusion_models/quantized", r"sub\a", "sub/", "con", "../a", "/srv/output/a",
+        "v1.5 4-step", "%date:yyyy-MM-dd%/a_%width%", "\u6a21\u578b", ".kept",
+    ],
+)  # fmt: skip
+def test_where_a_prefix_leads_is_left_to_the_host(prefix):
+    check_prefix(prefix)
+
+
+def test_what_lies_outside_is_refused_before_the_system_is_asked(tmp_path, monkeypatch):
+    """On Windows looking at another host's share tells that host who the user is."""
+    root = tmp_path / "input"
+    (root / "sub").mkdir(parents=True)
+    (root / "sub" / "a.txt").touch()
+    found = root / "sub" / "a.txt"
+    assert inside(root, "sub/a.txt") == inside(root, r"sub\a.txt") == found
+    assert inside(root, str(found)) == inside(root, "x/../sub/a.txt") == found
+    (tmp_path / "b.txt").touch()
+    try:
+        (root / "link.txt").symlink_to(tmp_path / "b.txt")
+    except OSError:
+        pytest.skip("links are not allowed here")
+    assert inside(root, "link.txt") is None
+    monkeypatch.setattr(Path, "resolve", lambda path: pytest.fail(f"{path} was looked at"))
+    for name in (
+        "../b.txt",
+        "//server/share/b.txt",
+        r"\\server\share\b.txt",
+        "/etc/passwd",
+        "a\0/../..",
+    ):
+        assert inside(root, name) is None
 
 
 @given(st.text(st.sampled_from("a./\\ :\u00e9\ud800C~\0")) | st.text(max_size=40))

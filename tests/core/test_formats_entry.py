@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qsched_core.formats import FormatError, Packed
-from qsched_core.formats.layer_entry import check_stored, read_entry
+from qsched_core.formats import FormatError, Packed, get
+from qsched_core.formats.layer_entry import check_stored, check_tables, read_entry
 
 KEY = "blocks.0.attn.comfy_quant"
 GOOD = {
@@ -101,3 +102,24 @@ def test_codes_must_be_able_to_hold_the_weight():
             check_stored(Packed(codes, {}, shape), KEY, "m.safetensors", True)
     with pytest.raises(FormatError):
         check_stored(Packed(torch.zeros((), dtype=torch.uint8), {}, (1, 1)), KEY, "m", True)
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4", "int2", "int3", "w4a8", "llm_int8"])
+def test_tables_that_are_too_short_never_reach_a_kernel(name):
+    """bitsandbytes reads as many scales as the codes need, whether they are there or not."""
+    form = get(name)
+    packed = form.quantize(torch.randn(8, 256))
+    check_tables(packed, form, KEY, "m.safetensors")
+    check_tables(form.quantize(torch.randn(8, 3, 3, 3)), form, KEY, "m.safetensors")
+    short = (
+        packed.aux["scale"][:, :0],
+        packed.aux["scale"][:1],
+        packed.aux["scale"].float().double(),
+    )
+    hostile = [replace(packed, aux={**packed.aux, "scale": scale}) for scale in short]
+    hostile += [replace(packed, codes=packed.codes[:, :-1]), replace(packed, shape=(8, 255 * 4))]
+    for wrong in hostile:
+        with pytest.raises(
+            FormatError, match=r"^m\.safetensors: layer 'blocks.*get the file again"
+        ):
+            check_tables(wrong, form, KEY, "m.safetensors")

@@ -13,12 +13,15 @@ from pathlib import Path
 import pytest
 import rounding_task
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from qsched_core.cli import calibrate_weights as command
 from qsched_core.files import SPARE_BYTES, DiskError
+from qsched_core.formats import get
 from qsched_core.formats.base import FormatError
-from qsched_core.formats.policy import Policy, parse_overrides
+from qsched_core.formats.policy import Choice, Policy, parse_overrides
 from qsched_core.objective import Scores
 from qsched_core.prompts import CalibrationPrompts
 from qsched_core.rounding import (
@@ -33,6 +36,7 @@ from qsched_core.rounding import (
     rounded_plainly,
 )
 from qsched_core.rounding.blocks import blocks_of, stages_of
+from qsched_core.rounding.layer import Calibrated
 from qsched_core.rounding.proof import final_latents
 from qsched_core.task import TaskError, TaskSource
 from qsched_core.trajectory import Candidate
@@ -277,6 +281,48 @@ def test_a_file_for_another_model_is_refused(tmp_path, task):
     broken.write_bytes(next(tmp_path.rglob("blocks.0.safetensors")).read_bytes()[:-7])
     with pytest.raises(FormatError, match="cut short"):
         RoundedWeights.load(broken)
+
+
+def hostile(path, change):
+    """The file with its description changed, and the checksum that goes with that."""
+    with safe_open(path, framework="pt") as file:
+        content = json.loads(file.metadata()["qsched_rounding"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    text = change(content, tensors)
+    text = json.dumps(content) if text is None else text
+    save_file(tensors, path, {"qsched_rounding": text})
+
+
+def _shorter(content, tensors):
+    tensors["first.scale"] = tensors["first.scale"][:1].clone()
+
+
+HOSTILE = {
+    "layers are a list": lambda c, t: c.update(layers=[1]),
+    "a layer is a number": lambda c, t: c["layers"].update(first=1),
+    "errors are a text": lambda c, t: c["layers"]["first"].update(errors="ab"),
+    "a shape of texts": lambda c, t: c["layers"]["first"].update(shape=["a", "b"]),
+    "a shape beyond all": lambda c, t: c["layers"]["first"].update(shape=[2**62, 2**62]),
+    "too deep": lambda c, t: "[" * 200_000,
+    "a table too short": _shorter,
+    "a name that turns": lambda c, t: c["layers"].update({"a\u202eb": {}}),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_file_is_one_error_that_names_it(tmp_path, case):
+    form = get("int2")
+    packed = form.quantize(torch.randn(8, 64))
+    weights = RoundedWeights(
+        {"first": Calibrated(packed, None, 0.2, 0.1, "")}, {"first": Choice("int2", True)}
+    )
+    path = weights.save(tmp_path / "evil.safetensors")
+    hostile(path, HOSTILE[case])
+    with pytest.raises(
+        FormatError, match=r"^evil\.safetensors.*again$|^evil\.safetensors has no"
+    ) as error:
+        RoundedWeights.load(path)
+    assert str(error.value).isprintable() and "checksum" not in str(error.value)
 
 
 def test_nan_names_the_layer(task, states):

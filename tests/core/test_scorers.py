@@ -139,6 +139,11 @@ def test_a_file_without_a_description_needs_the_architecture(model, tmp_path):
         load_file(path)
     with pytest.raises(ScorerError, match="architecture='ViT-Z-1'"):
         load_file(path, "ViT-Z-1")
+    for odd in ("x" * 10**6, "a\u202eb\x1b[31m"):
+        for load in (lambda odd: load_file(path, odd), load_named):
+            with pytest.raises(ScorerError, match="architecture='") as error:
+                load(odd)
+            assert len(str(error.value)) < 600 and str(error.value).isprintable()
     with pytest.raises(ScorerError, match="could not be read as open_clip's 'ViT-B-32'"):
         load_file(path, "ViT-B-32")
 

@@ -113,6 +113,8 @@ def safetensors_of(metadata: dict) -> bytes:
         (".tmpAbc123", safetensors_of({"format": "pt"}), False),
         (".tmpAbc123", b"another program's", False),
         ("film.partial", b"another program's", False),
+        ("film.mkv.0123abcd.partial", b"another program's", False),
+        ("letter.json.0123abcd.partial", b"another program's", False),
     ],
 )
 def test_files_of_earlier_versions_go_after_a_day_and_no_others(tmp_path, name, data, goes):
@@ -131,6 +133,50 @@ def test_folders_below_are_cleaned_where_it_is_asked_for(tmp_path):
     aged(path, 4000)
     assert remove_abandoned(tmp_path) == 0
     assert remove_abandoned(tmp_path, deep=True) == 4
+
+
+@pytest.mark.parametrize("name", ["diary.txt", "data.old", ".tmp"])
+@pytest.mark.parametrize("lock", [True, False])
+def test_a_folder_that_holds_anything_else_is_left_alone(tmp_path, name, lock):
+    path = left_behind(tmp_path)
+    (path / name).write_text("someone's")
+    if not lock:
+        (path / "lock").unlink()
+    aged(path, 10**6)
+    assert remove_abandoned(tmp_path, deep=True) == 0
+    assert (path / name).exists() and (path / "data").exists()
+
+
+@pytest.mark.parametrize("name", ["data", "lock", ".tmpAbc123"])
+def test_a_folder_within_a_workspace_is_nobody_s_leftover(tmp_path, name):
+    path = left_behind(tmp_path)
+    (path / name).unlink(missing_ok=True)
+    (path / name).mkdir()
+    (path / name / "diary.txt").write_text("someone's")
+    aged(path, 10**6)
+    assert remove_abandoned(tmp_path) == 0
+    assert (path / name / "diary.txt").exists()
+
+
+def test_what_the_library_left_in_a_workspace_goes_with_it(tmp_path):
+    path = left_behind(tmp_path)
+    (path / ".tmpAbc123").write_bytes(b"half")
+    aged(path, 4000)
+    assert remove_abandoned(tmp_path) == 8
+
+
+def test_a_lock_that_is_a_link_harms_no_other_file(tmp_path):
+    path, other = left_behind(tmp_path), tmp_path / "other"
+    other.write_text("someone's")
+    (path / "lock").unlink()
+    try:
+        (path / "lock").symlink_to(other)
+    except OSError:
+        pytest.skip("links are not allowed here")
+    aged(path, 10**6)
+    os.utime(other, (time.time() - 10**6,) * 2)
+    assert remove_abandoned(tmp_path) == 0
+    assert other.read_text() == "someone's"
 
 
 def test_a_link_is_not_followed(tmp_path):

@@ -19,7 +19,7 @@ import torch
 from comfy.cli_args import args
 from safetensors import SafetensorError
 
-from ....qsched_core.files import check_room, write_whole
+from ....qsched_core.files import check_prefix, check_room, write_whole
 from ....qsched_core.formats import FormatError, get
 from ....qsched_core.formats.layer_entry import SUFFIX
 from ....qsched_core.workspace import remove_abandoned
@@ -100,8 +100,9 @@ def _system_error(error: SafetensorError) -> OSError:
 def next_paths(prefix: str) -> Iterator[Path]:
     """The next free file of this name in ComfyUI's output folder, as often as it is asked.
 
-    ValueError if it is outside.
+    ValueError if it is outside, or no name for a file.
     """
+    check_prefix(prefix)
     output = folder_paths.get_output_directory()
     while True:
         try:
