@@ -406,3 +406,19 @@ def test_a_junk_entry_names_its_file_and_layer(case, loaded, tmp_path):
     layer = re.escape(key.removesuffix(".comfy_quant"))
     with pytest.raises(formats.FormatError, match=rf"junk\.safetensors.*{layer}"):
         loading.load_diffusion_model(str(path), Request("int2"))
+
+
+@pytest.mark.parametrize("name", ["nf4", "int2"])
+def test_a_table_that_is_cut_short_is_refused_before_a_kernel_reads_on(name, loaded, tmp_path):
+    saving.save_model(loaded(name), tmp_path / "good.sft")
+    with safetensors.safe_open(tmp_path / "good.sft", framework="pt") as opened:
+        state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    entry = next(key for key in state if key.endswith(".comfy_quant"))
+    layer = entry.removesuffix(".comfy_quant")
+    table = next(k for k in state if k.startswith(f"{layer}.weight") and k.endswith("scale"))
+    state[table] = state[table][:1].clone()
+    save_file(state, tmp_path / "short.safetensors")
+    with pytest.raises(
+        formats.FormatError, match=rf"short\.safetensors.*{re.escape(layer)}.*scale"
+    ):
+        loading.load_diffusion_model(str(tmp_path / "short.safetensors"), Request(name))

@@ -26,7 +26,7 @@ from comfy_kitchen.tensor import (
 
 from ....qsched_core.formats import FormatError, Packed, WeightFormat, get, names
 from ....qsched_core.formats.files import MappedFile
-from ....qsched_core.formats.layer_entry import SUFFIX, check_stored, check_tables, read_entry
+from ....qsched_core.formats.layer_entry import SUFFIX, check_tables, read_entry
 from ....qsched_core.formats.policy import Choice
 
 
@@ -370,10 +370,7 @@ def restore_saved(sd: dict[str, torch.Tensor], dtype: torch.dtype, file: str) ->
             )
         try:
             packed = _restore(sd, name, get(form), entry)
-            if get(form).native is None:
-                check_tables(packed, get(form), key, file)
-            else:
-                check_stored(packed, key, file, False)
+            check_tables(packed, get(form), key, file)
             stored = Stored.from_entry(form, entry)
             tensor = quantized_tensor(packed, stored.choice, dtype)
         except FormatError:
