@@ -39,16 +39,23 @@ class Reader:
     def __init__(self, where: str):
         self.where = where
         self._told: set[str] = set()
+        # What did not change since is not checked again: every proposal looks at all trials.
+        self._read: dict[tuple[str, int], tuple[Any, Record]] = {}
 
     def record(
         self, stage: str, number: int, point: Point, attributes: Any, older: bool
     ) -> Record | None:
         """The record of trial ``number`` of ``stage``; None where it is damaged."""
+        kept = self._read.get((stage, number))
+        if kept is not None and kept[0] == (point, attributes):
+            return kept[1]
         try:
             content = dict(attributes)
             if not self._intact(stage, content, older):
                 raise ValueError("its checksum differs")
-            return Record.of(point, content)
+            record = Record.of(point, content)
+            self._read[stage, number] = (point, attributes), record
+            return record
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             self._tell(f"trial {number} of {stage!r}", error)
             return None

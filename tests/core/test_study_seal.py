@@ -16,7 +16,7 @@ from qsched_core.evaluation.study import ArmStudy, Part, keep_features, kept_fea
 from qsched_core.objective import Scores
 from qsched_core.search import CalibrationSettings
 from qsched_core.search.space import NOTHING, RampSpace
-from qsched_core.study import COMMAND_LINE, CalibrationError, Journal
+from qsched_core.study import COMMAND_LINE, CalibrationError, Journal, seal
 from qsched_core.study import shared as shared_module
 from qsched_core.study.journal import journal_path
 from qsched_core.study.shared import SharedStore
@@ -301,3 +301,16 @@ def test_no_damaged_byte_of_kept_features_is_taken(tmp_path, quick):
         assert found is None or torch.equal(found, features)
     file.write_bytes(data)
     assert torch.equal(kept_features(file), features)
+
+
+def test_a_trial_that_did_not_change_is_checked_once_however_often_the_study_is_read(
+    tmp_path, monkeypatch
+):
+    """Every proposal reads the study: checks of all trials each time are quadratic."""
+    checked, digest = [], seal.digest
+    monkeypatch.setattr(seal, "digest", lambda content: checked.append(1) or digest(content))
+    settings = CalibrationSettings("grid", 64, together=1)
+    run(World(), tmp_path, settings)
+    made = len(checked)
+    assert run(World(), tmp_path, settings).new_trials == 0
+    assert made < 5 * 64 and len(checked) - made < 3 * 64
