@@ -156,14 +156,7 @@ def differences_of(schedule: QSchedule, solver: str, options, model) -> str:
 
     ``options`` None: the solver's options are unknown and not compared.
     """
-    parts = []
-    if solver != schedule.solver:
-        parts.append(f"solver {schedule.solver!r}, not {solver!r}")
-    elif options is not None:
-        for name, value in get_solver(solver).check(options).items():
-            before = _learned(schedule.trajectory, name, value)
-            if before != [value]:
-                parts.append(f"{name} {' and '.join(map(str, before))}, not {value}")
+    parts = [text for text in (schedule.trajectory.differences(solver, options),) if text]
     learned = schedule.provenance.get("model")
     if isinstance(learned, dict):
         found = model_info(model)
@@ -178,17 +171,6 @@ def differences_of(schedule: QSchedule, solver: str, options, model) -> str:
         if "patches" in learned and before != now:
             parts.append(f"LoRAs {before or 'none'}, not {now or 'none'}")
     return f"this schedule was learned for {'; '.join(parts)}" if parts else ""
-
-
-def _learned(trajectory: Trajectory, option: str, value: float) -> list[float]:
-    """The values that an option had in the steps; ``value`` where the schedule does not say.
-
-    Of one solver for all steps an older schedule does not; of several each says what it was.
-    """
-    if trajectory.is_uniform:
-        return [trajectory.options.get(option, value)]
-    each = (step.solver.check(dict(step.options))[option] for step in trajectory.solvers)
-    return list(dict.fromkeys(each))
 
 
 def _loras(info) -> str:

@@ -60,9 +60,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     objective = objective_of(arguments, device)
     task = load_task(arguments.task, device)
     source = TaskSource(task, SOURCE_BYTES)
-    match = None
+    match, differences = None, ""
     if schedule is not None:
-        schedule.check_flow(source.trajectory.flow)
+        if not schedule.is_identity:
+            schedule.check_flow(source.trajectory.flow)
+            differences = schedule.trajectory.differences(task.solver, task.options)
         match = schedule.at(source.trajectory.sigmas)
     corrected = None if match is None else Candidate(source.trajectory, match.correction)
     arms = arms_of(source, corrected)
@@ -92,6 +94,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         if path is not None:
             write_atomic(path, data())
     say(report_text(found))
+    if differences:
+        say(f"schedule: it was learned for {differences}")
     if match is not None and match.note:
         say(f"schedule: {match.note}")
 

@@ -16,7 +16,7 @@ from ..validation import ScheduleError, numbers
 
 @dataclass(frozen=True)
 class StepSolver:
-    """A solver by name, and those of its options that differ from its defaults.
+    """A solver by name, and those of its options that are known; the others are its defaults.
 
     ScheduleError for a solver that is unknown, an option that it does not have, or one out of range.
     """
@@ -120,8 +120,34 @@ class Trajectory:
 
     @property
     def options(self) -> dict[str, float]:
-        """The options of the first step's solver that are not its defaults."""
+        """The options of the first step's solver that are known."""
         return dict(self.solvers[0].options)
+
+    def differences(self, solver: str, options: Mapping[str, float] | None = None) -> str:
+        """How a run with ``solver`` and ``options`` differs from this, in words; "" if it does not.
+
+        ``options`` None: they are unknown, and not compared.
+        """
+        if solver != self.solver:
+            return f"solver {self.solver!r}, not {solver!r}"
+        parts = []
+        for name, value in (
+            () if options is None else get_solver(solver).check(dict(options)).items()
+        ):
+            before = self._values(name, value)
+            if before != [value]:
+                parts.append(f"{name} {' and '.join(map(str, before))}, not {value}")
+        return "; ".join(parts)
+
+    def _values(self, option: str, otherwise: float) -> list[float]:
+        """The values that an option has in the steps; ``otherwise`` where it is not known.
+
+        A schedule of one solver may be older than its options; of several each says what it is.
+        """
+        if self.is_uniform:
+            return [self.options.get(option, otherwise)]
+        each = (step.solver.check(dict(step.options))[option] for step in self.solvers)
+        return list(dict.fromkeys(each))
 
     @property
     def stochastic(self) -> bool:

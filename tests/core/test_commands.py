@@ -169,6 +169,19 @@ def test_an_evaluation_killed_half_way_continues_to_the_same_numbers(inputs, tmp
     assert evaluate.main([*arguments("killed"), "--on", "calibration"]) == 0
 
 
+def test_a_schedule_of_another_solver_is_told_and_one_of_another_kind_refused(
+    inputs, tmp_path, capsys
+):
+    sigmas, moved = plain_task.quantized("cpu").sigmas, ScalarCorrection((1.0,) * 3, (1.5,) * 3)
+    other = [*inputs, "--folder", str(tmp_path), "--schedule"]
+    QSchedule(Trajectory.of(sigmas, "tcd"), moved).save(tmp_path / "tcd.json")
+    assert evaluate.main([*other, str(tmp_path / "tcd.json")]) == 0
+    assert "learned for solver 'tcd', not 'euler'" in capsys.readouterr().out
+    QSchedule(Trajectory.of(sigmas, flow=False), moved).save(tmp_path / "epsilon.json")
+    assert evaluate.main([*other, str(tmp_path / "epsilon.json")]) == 1
+    assert "learned for an epsilon model but this is a flow model" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "program,change,reason",
     [

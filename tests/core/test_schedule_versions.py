@@ -110,3 +110,14 @@ def test_a_model_of_the_other_kind_is_refused():
     flow.check_flow(True)
     with pytest.raises(ScheduleError, match="learned for a flow model but this is an epsilon"):
         flow.check_flow(False)
+
+
+def test_how_a_run_differs_from_what_was_learned():
+    tcd = StepSolver("tcd", {"gamma": 0.5})
+    one, unknown = Trajectory(SIGMAS, True, (tcd,)), Trajectory.of(SIGMAS, "tcd")
+    assert one.differences("euler") == "solver 'tcd', not 'euler'"
+    assert one.differences("tcd") == one.differences("tcd", {"gamma": 0.5}) == ""
+    assert one.differences("tcd", {}) == "gamma 0.5, not 0.3"
+    assert unknown.differences("tcd", {"gamma": 0.5}) == ""
+    several = Trajectory(SIGMAS, True, (StepSolver("tcd"), tcd, tcd, tcd))
+    assert several.differences("tcd", {"gamma": 0.5}) == "gamma 0.3 and 0.5, not 0.5"
