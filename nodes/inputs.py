@@ -12,6 +12,7 @@ from comfy_api.latest import io
 from ..qsched_core import objective as jaq
 from ..qsched_core.scorers import ScorerError
 from ..qsched_core.solvers import SOLVERS, get_solver
+from ..qsched_core.text import shown
 from ..qsched_core.trajectory import MEMO_BYTES
 from .host.source import ComfySource
 from .host.trajectories import SCHEDULERS, trajectory_of
@@ -132,4 +133,4 @@ def source_of(
 def check_objective(objective) -> None:
     """ScorerError for what does not come from an objective node."""
     if not isinstance(objective, jaq.Objective):
-        raise ScorerError(f"objective={objective!r} must come from a JAQ Objective node")
+        raise ScorerError(f"objective={shown(objective)} must come from a JAQ Objective node")

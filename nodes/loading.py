@@ -34,6 +34,8 @@ def _layers_input():
 
 
 def _check(weight_format, layers) -> str | None:
+    if None in (weight_format, layers):  # wired: checked when it runs
+        return None
     try:
         loading.Request(weight_format, layers).check_device()
     except ValueError as error:
@@ -42,6 +44,8 @@ def _check(weight_format, layers) -> str | None:
 
 
 def _check_file(folder: str, label: str, name: str, weight_format: str, layers: str):
+    if None in (name, weight_format, layers):  # wired: checked when it runs
+        return True
     try:
         loading.Request(weight_format, layers).check_device()
         check_file(model_path(folder, name, label), weight_format, layers)

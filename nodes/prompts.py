@@ -112,8 +112,8 @@ class QSchedCalibrationPrompts(io.ComfyNode):
 
 
 def _one(value):
-    """The only value of a list input; a list of several texts as a JSON list."""
-    if not isinstance(value, list):
+    """The only value of a list input (None while it is wired); several texts as a JSON list."""
+    if not isinstance(value, list | tuple):
         return value
     return value[0] if len(value) == 1 else json.dumps(value)
 

@@ -48,6 +48,7 @@ class PromptSet:
         for position, prompt in enumerate(self.prompts):
             if not isinstance(prompt, str) or not prompt.strip():
                 raise PromptError(f"prompts[{position}]={shown(prompt)} must be text")
+        _check_letters(self.prompts)
         for position, seed in enumerate(self.seeds):
             if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
                 raise PromptError(
@@ -105,12 +106,24 @@ def check_apart(calibration: Sequence[str], heldout: Sequence[str]) -> None:
     for name, prompts in (("calibration", calibration), ("held-out", heldout)):
         if not prompts:
             raise PromptError(f"the {name} prompts are empty; give one prompt a line")
+        _check_letters(prompts)
     known = set(calibration)
     both = next((prompt for prompt in heldout if prompt in known), None)
     if both is not None:
         raise PromptError(
             f"held-out prompt {shown(both)} is a calibration prompt too; remove it from one list"
         )
+
+
+def _check_letters(prompts: Sequence[str]) -> None:
+    """PromptError for half of a surrogate pair, which no tokenizer takes."""
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise PromptError(
+                f"the prompt {shown(prompt)} has half of a letter (an unpaired surrogate); remove it"
+            ) from None
 
 
 def is_long(text: str) -> bool:
@@ -139,6 +152,7 @@ def parse_prompts(text: str, name: str = "prompts", distinct: bool = True) -> tu
     prompts = tuple(line for line in lines if line and not line.startswith("#"))
     if not prompts:
         raise PromptError(f"{name} has no prompts; write one a line (lines with # are comments)")
+    _check_letters(prompts)
     seen: set[str] = set()
     for prompt in prompts:
         if distinct and prompt in seen:

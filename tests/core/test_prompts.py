@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -147,3 +149,18 @@ def test_a_prompt_file_that_is_not_text_is_named(tmp_path):
         read_prompts(tmp_path / "a.txt")
     with pytest.raises(PromptError, match=r"none\.txt can't be read"):
         read_prompts(tmp_path / "none.txt")
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda odd: parse_prompts(f"a circle\n{odd}"),
+        lambda odd: parse_prompts(json.dumps(["a circle", odd]), distinct=False),
+        lambda odd: CalibrationPrompts.of(["a circle"], [odd]),
+        lambda odd: PromptSet((odd,), (1,)),
+    ],
+)
+def test_half_of_a_letter_is_refused_before_a_tokenizer_sees_it(use):
+    with pytest.raises(PromptError, match=r"a \\ud800 b.*remove") as error:
+        use("a \ud800 b")
+    assert str(error.value).isprintable()
