@@ -230,7 +230,7 @@ class ModelSource(ABC):
 
 def in_levels(images: torch.Tensor) -> torch.Tensor:
     """Images in [0, 1], float32, in the 256 levels of a picture file; NaN stays."""
-    return (images.float().clamp(0, 1) * 255).round() / 255
+    return images.float().clamp(0, 1).mul_(255).round_().div_(255)
 
 
 def scored(
