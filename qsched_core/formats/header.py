@@ -183,11 +183,11 @@ def _entry(info: Any) -> tuple[Entry, int]:
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
         raise ValueError("its data_offsets are no two whole numbers from 0")
     if math.prod(max(1, size) for size in shape) > MAX_NUMBER:
-        raise ValueError(f"its shape {shape} is too large")
+        raise ValueError(f"its shape {shown(shape)} is too large")
     bits, (start, end) = math.prod(shape) * ITEM_BITS[dtype], offsets
     if bits % 8 or end - start != bits // 8:
         raise ValueError(
-            f"its shape {shape} of {dtype} takes {bits / 8:g} bytes, its data_offsets {offsets} give "
+            f"its shape {shown(shape)} of {dtype} takes {bits / 8:g} bytes, its data_offsets {offsets} give "
             f"{end - start}"
         )
     return Entry(dtype, tuple(shape), start), end
