@@ -117,15 +117,19 @@ def check_tables(packed: Packed, form: WeightFormat, key: str, file: str) -> Non
 def _tables(form: WeightFormat, columns: tuple[int, ...]) -> Mapping[str, tuple]:
     """Of codes and tables: whether they have the weight's rows, the shape of one, and the dtype.
 
-    Found by packing two rows; empty where the format needs more of them at a time.
+    Found by packing two rows, and three.  Tables that do not grow by rows are left out, and all
+    where the format can't pack here.
     """
-    shape = (2, *columns)
-    if form.unfit(shape) is not None:
+    if form.available("cpu") is not None or any(
+        form.unfit((rows, *columns)) is not None for rows in (2, 3)
+    ):
         return {}
-    packed = form.quantize(torch.zeros(shape))
-    tables = {"codes": packed.codes, **packed.aux}
+    two, three = (form.quantize(torch.zeros(rows, *columns)) for rows in (2, 3))
+    tables = {"codes": (two.codes, three.codes)} | {
+        n: (t, three.aux[n]) for n, t in two.aux.items()
+    }
     return {
         name: (bool(t.ndim), tuple(t.shape[1:]), t.dtype)
-        for name, t in tables.items()
-        if not t.ndim or t.shape[0] == 2
+        for name, (t, more) in tables.items()
+        if not t.ndim or (t.shape[0], more.shape) == (2, (3, *t.shape[1:]))
     }

@@ -123,3 +123,15 @@ def test_tables_that_are_too_short_never_reach_a_kernel(name):
             FormatError, match=r"^m\.safetensors: layer 'blocks.*get the file again"
         ):
             check_tables(wrong, form, KEY, "m.safetensors")
+
+
+def test_a_format_that_can_t_pack_here_has_no_tables_to_compare():
+    class Elsewhere(type(get("nf4"))):
+        def available(self, device):
+            return "it needs another machine"
+
+        def quantize(self, *_, **__):
+            raise AttributeError("no such kernel")
+
+    packed = Packed(torch.zeros(8, 128, dtype=torch.uint8), {}, (8, 256))
+    check_tables(packed, Elsewhere(), KEY, "m.safetensors")
