@@ -77,7 +77,7 @@ def test_coefficients_are_monotone_between_two_learned_sigmas(schedule, shares):
 def test_interpolation_is_linear_in_log_snr(schedule, share):
     assume(schedule.steps > 1)
     a, b = (log_snr(sigma, schedule.flow) for sigma in schedule.sigmas[:2])
-    assume(math.isfinite(a))
+    assume(max(abs(a), abs(b)) < 12)  # beyond, a ratio counts as 12: no schedule goes there
     ratio = a + (b - a) * share
     sigma = 1 / (1 + math.exp(ratio)) if schedule.flow else math.exp(-ratio)
     assume(not any(math.isclose(sigma, value, rel_tol=2e-3) for value in schedule.sigmas))
