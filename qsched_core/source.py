@@ -14,6 +14,7 @@ from .errors import plainly_named
 from .objective import Scores
 from .prompts import PromptSet
 from .solvers import ModelInfo
+from .text import plain
 from .trajectory import (
     MEMO_BYTES,
     Candidate,
@@ -28,6 +29,7 @@ from .trajectory import (
 logger = logging.getLogger(__name__)
 
 SCORED_BYTES = 2**29  # pictures in memory at a time while they are scored
+MOST_SHOWN = 120  # characters of a value in an error
 # Of a model's description: hashes of the weights before quantization, and of the patches on them.
 IDENTITY_KEYS = ("source_hash", "patches")
 
@@ -275,8 +277,8 @@ def check_reference(source: Source, reference: Source) -> None:
     ):
         if ours != theirs:
             raise SourceError(
-                f"the reference model has other {what} than the model ({_short(theirs)}, not "
-                f"{_short(ours)}); connect the same model, not quantized, behind the same nodes"
+                f"the reference model has other {what} than the model ({plain(str(theirs), MOST_SHOWN)}, not "
+                f"{plain(str(ours), MOST_SHOWN)}); connect the same model, not quantized, behind the same nodes"
             )
     models = [_identity(content.get("model")) for content in (mine, other)]
     for key in IDENTITY_KEYS:
@@ -296,7 +298,7 @@ def check_reference(source: Source, reference: Source) -> None:
             )
         elif not same:
             what = {"patches": "LoRAs or other patches"}.get(key, "weights")
-            names = [model.get("source") or "unnamed" for model in models]
+            names = [plain(str(model.get("source") or "unnamed"), MOST_SHOWN) for model in models]
             raise SourceError(
                 f"the reference model ({names[1]}) has other {what} than the model ({names[0]}); "
                 "connect the same model, not quantized"
@@ -320,8 +322,3 @@ def _same_patches(one: Mapping[str, Any], two: Mapping[str, Any]) -> bool | None
     if (merged and left) or (other_merged and other_left):
         return None  # a hash is of all that was merged at once
     return (merged or left) == (other_merged or other_left)
-
-
-def _short(value: Any, most: int = 120) -> str:
-    text = str(value)
-    return text if len(text) <= most else f"{text[:most]}..."

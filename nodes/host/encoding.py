@@ -10,10 +10,7 @@ import torch
 
 from ...qsched_core.recent import Recent
 
-KEPT_BYTES = (
-    2**29
-)  # for each text encoder; a prompt of SD3 (77 tokens of 4096 columns) takes 1.2 MB
-
+KEPT_BYTES = 2**29  # of each text encoder: a prompt of SD3's 77 tokens x 4096 takes 1.2 MB
 
 # ComfyUI hands one CLIP to many nodes: a search and the evaluations after it encode the same
 # prompts.  The keys are weak: an entry goes when no node holds its CLIP any more.
@@ -34,7 +31,8 @@ def encode(clip, text: str) -> list:
 def _state(clip) -> tuple[Hashable, ...]:
     """The settings on which a CLIP's answers depend.
 
-    ComfyUI's nodes clone the CLIP before they change one; other packs may not."""
+    ComfyUI's nodes clone the CLIP before they change one; other packs may not.
+    """
     patcher = getattr(clip, "patcher", None)
     return (
         getattr(clip, "layer_idx", None),
