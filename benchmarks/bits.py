@@ -25,7 +25,7 @@ from demo.task import full
 from qsched_core.formats.policy import Policy
 from qsched_core.objective import Objective
 from qsched_core.prompts import CalibrationPrompts
-from qsched_core.rounding import WeightsResult, calibrate_weights
+from qsched_core.rounding import TaskSubject, WeightsResult, calibrate_weights
 from qsched_core.scorers.open_clip import load_file
 
 from ._common import BenchRow, machine, report
@@ -110,7 +110,7 @@ def main() -> None:
 
         with tempfile.TemporaryDirectory() as folder:
             result = calibrate_weights(
-                full(torch.device("cpu")), prompts, Policy(name), Path(folder),
+                TaskSubject(full(torch.device("cpu"))), prompts, Policy(name), Path(folder),
                 measure=measure, on_block=done,
             )  # fmt: skip
         rows += rows_of(name, result, spent[-1] - spent[0])

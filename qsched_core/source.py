@@ -203,12 +203,19 @@ class ModelSource(ABC):
         return pictures.unflatten(0, (len(candidates), len(prompts)))
 
     @torch.no_grad()
-    def observed(self, prompts: PromptSet, at: Observed | None = None) -> Observed:
+    def observed(
+        self,
+        prompts: PromptSet,
+        at: Observed | None = None,
+        on_evaluation: Callable[[float], None] = lambda sigma: None,
+    ) -> Observed:
+        """See :class:`Source`; ``on_evaluation(sigma)`` is called before every model evaluation."""
         found: list[Observed] = []
 
         def run(model, x, sigmas, extra_args=None):
             def interruptible(x, sigma, **extra):
                 self.interrupted()
+                on_evaluation(float(sigma[0]))
                 return model(x, sigma, **extra)
 
             found.append(

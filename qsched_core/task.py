@@ -79,6 +79,7 @@ class TaskSource(ModelSource):
 
     def __init__(self, task: Task, memory: int = MEMO_BYTES):
         self.task = task
+        self._device = torch.device("cpu")
         super().__init__(
             task.trajectory,
             task.info,
@@ -92,6 +93,7 @@ class TaskSource(ModelSource):
     def sample(self, prompts: PromptSet, trajectory: Trajectory, copies: int, run) -> torch.Tensor:
         task, count = self.task, len(prompts)
         x = task.initial(prompts.seeds)
+        self._device = x.device
         if len(x) != count:
             raise TaskError(f"initial gave {len(x)} latents for {count} seeds; give one a seed")
         if trajectory.sigmas[0] != task.trajectory.sigmas[0]:  # latents are noise times sigma
@@ -109,7 +111,7 @@ class TaskSource(ModelSource):
         return run(model, x, torch.tensor(trajectory.sigmas, dtype=torch.float32, device=x.device))
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        return self.task.decode(latents)
+        return self.task.decode(latents.to(self._device))
 
     def describe(self) -> dict[str, Any]:
         return {

@@ -9,7 +9,16 @@ from pathlib import Path
 
 from ..files import write_atomic
 from ..formats.policy import Policy, parse_overrides
-from ..rounding import GRIDS, BlockDone, RoundingSettings, calibrate_weights, grid_of, report
+from ..rounding import (
+    GRIDS,
+    BlockDone,
+    RoundingSettings,
+    TaskSubject,
+    calibrate_weights,
+    figures,
+    grid_of,
+    report,
+)
 from ..task import load_task
 from .common import check_outputs, device_of, objective_of, parser, prompts_of, run, say
 
@@ -62,7 +71,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     scored = arguments.scorer is not None or arguments.architecture
     objective = objective_of(arguments, device) if scored else None
     result = calibrate_weights(
-        load_task(arguments.task, device),
+        TaskSubject(load_task(arguments.task, device)),
         prompts,
         policy,
         arguments.folder,
@@ -74,8 +83,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     )
     result.weights.save(arguments.out)
     if arguments.json is not None:
-        content = result.weights.provenance | {"seconds": result.seconds, "bits": result.bits}
-        write_atomic(arguments.json, json.dumps(content, indent=1))
+        write_atomic(arguments.json, json.dumps(figures(result), indent=1))
     say(f"{report(result)}\nweights: {arguments.out}")
 
 

@@ -1,13 +1,15 @@
 """Calibrated rounding: weights rounded for the inputs that the model really gets."""
 
 from .errors import RoundingError
-from .file import RoundedWeights, Shelf
+from .file import RoundedWeights
 from .grids import GRIDS, REASONS, grid_of, refusal
 from .layer import Calibrated, RoundingSettings, calibrate_layer
 from .moments import Gathering, Moments
-from .proof import Proof
-from .run import WeightsResult, calibrate_weights, report, rounded_plainly
-from .states import TaskStates
+from .proof import Proof, Sample
+from .run import WeightsResult, calibrate_weights, figures, report, rounded_plainly
+from .shelf import Shelf
+from .states import RecordedStates
+from .subject import Subject, TaskSubject
 from .walk import BlockDone, calibrate_module, choices, quantized
 
 __all__ = [
@@ -18,16 +20,20 @@ __all__ = [
     "Gathering",
     "Moments",
     "Proof",
+    "RecordedStates",
     "RoundedWeights",
     "RoundingError",
     "RoundingSettings",
+    "Sample",
     "Shelf",
-    "TaskStates",
+    "Subject",
+    "TaskSubject",
     "WeightsResult",
     "calibrate_layer",
     "calibrate_module",
     "calibrate_weights",
     "choices",
+    "figures",
     "grid_of",
     "quantized",
     "refusal",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +22,6 @@ from ..formats.module import QuantizedLinear
 from ..formats.policy import Choice
 from ..text import plain, shown
 from .layer import Calibrated
-
-logger = logging.getLogger(__name__)
 
 KEY, VERSION = "qsched_rounding", 1
 
@@ -156,30 +153,3 @@ def _calibrated(packed: Packed, bias: torch.Tensor | None, entry: Mapping) -> Ca
     if bias is not None and (tuple(bias.shape) != packed.shape[:1] or not bias.is_floating_point()):
         raise ValueError("its bias does not go with its shape")
     return Calibrated(packed, bias, *errors, note)
-
-
-class Shelf:
-    """Finished blocks in a folder of their own, so that a walk that was stopped goes on.
-
-    ``key`` stands for everything that the blocks depend on.  A damaged file is named in the log, and
-    its block made again.
-    """
-
-    def __init__(self, folder: Path, key: str, chosen: Mapping[str, Choice]):
-        self.folder, self.chosen = folder / f"rounding-{key[:32]}", chosen
-
-    def _path(self, block: str) -> Path:
-        return self.folder / f"{block}.safetensors"
-
-    def load(self, block: str) -> dict[str, Calibrated] | None:
-        path = self._path(block)
-        if not path.exists():
-            return None
-        try:
-            return dict(RoundedWeights.load(path).layers)
-        except FormatError as error:
-            logger.warning("block %s is rounded again: %s", block, error)
-            return None
-
-    def save(self, block: str, layers: Mapping[str, Calibrated]) -> None:
-        RoundedWeights(layers, self.chosen).save(self._path(block))

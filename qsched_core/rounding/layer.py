@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -57,6 +57,10 @@ class Calibrated:
     plain_error: float | None = None
     error: float | None = None
     note: str = ""
+
+    def to(self, device: torch.device | str) -> Calibrated:
+        bias = None if self.bias is None else self.bias.to(device)
+        return replace(self, packed=self.packed.to(device), bias=bias)
 
 
 def plain(

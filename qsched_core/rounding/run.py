@@ -1,15 +1,13 @@
-"""From an unquantized task to calibrated weights, and the proof that they are worth it."""
+"""From an unquantized model to calibrated weights, and the proof that they are worth it."""
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import nn
 
 from ..files import check_folder
@@ -18,26 +16,41 @@ from ..formats.policy import Choice, Policy
 from ..prompts import CalibrationPrompts, PromptSet
 from ..source import Measure
 from ..study import fingerprint
-from ..task import Task
-from .errors import RoundingError
-from .file import RoundedWeights, Shelf
+from .file import RoundedWeights
 from .layer import Calibrated, RoundingSettings, plain
-from .proof import Arm, Proof, distances, final_latents, jaq
-from .states import TaskStates
-from .walk import BlockDone, calibrate_module, choices, quantized
+from .proof import Proof, Sample, prove
+from .shelf import Shelf
+from .subject import Subject
+from .walk import BlockDone, ParametersOf, calibrate_module, choices
 
-ALGORITHM = 1  # of the rounding: a walk of another one is not gone on with
+ALGORITHM = 2  # of the rounding: a walk of another one is not gone on with
+KEPT_PLAIN = "plain rounding was kept"
 
 
 @dataclass(frozen=True)
 class WeightsResult:
-    """Rounded weights, and how they compare: ``calibrated`` is False where plain ones were kept."""
+    """Rounded weights, and how they compare: ``calibrated`` is False where plain ones were kept.
+
+    ``samples`` are held-out prompts with their pictures.
+    """
 
     weights: RoundedWeights
     proof: Proof
-    calibrated: bool
-    seconds: float  # of the walk
-    evaluations: int  # latents through the unquantized model to find the states
+    samples: tuple[Sample, ...] = ()
+
+    @property
+    def calibrated(self) -> bool:
+        return self.proof.holds
+
+    @property
+    def seconds(self) -> float:
+        """Of the walk, from its states on; of one that went on after a stop, since then."""
+        return float(self.weights.provenance["seconds"])
+
+    @property
+    def evaluations(self) -> int:
+        """Latents that went through the unquantized model to find the states."""
+        return int(self.weights.provenance["evaluations"])
 
     @property
     def bits(self) -> float:
@@ -47,7 +60,7 @@ class WeightsResult:
 
 
 def calibrate_weights(
-    task: Task,
+    subject: Subject,
     prompts: CalibrationPrompts,
     policy: Policy,
     folder: Path,
@@ -56,96 +69,82 @@ def calibrate_weights(
     states_per_prompt: int = 0,
     seed: int = 0,
     measure: Measure | None = None,
+    samples: bool = False,
     on_block: Callable[[BlockDone], None] = lambda done: None,
 ) -> WeightsResult:
-    """Round the task's weights for the inputs that the calibration prompts give them.
+    """Round the subject's weights for the inputs that the calibration prompts give them.
 
-    ``task`` is of the unquantized model and has its ``module``, which is left as it is.  Finished
-    blocks are kept in ``folder``: a walk that was stopped goes on there, to the same weights.  On the
-    held-out prompts the result is compared with plain rounding; where it is not nearer to the
-    unquantized model, plain rounding is what is returned.  RoundingError, FormatError or DiskError
-    before any work, or naming the layer that can't be rounded.
+    Its module is left as it is.  Finished blocks are kept in ``folder``: a walk that was stopped
+    goes on there, to the same weights, and one that is finished is not repeated.  On the held-out
+    prompts the result is compared with plain rounding, by distance to the unquantized model and by
+    ``measure``, if given; where it is not nearer, plain rounding is what is returned.  ``samples``
+    asks for pictures.  RoundingError, FormatError or DiskError before any work, or naming the layer
+    that can't be rounded.
     """
     settings = settings or RoundingSettings()
-    model = module_of(task)
+    model = subject.module
     chosen = choices(model, policy)
-    check_folder(folder, packed_bytes(model, chosen))
     made_of = {
         "algorithm": ALGORITHM,
         "settings": settings.to_dict(),
         "format": policy.format,
         "layers": {name: [c.format, c.weight_only] for name, c in chosen.items()},
-        "task": dict(task.provenance),
-        "sampling": task.trajectory.describe() | {"width": task.width, "height": task.height},
+        **subject.describe(),
         "prompts": prompts.calibration.hash,
         "states_per_prompt": states_per_prompt,
         "seed": seed,
-        "weights": digest(model),
     }
-    began = time.monotonic()
-    states = TaskStates(task, prompts.calibration, states_per_prompt, seed)
     # The batch is a matter of the order of sums, so it is part of what a walk depends on.
-    shelf = Shelf(folder, fingerprint(made_of | {"batch": states.batch}), chosen)
-    found = calibrate_module(model, states, policy, settings, shelf, on_block)
-    seconds = time.monotonic() - began
-    plainly = rounded_plainly(model, chosen)
-    models = [nullcontext(), *(quantized(model, layers, chosen) for layers in (plainly, found))]
-    proof = _proof(task, prompts.heldout, measure, models)
-    kept = found if proof.holds else plainly
-    provenance = made_of | {
-        "states": len(states),
-        "evaluations": states.evaluations,
-        "heldout": prompts.heldout.hash,
-        "proof": proof.to_dict(),
-        "calibrated": proof.holds,
+    shelf = Shelf(folder, fingerprint(made_of | {"batch": subject.source.max_batch}), chosen)
+    made = shelf.weights()
+    if made is None:
+        check_folder(folder, 2 * packed_bytes(model, chosen))
+        began = time.monotonic()
+        states = subject.states(prompts.calibration, states_per_prompt, seed)
+        layers = calibrate_module(
+            model, states, policy, settings, shelf, on_block, subject.parameters_of
+        )
+        cost = {
+            "states": len(states),
+            "evaluations": states.evaluations,
+            "seconds": round(time.monotonic() - began, 1),
+        }
+        made = RoundedWeights(layers, chosen, made_of | cost)
+        shelf.keep(made)
+    return _proven(subject, made, prompts.heldout, shelf, measure, samples)
+
+
+def _proven(
+    subject: Subject, made: RoundedWeights, heldout: PromptSet, shelf: Shelf, measure, samples: bool
+) -> WeightsResult:
+    """The weights, or plain ones, with the proof of which are better."""
+    judged_by = {
+        "heldout": heldout.hash,
+        "measure": None if measure is None else measure.describe(),
+        "samples": samples,
     }
-    weights = RoundedWeights(kept, chosen, provenance)
-    return WeightsResult(weights, proof, proof.holds, seconds, states.evaluations)
+    found, plainly = shelf.proof(judged_by), None
+    if found is None or not found[0].holds:
+        plainly = rounded_plainly(made.chosen, subject.parameters_of)
+    if found is None:
+        arms = [RoundedWeights(plainly, made.chosen, made.provenance), made]
+        found = prove(subject, heldout, arms, measure, samples)
+        shelf.keep_proof(judged_by, *found)
+    proof, pictures = found
+    told = {"heldout": heldout.hash, "proof": proof.to_dict(), "calibrated": proof.holds}
+    layers = made.layers if proof.holds else plainly
+    weights = RoundedWeights(layers, made.chosen, dict(made.provenance) | told)
+    return WeightsResult(weights, proof, proof.samples(heldout, pictures))
 
 
-def module_of(task: Task) -> nn.Module:
-    """The task's unquantized module; RoundingError if it has none, or one that is quantized."""
-    if task.module is None:
-        raise RoundingError(
-            "the task has no module; give Task(..., module=...) the torch module that denoise runs"
-        )
-    for name, layer in task.module.named_modules():
-        if hasattr(layer, "packed"):
-            raise RoundingError(
-                f"layer {name} is quantized already; give the task of the unquantized model"
-            )
-    return task.module
-
-
-def _proof(
-    task: Task,
-    prompts: PromptSet,
-    measure: Measure | None,
-    models: Sequence[AbstractContextManager],
-) -> Proof:
-    """The unquantized, the plainly rounded and the calibrated model, each inside its context."""
-    reference, arms, scores = None, [], None
-    for model in models:
-        with model:
-            latents = final_latents(task, prompts)
-        scored = None if measure is None else jaq(task, latents, prompts, measure)
-        if reference is None:
-            reference, scores = latents, scored
-        else:
-            arms.append(Arm(distances(latents, reference), scored))
-    return Proof(*arms, scores)
-
-
-def rounded_plainly(model: nn.Module, chosen: Mapping[str, Choice]) -> dict[str, Calibrated]:
-    """The formats' own rounding of every chosen layer."""
-    made = {}
-    for name, choice in chosen.items():
-        layer = model.get_submodule(name)
-        bias = None if layer.bias is None else layer.bias.detach()
-        made[name] = plain(
-            get(choice.format), layer.weight.detach(), bias, "plain rounding was kept"
-        )
-    return made
+def rounded_plainly(
+    chosen: Mapping[str, Choice], parameters_of: ParametersOf, note: str = KEPT_PLAIN
+) -> dict[str, Calibrated]:
+    """The formats' own rounding of every chosen layer, on the CPU."""
+    return {
+        name: plain(get(choice.format), *parameters_of(name), note).to("cpu")
+        for name, choice in chosen.items()
+    }
 
 
 def packed_bytes(model: nn.Module, chosen: Mapping[str, Choice]) -> int:
@@ -154,13 +153,9 @@ def packed_bytes(model: nn.Module, chosen: Mapping[str, Choice]) -> int:
     return sum(get(choice.format).packed_bytes(shapes[name]) for name, choice in chosen.items())
 
 
-def digest(model: nn.Module) -> str:
-    """SHA-256 (hex) of every tensor of the model, by name."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
+def figures(result: WeightsResult) -> dict[str, Any]:
+    """Provenance and every figure, as plain JSON."""
+    return dict(result.weights.provenance) | {"seconds": result.seconds, "bits": result.bits}
 
 
 def report(result: WeightsResult) -> str:
@@ -171,6 +166,8 @@ def report(result: WeightsResult) -> str:
         f"distance to the unquantized latents: plain {proof.plain.mean:.5f}, calibrated "
         f"{proof.calibrated.mean:.5f}",
         f"change {change.mean:+.5f} [{change.low:+.5f}, {change.high:+.5f}] on {change.n} prompts",
+        f"fine detail, of the unquantized latents': plain {proof.plain.mean_detail:.1%}, calibrated "
+        f"{proof.calibrated.mean_detail:.1%}",
     ]
     if proof.gain is not None:
         lines.append(f"JAQ gain over plain rounding {proof.gain}")
@@ -180,5 +177,5 @@ def report(result: WeightsResult) -> str:
         lines.append(f"{len(layers) - len(notes)} of {len(layers)} layers calibrated")
         lines += [f"  {name}: rounded plainly, {note}" for name, note in notes.items()]
     else:
-        lines.append("the held-out distance does not fall: plain rounding was kept")
+        lines.append(f"the held-out distance does not fall: {KEPT_PLAIN}")
     return "\n".join(lines)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +27,9 @@ from .grids import grid_of, refusal
 from .layer import Calibrated, RoundingSettings, calibrate_layer, plain
 from .moments import Gathering
 
+# A layer's weight and bias, by its name.
+ParametersOf = Callable[[str], tuple[torch.Tensor, torch.Tensor | None]]
+
 STREAMS = ("fp", "q")  # the unquantized model, and the one whose finished layers are quantized
 
 
@@ -36,11 +40,20 @@ class States(Protocol):
 
     @property
     def batch(self) -> int:
-        """How many go through the model at once."""
+        """How many go through the model at once, at most."""
         ...
 
-    def run(self, part: slice) -> None:
-        """Run the model's own forward on some of them."""
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        ...
+
+    def parts(self, size: int) -> list[slice]:
+        """All of them in batches of at most ``size``."""
+        ...
+
+    def run(self, part: slice) -> Any:
+        """What the model's own forward gives for a part, or some of one."""
         ...
 
 
@@ -63,6 +76,12 @@ class BlockDone:
     seconds_left: float
 
 
+def parameters_in(model: nn.Module, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias of a layer, as they are."""
+    layer = model.get_submodule(name)
+    return layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+
+
 def choices(model: nn.Module, policy: Policy) -> dict[str, Choice]:
     """What ``policy`` chooses for each linear layer that it quantizes, in the model's order."""
     chosen = {
@@ -75,12 +94,19 @@ def choices(model: nn.Module, policy: Policy) -> dict[str, Choice]:
 
 @contextmanager
 def quantized(
-    model: nn.Module, layers: Mapping[str, Calibrated], chosen: Mapping[str, Choice]
+    model: nn.Module,
+    layers: Mapping[str, Calibrated],
+    chosen: Mapping[str, Choice],
+    device: torch.device | None = None,
 ) -> Iterator[None]:
-    """Inside, the model's ``layers`` compute with what they were rounded to."""
+    """Inside, the model's ``layers`` compute with what they were rounded to, on ``device``.
+
+    None: where each layer's packing is.
+    """
     with ExitStack() as stack:
         for name, layer in layers.items():
-            form = QuantizedLinear(layer.packed, layer.bias, chosen[name])
+            placed = layer if device is None else layer.to(device)
+            form = QuantizedLinear(placed.packed, placed.bias, chosen[name])
             stack.enter_context(forward_of(model.get_submodule(name), form.forward))
         yield
 
@@ -93,12 +119,15 @@ def calibrate_module(
     settings: RoundingSettings | None = None,
     kept: Kept | None = None,
     on_block: Callable[[BlockDone], None] = lambda done: None,
+    parameters_of: ParametersOf | None = None,
 ) -> dict[str, Calibrated]:
     """Every linear layer that ``policy`` quantizes, rounded for the inputs that ``states`` give it.
 
-    ``model`` is unquantized and stays so; each weight is worked on where it lies.  Layers outside of
-    blocks are rounded plainly.  Blocks that ``kept`` has are not done again.  RoundingError or
-    FormatError names the layer that can't be rounded.
+    ``model`` is unquantized and stays so.  ``parameters_of(name)`` gives a layer's weight and
+    bias on the device where they are to be worked on; None: the module's own, where they lie.  The
+    result is on the CPU.
+    Layers outside of blocks are rounded plainly.  Blocks that ``kept`` has are not done again.
+    RoundingError or FormatError names the layer that can't be rounded.
     """
     policy = Policy(policy) if isinstance(policy, str) else policy
     settings = settings or RoundingSettings()
@@ -107,15 +136,17 @@ def calibrate_module(
         raise RoundingError(f"format={policy.format!r} chooses no linear layer of the model")
     if all(refusal(choice.format) for choice in chosen.values()):
         grid_of(policy.format)  # says why
-    return _Walk(model, states, chosen, settings).run(kept, on_block)
+    return _Walk(model, states, chosen, settings, parameters_of).run(kept, on_block)
 
 
 class _Walk:
-    def __init__(self, model, states: States, chosen: Mapping[str, Choice], settings):
+    def __init__(
+        self, model, states: States, chosen: Mapping[str, Choice], settings, parameters_of
+    ):
         self.model, self.states, self.chosen, self.settings = model, states, chosen, settings
-        size, count = states.batch, len(states)
-        self.parts = [slice(a, min(count, a + size)) for a in range(0, count, size)]
-        self.device = next(model.parameters()).device
+        self.parameters_of = parameters_of or partial(parameters_in, model)
+        self.parts = states.parts(states.batch)
+        self.device = states.device
         self.blocks = blocks_of(model, lambda: states.run(slice(0, 1)))
         # outputs[stream][block][batch]
         self.outputs: dict[str, dict[int, list[Any]]] = {stream: {} for stream in STREAMS}
@@ -124,7 +155,7 @@ class _Walk:
     def run(self, kept: Kept | None, on_block) -> dict[str, Calibrated]:
         inside = [name for block in self.blocks for name in self.layers_in(block)]
         for name in self.chosen.keys() - set(inside):
-            self.done[name] = self.plainly(name, "it is outside of the blocks")
+            self.done[name] = self.plainly(name, "it is outside of the blocks").to("cpu")
         began, walked = time.monotonic(), 0
         for k, block in enumerate(self.blocks):
             found = None if kept is None else kept.load(block.name)
@@ -134,7 +165,7 @@ class _Walk:
                 walked += 1
                 if kept is not None:
                     kept.save(block.name, found)
-            self.done.update(found)
+            self.done.update({name: layer.to("cpu") for name, layer in found.items()})
             if k + 1 < len(self.blocks):
                 self.hand_on(k, block)
             left = (time.monotonic() - began) / max(1, walked) * (len(self.blocks) - k - 1)
@@ -145,10 +176,8 @@ class _Walk:
         return [name for name in self.chosen if f"{name}.".startswith(f"{block.name}.")]
 
     def plainly(self, name: str, note: str) -> Calibrated:
-        layer = self.model.get_submodule(name)
-        bias = None if layer.bias is None else layer.bias.detach()
         try:
-            return plain(get(self.chosen[name].format), layer.weight.detach(), bias, note)
+            return plain(get(self.chosen[name].format), *self.parameters_of(name), note)
         except FormatError as error:
             raise FormatError(f"layer {name}: {error}") from error
 
@@ -173,10 +202,9 @@ class _Walk:
         return found
 
     def rounded(self, name: str, sums: Gathering) -> Calibrated:
-        layer, grid = self.model.get_submodule(name), grid_of(self.chosen[name].format)
-        bias = None if layer.bias is None else layer.bias.detach()
+        grid, (weight, bias) = grid_of(self.chosen[name].format), self.parameters_of(name)
         try:
-            return calibrate_layer(grid, layer.weight.detach(), bias, sums.moments(), self.settings)
+            return calibrate_layer(grid, weight, bias, sums.moments(), self.settings)
         except (RoundingError, FormatError) as error:
             raise type(error)(f"layer {name}: {error}") from error
 
@@ -248,7 +276,8 @@ class _Walk:
             stack.enter_context(forward_of(block.module, stub))
         if stream == "q":
             outside = {n: layer for n, layer in self.done.items() if self.is_outside(n)}
-            stack.enter_context(quantized(self.model, {**outside, **found}, self.chosen))
+            layers = {**outside, **found}
+            stack.enter_context(quantized(self.model, layers, self.chosen, self.device))
         try:
             self.states.run(self.parts[batch])
         except Enough:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,10 +26,11 @@ from qsched_core.formats.policy import Choice, Policy, parse_overrides
 from qsched_core.objective import Scores
 from qsched_core.prompts import CalibrationPrompts
 from qsched_core.rounding import (
+    RecordedStates,
     RoundedWeights,
     RoundingError,
     RoundingSettings,
-    TaskStates,
+    TaskSubject,
     calibrate_module,
     calibrate_weights,
     choices,
@@ -38,6 +40,7 @@ from qsched_core.rounding import (
 from qsched_core.rounding.blocks import blocks_of, stages_of
 from qsched_core.rounding.layer import Calibrated
 from qsched_core.rounding.proof import final_latents
+from qsched_core.rounding.walk import parameters_in
 from qsched_core.task import TaskError, TaskSource
 from qsched_core.trajectory import Candidate
 
@@ -49,6 +52,10 @@ PROMPTS = CalibrationPrompts.of(
 )
 
 
+def states_of(task, per_prompt=0, seed=0):
+    return RecordedStates(TaskSource(task, 0), task.module, PROMPTS.calibration, per_prompt, seed)
+
+
 @pytest.fixture
 def task():
     return rounding_task.task()
@@ -56,7 +63,7 @@ def task():
 
 @pytest.fixture
 def states(task):
-    return TaskStates(task, PROMPTS.calibration)
+    return states_of(task)
 
 
 def same(one, other):
@@ -123,7 +130,7 @@ def test_a_layers_statistics_are_those_of_the_model_so_far(task, states, monkeyp
 @pytest.mark.parametrize("name", ["int2", "int3", "nf4", "fp4", "w4a8", "int8"])
 def test_the_model_comes_nearer_to_the_unquantized_one(tmp_path, task, name):
     policy = Policy(name, parse_overrides("first=keep"))
-    result = calibrate_weights(task, PROMPTS, policy, tmp_path)
+    result = calibrate_weights(TaskSubject(task), PROMPTS, policy, tmp_path)
     bound = {"int8": 1.02}.get(name, 0.7)
     assert result.proof.calibrated.mean < bound * result.proof.plain.mean
     if name != "int8":
@@ -136,32 +143,42 @@ def test_without_a_gain_on_heldout_prompts_plain_rounding_is_kept(tmp_path, task
     """Calibrated on one prompt with hardly any damping, weights fit that prompt alone."""
     few = CalibrationPrompts.of(["thing"], [f"other {i}" for i in range(24)])
     settings = RoundingSettings(damp=1e-6, target_damp=1e-6)
-    result = calibrate_weights(task, few, INT2, tmp_path, settings=settings, states_per_prompt=1)
+    result = calibrate_weights(
+        TaskSubject(task), few, INT2, tmp_path, settings=settings, states_per_prompt=1
+    )
     assert not result.calibrated and result.proof.change.mean > 0
     weights = result.weights
     with quantized(task.module, weights.layers, weights.chosen):
-        kept = final_latents(task, PROMPTS.heldout)
+        kept = final_latents(TaskSource(task, 0), PROMPTS.heldout)
     expected = rounding_task.task()
     from qsched_core.formats.module import quantize_module
 
     quantize_module(expected.module, INT2)
-    torch.testing.assert_close(kept, final_latents(expected, PROMPTS.heldout))
+    torch.testing.assert_close(kept, final_latents(TaskSource(expected, 0), PROMPTS.heldout))
 
 
-def test_a_walk_that_was_stopped_goes_on_to_the_same_weights(tmp_path, task):
-    whole = calibrate_weights(task, PROMPTS, INT2, tmp_path / "a")
+class Stop(BaseException):
+    pass
 
-    class Stop(BaseException):
-        pass
+
+def stopped_at(index, task, folder, **more):
+    """A walk that ends after its block ``index``."""
 
     def stop(done):
-        if done.index == 1:
+        if done.index == index:
             raise Stop
 
     with pytest.raises(Stop):
-        calibrate_weights(task, PROMPTS, INT2, tmp_path / "b", on_block=stop)
+        calibrate_weights(TaskSubject(task), PROMPTS, INT2, folder, on_block=stop, **more)
+
+
+def test_a_walk_that_was_stopped_goes_on_to_the_same_weights(tmp_path, task):
+    whole = calibrate_weights(TaskSubject(task), PROMPTS, INT2, tmp_path / "a")
+    stopped_at(1, task, tmp_path / "b")
     told = []
-    again = calibrate_weights(task, PROMPTS, INT2, tmp_path / "b", on_block=told.append)
+    again = calibrate_weights(
+        TaskSubject(task), PROMPTS, INT2, tmp_path / "b", on_block=told.append
+    )
     assert [done.resumed for done in told] == [True, True, False]
     same(whole.weights.layers, again.weights.layers)
 
@@ -173,7 +190,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_any_work(tmp_path, task
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         calibrate_weights(
-            replace(task, denoise=never), PROMPTS, INT2, tmp_path / "file" / "studies"
+            TaskSubject(replace(task, denoise=never)), PROMPTS, INT2, tmp_path / "file" / "studies"
         )
 
 
@@ -190,7 +207,9 @@ class Brightness:
 
 
 def test_pictures_are_scored_where_there_is_a_measure(tmp_path, task):
-    proof = calibrate_weights(task, PROMPTS, INT2, tmp_path, measure=Brightness()).proof
+    proof = calibrate_weights(
+        TaskSubject(task), PROMPTS, INT2, tmp_path, measure=Brightness()
+    ).proof
     source = TaskSource(task)
     identity = Candidate.identity(task.trajectory)
     pictures = source.images(PROMPTS.heldout, [identity])[0]
@@ -209,18 +228,67 @@ def test_a_disk_without_room_for_the_blocks_is_refused_before_the_walk(tmp_path,
     room = type("Usage", (), {"free": SPARE_BYTES + weights // 4})  # 2 bits, but for the scales
     monkeypatch.setattr("shutil.disk_usage", lambda folder: room)
     with pytest.raises(DiskError, match=r"walk can't be written, .* MB free"):
-        calibrate_weights(task, PROMPTS, INT2, tmp_path / "walk")
+        calibrate_weights(TaskSubject(task), PROMPTS, INT2, tmp_path / "walk")
+
+
+def test_a_finished_walk_is_not_repeated(tmp_path, task, monkeypatch, caplog):
+    measure = Brightness()
+    first = calibrate_weights(TaskSubject(task), PROMPTS, INT2, tmp_path, samples=True)
+    assert not list(tmp_path.rglob("blocks"))
+
+    def again(**more):
+        told = []
+        found = calibrate_weights(
+            TaskSubject(task), PROMPTS, INT2, tmp_path, on_block=told.append, **more
+        )
+        assert found.weights.digest == first.weights.digest
+        return found, told
+
+    # Another proof of the same weights
+    found, told = again(measure=measure)
+    assert not told and found.proof.gain is not None and not found.samples
+    monkeypatch.setattr(task.module, "forward", None)  # nothing runs
+    found, told = again(samples=True)
+    assert found.proof == first.proof and found.weights.provenance == first.weights.provenance
+    assert len(found.samples) == 3
+    for one, other in zip(found.samples, first.samples, strict=True):
+        assert one.prompt == other.prompt and torch.equal(one.pictures, other.pictures)
+    monkeypatch.undo()
+    for path in tmp_path.rglob("proof-*"):
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+    found, told = again(samples=True)
+    assert not told and found.proof == first.proof and "the proof is made again" in caplog.text
+    path = next(tmp_path.rglob("weights.safetensors"))
+    path.write_bytes(path.read_bytes()[:-1])
+    found, told = again(samples=True)
+    assert len(told) == 3 and "the weights are rounded again" in caplog.text
+
+
+def test_samples_are_the_worst_the_median_and_the_best_prompt(tmp_path, task):
+    found = calibrate_weights(TaskSubject(task), PROMPTS, INT2, tmp_path, samples=True)
+    changes = [sample.change for sample in found.samples]
+    assert changes == sorted(changes, reverse=True) and len(changes) == 3
+    pairs = zip(found.proof.plain.distance, found.proof.calibrated.distance, strict=True)
+    assert changes[0] == max(after - before for before, after in pairs)
+    source, sample = TaskSource(task, 0), found.samples[1]
+    row = PROMPTS.heldout.prompts.index(sample.prompt)
+    identity = [Candidate.identity(task.trajectory)]
+    expected = source.images(PROMPTS.heldout.part(row, row + 1), identity)[0, 0]
+    assert (sample.pictures[0].float() / 255 - expected).abs().max() <= 1 / 255
 
 
 @pytest.mark.parametrize("wound", ["flip", "cut", "empty"])
 def test_a_damaged_block_is_named_and_made_again(tmp_path, task, caplog, wound):
-    whole = calibrate_weights(task, PROMPTS, INT2, tmp_path)
+    whole = calibrate_weights(TaskSubject(task), PROMPTS, INT2, tmp_path / "whole")
+    stopped_at(2, task, tmp_path)
     path = next(tmp_path.rglob("blocks.1.safetensors"))
     data = bytearray(path.read_bytes())
     data[-100] ^= 4
     path.write_bytes({"flip": data, "cut": data[:-9], "empty": b""}[wound])
     told = []
-    again = calibrate_weights(task, PROMPTS, INT2, tmp_path, on_block=told.append)
+    again = calibrate_weights(TaskSubject(task), PROMPTS, INT2, tmp_path, on_block=told.append)
     assert [done.resumed for done in told] == [True, False, True]
     assert "blocks.1 is rounded again" in caplog.text
     same(whole.weights.layers, again.weights.layers)
@@ -244,16 +312,15 @@ def test_a_walk_of_anything_else_is_not_gone_on_with(tmp_path, task, change):
         other.blocks[2].proj.bias.data += 1e-3
         more["task"] = rounding_task.task(other)
     told = []
-    policy, base = INT2, {"states_per_prompt": 1} if "seed" in change else {}
-    calibrate_weights(task, PROMPTS, policy, tmp_path, **base)
-    calibrate_weights(
-        more.pop("task", task), PROMPTS, more.pop("policy"), tmp_path, on_block=told.append, **more
-    )
+    base = {"states_per_prompt": 1} if "seed" in change else {}
+    stopped_at(2, task, tmp_path, **base)
+    subject = TaskSubject(more.pop("task", task))
+    calibrate_weights(subject, PROMPTS, more.pop("policy"), tmp_path, on_block=told.append, **more)
     assert not any(done.resumed for done in told)
 
 
 def test_the_file_gives_back_what_was_saved(tmp_path, task):
-    result = calibrate_weights(task, PROMPTS, INT2, tmp_path)
+    result = calibrate_weights(TaskSubject(task), PROMPTS, INT2, tmp_path)
     path = result.weights.save(tmp_path / "weights.safetensors")
     again = RoundedWeights.load(path)
     same(result.weights.layers, again.layers)
@@ -261,14 +328,16 @@ def test_the_file_gives_back_what_was_saved(tmp_path, task):
     assert again.digest == result.weights.digest
     model = again.apply(rounding_task.net())
     with quantized(task.module, result.weights.layers, result.weights.chosen):
-        expected = final_latents(task, PROMPTS.heldout)
-    assert torch.equal(final_latents(rounding_task.task(model), PROMPTS.heldout), expected)
+        expected = final_latents(TaskSource(task, 0), PROMPTS.heldout)
+    assert torch.equal(
+        final_latents(TaskSource(rounding_task.task(model), 0), PROMPTS.heldout), expected
+    )
     with pytest.raises(RoundingError, match="quantized already"):
-        calibrate_weights(rounding_task.task(model), PROMPTS, INT2, tmp_path)
+        calibrate_weights(TaskSubject(rounding_task.task(model)), PROMPTS, INT2, tmp_path)
 
 
 def test_a_file_for_another_model_is_refused(tmp_path, task):
-    result = calibrate_weights(task, PROMPTS, INT2, tmp_path)
+    result = calibrate_weights(TaskSubject(task), PROMPTS, INT2, tmp_path)
     other = rounding_task.net()
     other.blocks[1].q = nn.Linear(32, 64)
     with pytest.raises(FormatError, match=r"blocks\.1\.q has shape \(64, 32\)"):
@@ -278,7 +347,7 @@ def test_a_file_for_another_model_is_refused(tmp_path, task):
     with pytest.raises(FormatError, match=r"no layer blocks\.2\.q"):
         result.weights.apply(other)
     broken = tmp_path / "broken.safetensors"
-    broken.write_bytes(next(tmp_path.rglob("blocks.0.safetensors")).read_bytes()[:-7])
+    broken.write_bytes(next(tmp_path.rglob("weights.safetensors")).read_bytes()[:-7])
     with pytest.raises(FormatError, match="cut short"):
         RoundedWeights.load(broken)
 
@@ -331,9 +400,9 @@ def test_nan_names_the_layer(task, states):
     with pytest.raises(FormatError, match=r"layer blocks\.1\.proj.*NaN"):
         calibrate_module(task.module, states, INT2)
     with pytest.raises(RoundingError, match=r"layer blocks\.1\.proj gives NaN"):
-        TaskStates(task, PROMPTS.calibration)
-    states.task.module.load_state_dict(rounding_task.net().state_dict())
-    states._extra["cond"][3] = torch.inf
+        states_of(task)
+    task.module.load_state_dict(rounding_task.net().state_dict())
+    states._states[3].arguments[0][2][0, 0] = torch.inf  # the condition
     with pytest.raises(RoundingError, match=r"layer blocks\.0\.k: its inputs are NaN or infinite"):
         calibrate_module(task.module, states, INT2)
 
@@ -342,7 +411,7 @@ def test_dead_inputs_are_rounded_plainly_and_listed(task):
     with torch.no_grad():
         task.module.blocks[1].q.weight.zero_()
         task.module.blocks[1].q.bias.zero_()
-    found = calibrate_module(task.module, TaskStates(task, PROMPTS.calibration), INT2)
+    found = calibrate_module(task.module, states_of(task), INT2)
     assert found["blocks.1.proj"].note == "its inputs never change"
 
 
@@ -355,18 +424,20 @@ def test_models_that_cannot_be_walked_are_refused(task, states):
 
     other = rounding_task.task(Twice())
     with pytest.raises(RoundingError, match=r"blocks\.0 runs more than once"):
-        calibrate_module(other.module, TaskStates(other, PROMPTS.calibration), INT2)
+        calibrate_module(other.module, states_of(other), INT2)
     plain = nn.Sequential(nn.Linear(64, 64))
     flat = rounding_task.task(plain)
     flat = replace(flat, denoise=lambda x, sigma, cond: plain(x))
     with pytest.raises(RoundingError, match="no blocks"):
-        calibrate_module(plain, TaskStates(flat, PROMPTS.calibration), INT2)
+        calibrate_module(plain, states_of(flat), INT2)
     with pytest.raises(RoundingError, match="chooses no linear layer"):
         calibrate_module(task.module, states, Policy("int2", min_weights=10**6))
     with pytest.raises(RoundingError, match="'w4a4' can't be calibrated"):
         calibrate_module(task.module, states, "w4a4")
     with pytest.raises(RoundingError, match="module"):
-        calibrate_weights(rounding_task.without_module("cpu"), PROMPTS, INT2, Path("nowhere"))
+        calibrate_weights(
+            TaskSubject(rounding_task.without_module("cpu")), PROMPTS, INT2, Path("nowhere")
+        )
     with pytest.raises(TaskError, match="module is str"):
         rounding_task.task(module="net")
 
@@ -377,15 +448,27 @@ def test_a_format_without_a_grid_beside_one_with_is_rounded_plainly(task, states
     assert "no table" in found["blocks.0.proj"].note and not found["blocks.0.q"].note
 
 
+def levels_of(states):
+    seen = []
+    hook = states.module.register_forward_pre_hook(lambda _, given: seen.extend(given[1].tolist()))
+    for part in states.parts(3):
+        states.run(part)
+    hook.remove()
+    return [round(level, 3) for level in seen]
+
+
 def test_states_are_pairs_of_prompt_and_step(task):
-    every = TaskStates(task, PROMPTS.calibration)
-    some = TaskStates(task, PROMPTS.calibration, 1, seed=3)
+    every = states_of(task)
+    some = states_of(task, 1, seed=3)
     assert len(every) == 40 and len(some) == 20
-    levels = some._levels.tolist()
-    assert {round(level, 3) for level in levels} == {1.0, 0.6}
-    assert torch.equal(some._levels, TaskStates(task, PROMPTS.calibration, 1, seed=3)._levels)
+    levels = levels_of(some)
+    assert set(levels) == {1.0, 0.6}
+    assert levels == levels_of(states_of(task, 1, seed=3)) != levels_of(states_of(task, 1, seed=4))
+    random = torch.Generator().manual_seed(3)
+    expected = [torch.randperm(2, generator=random)[0].item() for _ in range(20)]
+    assert levels == [[1.0, 0.6][step] for step in expected]  # of each prompt its own step
     with pytest.raises(RoundingError, match="states_per_prompt=3 must be 0"):
-        TaskStates(task, PROMPTS.calibration, 3)
+        states_of(task, 3)
 
 
 def arguments(folder, name="weights"):
@@ -448,12 +531,14 @@ def test_the_demo_task_loads_calibrated_weights(tmp_path, monkeypatch):
     full = demo.full(torch.device("cpu"))
     policy = Policy("int2", parse_overrides("*=keep; *mlp.fc1=int2"))
     chosen = choices(full.module, policy)
-    weights = RoundedWeights(rounded_plainly(full.module, chosen), chosen, {"format": "int2"})
+    weights = RoundedWeights(
+        rounded_plainly(chosen, partial(parameters_in, full.module)), chosen, {"format": "int2"}
+    )
     monkeypatch.setenv(demo.WEIGHTS, str(weights.save(tmp_path / "weights.safetensors")))
     task = demo.calibrated(torch.device("cpu"))
     assert task.provenance["rounding"] == weights.digest
     assert task.provenance["source_hash"] == full.provenance["source_hash"]
     prompts = PROMPTS.heldout.part(0, 2)
     with quantized(full.module, weights.layers, chosen):
-        expected = final_latents(full, prompts)
-    assert torch.equal(final_latents(task, prompts), expected)
+        expected = final_latents(TaskSource(full, 0), prompts)
+    assert torch.equal(final_latents(TaskSource(task, 0), prompts), expected)
