@@ -18,6 +18,7 @@ FAMILIES = (
     "objective",
     "calibration",
     "evaluation",
+    "rounding",
 )
 
 

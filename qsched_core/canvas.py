@@ -138,6 +138,31 @@ class Canvas:
         self._image.paste(fitted, tuple(round(value) for value in self._scaled(x, y)))
 
 
+class Page(Canvas):
+    """Draws downward, row by row, inside a margin; ``y`` is the current row's."""
+
+    def __init__(self, width: int, margin: int):
+        super().__init__(width)
+        self.y = self.margin = margin
+
+    def space(self, height: int = 14) -> None:
+        self.y += height
+
+    def at(
+        self, x: float, text: str, color: str = INK, size: int = 15, width: float | None = None
+    ) -> None:
+        """Text on the current row; does not move to the next."""
+        self.text(x, self.y, text, color, size, width=width)
+
+    def write(self, text: str, color: str = INK, size: int = 16, most: int | None = 4) -> None:
+        width = self.width - 2 * self.margin
+        self.y = self.paragraph(self.margin, self.y, text, width, color, size, most=most)
+
+    def rule(self) -> None:
+        self.line([(self.margin, self.y), (self.width - self.margin, self.y)], FAINT)
+        self.y += 8
+
+
 @lru_cache(maxsize=64)
 def _font(size: int):
     return ImageFont.load_default(size=size)

@@ -102,6 +102,11 @@ def evaluations_folder() -> Path:
     return Path(folder_paths.get_user_directory()) / "qsched" / "evaluations"
 
 
+def rounding_folder() -> Path:
+    """Where calibrated weights are kept while and after they are made."""
+    return Path(folder_paths.get_user_directory()) / "qsched" / "rounding"
+
+
 def scratch_folder() -> Path:
     """ComfyUI's temporary folder, which it empties when it starts and ends."""
     folder = Path(folder_paths.get_temp_directory())

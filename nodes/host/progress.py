@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import ClassVar
 
 import comfy.model_management
 import comfy.utils
@@ -11,8 +12,10 @@ from comfy_execution.utils import get_executing_context
 
 from ...qsched_core.evaluation import Arm
 from ...qsched_core.evaluation import Progress as EvaluationProgress
+from ...qsched_core.rounding import PROVING, SAMPLING, BlockDone
 from ...qsched_core.text import markup_free, plain
 
+BLOCKS = "blocks"
 logger = logging.getLogger(__name__)
 
 
@@ -48,6 +51,48 @@ def on_node(text: str, content: str | None = None) -> dict:
     context = get_executing_context()
     progress_text(None if context is None else context.node_id, text)
     return {"text": (text if content is None else content,)}
+
+
+class RoundingLive:
+    """Progress of calibrated rounding: one bar for all its parts, and a line of text.
+
+    The parts take about as long as ``SHARES`` says.
+    """
+
+    SHARES: ClassVar[dict[str, tuple[float, float]]] = {
+        SAMPLING: (0.0, 0.15), BLOCKS: (0.15, 0.8), PROVING: (0.8, 1.0),
+    }  # fmt: skip
+
+    def __init__(self, node_id: str | None):
+        self.node_id = node_id
+        self.bar = comfy.utils.ProgressBar(1000, node_id=node_id)
+
+    def part(self, part: str, done: int, total: int) -> None:
+        """``done`` of ``total`` prompts; the user's interrupt is raised here too."""
+        self._moved(part, done / total, f"{part}: {done} of {total}")
+
+    def block(self, done: BlockDone) -> None:
+        text = f"{done.name}: block {done.index + 1} of {done.total}"
+        if done.resumed:
+            text += ", kept of an earlier run"
+        elif done.index + 1 < done.total:
+            text += f", about {_duration(done.seconds_left)} left"
+        self._moved(BLOCKS, (done.index + 1) / done.total, text)
+
+    def _moved(self, part: str, share: float, text: str) -> None:
+        start, end = self.SHARES[part]
+        self.bar.update_absolute(round(1000 * (start + share * (end - start))))
+        progress_text(self.node_id, text)
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    def finished(self, picture) -> None:
+        """The report's picture, as it is."""
+        self.bar.update_absolute(1000, None, ("PNG", picture, None))
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes:02}:{rest:02}"
 
 
 class EvaluationLive:

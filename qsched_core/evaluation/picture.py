@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from PIL import Image
 
 from ..calibration.report import typical
-from ..canvas import FAINT, GREEN, GREY, INK, ORANGE, Canvas
+from ..canvas import GREEN, GREY, INK, ORANGE, Page
 from ..statistics import Interval
 from .results import Evaluation
 from .table import cost_line, distance_lines, verdict
@@ -19,7 +19,7 @@ LARGEST = 360  # pixels of an example's width
 
 def report_picture(evaluation: Evaluation) -> Image.Image:
     """RGB, 1200 wide.  The examples are the worst, the median and the best gain of the last arm."""
-    page = _Page()
+    page = Page(WIDTH, MARGIN)
     page.at(MARGIN, "Q-Sched evaluation", size=26)
     page.space(36)
     for comparison in evaluation.comparisons:
@@ -44,31 +44,7 @@ def _color(gain: Interval) -> str:
     return GREEN if gain.low > 0 else ORANGE if gain.high < 0 else INK
 
 
-class _Page(Canvas):
-    """Draws downward, row by row."""
-
-    def __init__(self):
-        super().__init__(WIDTH)
-        self.y = MARGIN
-
-    def space(self, height: int = 14) -> None:
-        self.y += height
-
-    def at(
-        self, x: float, text: str, color=INK, size: int = 15, width: float | None = None
-    ) -> None:
-        """Text on the current row; does not move to the next."""
-        self.text(x, self.y, text, color, size, width=width)
-
-    def write(self, text: str, color=INK, size: int = 16, most: int | None = 4) -> None:
-        self.y = self.paragraph(MARGIN, self.y, text, WIDTH - 2 * MARGIN, color, size, most=most)
-
-    def rule(self) -> None:
-        self.line([(MARGIN, self.y), (WIDTH - MARGIN, self.y)], FAINT)
-        self.y += 8
-
-
-def _header(page: _Page, first: str, labels: Sequence[str], width: float, size: int = 15) -> None:
+def _header(page: Page, first: str, labels: Sequence[str], width: float, size: int = 15) -> None:
     """Column heads, which may take several lines."""
     page.space()
     heads = [page.wrap(label, width - 16, size, 3) for label in labels]
@@ -82,7 +58,7 @@ def _header(page: _Page, first: str, labels: Sequence[str], width: float, size: 
     page.rule()
 
 
-def _means(page: _Page, evaluation: Evaluation) -> None:
+def _means(page: Page, evaluation: Evaluation) -> None:
     """A row a score, a column an arm: mean with its interval."""
     arms = evaluation.arms
     width = (WIDTH - 2 * MARGIN - NAME) / len(arms)
@@ -98,7 +74,7 @@ def _means(page: _Page, evaluation: Evaluation) -> None:
         page.y += ROW
 
 
-def _gains(page: _Page, evaluation: Evaluation) -> None:
+def _gains(page: Page, evaluation: Evaluation) -> None:
     """A row a score, a column a comparison: the gain, and its interval against zero as a bar."""
     given = [c for c in evaluation.comparisons if c.gains]
     if not given:
@@ -116,7 +92,7 @@ def _gains(page: _Page, evaluation: Evaluation) -> None:
         page.y += ROW
 
 
-def _bar(page: _Page, left: float, width: float, gain: Interval, reach: float) -> None:
+def _bar(page: Page, left: float, width: float, gain: Interval, reach: float) -> None:
     color = _color(gain)
     page.at(left, f"{gain.mean:+.4f}", color, 16)
     middle, y = left + 86 + width / 2, page.y + 9
@@ -129,7 +105,7 @@ def _bar(page: _Page, left: float, width: float, gain: Interval, reach: float) -
     page.dot(place(gain.mean), y, color)
 
 
-def _examples(page: _Page, evaluation: Evaluation) -> None:
+def _examples(page: Page, evaluation: Evaluation) -> None:
     """Rows of the same prompt's pictures from every arm."""
     arms, prompts = evaluation.arms, evaluation.prompts.prompts
     if len(arms) > 1:

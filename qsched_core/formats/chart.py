@@ -19,7 +19,8 @@ PLAIN = "#8a8f98"  # float dtypes
 def draw(rows: Sequence[LayerRow], title: str) -> Image.Image:
     """RGB picture, 1200 pixels wide, its text dark on a light ground whatever is around it.
 
-    A column a layer: bits a weight, megabytes, and relative weight error where it is known.
+    A column a layer: bits a weight, megabytes, relative weight error where it is known, and of
+    calibrated layers the output error, with plain rounding's behind it.
     """
     groups = summary(rows)
     colors = _colors(groups)
@@ -43,8 +44,14 @@ def draw(rows: Sequence[LayerRow], title: str) -> Image.Image:
         pen.text(MARGIN + 24, top, text, INK, width=WIDTH - 2 * MARGIN - 24)
         top += 24
     top += 20
+    own = [colors[r.format] for r in rows]
     for label, values in panels:
-        _panel(pen, top, label, values, [colors[r.format] for r in rows])
+        _panel(pen, top, label, [(values, own)])
+        top += 190
+    if any(r.calibrated is not None for r in rows):
+        plain, found = zip(*(r.calibrated or (0.0, 0.0) for r in rows), strict=True)
+        label = "relative output error of calibrated layers, and of plain rounding (grey)"
+        _panel(pen, top, label, [(plain, [PLAIN] * len(rows)), (found, own)])
         top += 190
     if rows:
         half = (WIDTH - MARGIN - LEFT) / 2 - 10
@@ -53,21 +60,25 @@ def draw(rows: Sequence[LayerRow], title: str) -> Image.Image:
     return pen.finish(top + 40)
 
 
-def _panel(pen: Canvas, top: int, label: str, values: Sequence[float], colors) -> None:
-    """One row of columns, 130 pixels high, with its scale."""
+def _panel(pen: Canvas, top: int, label: str, layers: Sequence[tuple]) -> None:
+    """One row of columns, 130 pixels high, with its scale.
+
+    ``layers`` are values and their colors, drawn over one another.
+    """
     bottom, right = top + 160, WIDTH - MARGIN
     pen.text(LEFT, top, label)
-    highest = max(values, default=0) or 1.0
+    highest = max((max(values, default=0) for values, _ in layers), default=0) or 1.0
     for share in (0.0, 0.5, 1.0):
         y = bottom - round(125 * share)
         pen.line([(LEFT, y), (right, y)], FAINT)
         pen.text(LEFT - 10, y, f"{highest * share:.3g}", INK, anchor="rm")
-    step = (right - LEFT) / max(len(values), 1)
-    for i, (value, color) in enumerate(zip(values, colors, strict=True)):
-        if value > 0:
-            x = LEFT + i * step
-            end = max(x + 1, x + step - (1 if step > 3 else 0))
-            pen.bar(x, bottom - 125 * value / highest, end, bottom, color)
+    for values, colors in layers:
+        step = (right - LEFT) / max(len(values), 1)
+        for i, (value, color) in enumerate(zip(values, colors, strict=True)):
+            if value > 0:
+                x = LEFT + i * step
+                end = max(x + 1, x + step - (1 if step > 3 else 0))
+                pen.bar(x, bottom - 125 * value / highest, end, bottom, color)
 
 
 def _colors(groups: Sequence[LayerRow]) -> dict[str, str]:

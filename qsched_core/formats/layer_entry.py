@@ -44,6 +44,10 @@ FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         "bytes in hexadecimal",
     ),
     "error": (is_error, "a number from 0"),
+    "calibrated": (
+        lambda value: isinstance(value, list) and len(value) == 2 and all(map(is_error, value)),
+        "two numbers from 0",
+    ),
     "options": (is_options, "an object of plain values"),
     "params": (lambda value: isinstance(value, dict), "an object"),
     "full_precision_matrix_mult": (lambda value: isinstance(value, bool), "true or false"),

@@ -14,7 +14,9 @@ from ..text import markdown
 class LayerRow:
     """One layer's weight: its format, bytes as stored, and relative error (None: unknown).
 
-    ``why`` says why a layer that could have been quantized was kept.
+    ``why`` says why a layer that could have been quantized was kept.  Of a layer whose weight was
+    rounded for its inputs, ``calibrated`` has the relative errors of its output: rounded plainly, and
+    as it is.
     """
 
     name: str
@@ -24,6 +26,7 @@ class LayerRow:
     nbytes: int
     error: float | None = None
     why: str = ""
+    calibrated: tuple[float, float] | None = None
 
     @property
     def weights(self) -> int:
@@ -77,8 +80,11 @@ def table(rows: Sequence[LayerRow]) -> str:
 def _row(row: LayerRow, forms: int, width: int) -> str:
     shape = "x".join(map(str, row.shape)) if len(row.shape) > 1 else f"{row.weights / 1e6:.2f} M"
     error = "" if row.error is None else f"{row.error:.4f}"
+    note = row.why
+    if row.calibrated is not None:
+        note = "calibrated: output error {:.4f} -> {:.4f}".format(*row.calibrated)
     return _line(
-        row.name, row.format, shape, f"{row.nbytes / 1e6:.3f}", f"{row.bits:.3f}", error, row.why,
+        row.name, row.format, shape, f"{row.nbytes / 1e6:.3f}", f"{row.bits:.3f}", error, note,
         forms, width,
     )  # fmt: skip
 

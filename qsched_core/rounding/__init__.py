@@ -6,7 +6,16 @@ from .grids import GRIDS, REASONS, grid_of, refusal
 from .layer import Calibrated, RoundingSettings, calibrate_layer
 from .moments import Gathering, Moments
 from .proof import Proof, Sample
-from .run import WeightsResult, calibrate_weights, figures, report, rounded_plainly
+from .run import (
+    PROVING,
+    SAMPLING,
+    WeightsResult,
+    calibrate_weights,
+    figures,
+    report,
+    rounded_plainly,
+    verdict,
+)
 from .shelf import Shelf
 from .states import RecordedStates
 from .subject import Subject, TaskSubject
@@ -14,7 +23,9 @@ from .walk import BlockDone, calibrate_module, choices, quantized
 
 __all__ = [
     "GRIDS",
+    "PROVING",
     "REASONS",
+    "SAMPLING",
     "BlockDone",
     "Calibrated",
     "Gathering",
@@ -39,4 +50,5 @@ __all__ = [
     "refusal",
     "report",
     "rounded_plainly",
+    "verdict",
 ]

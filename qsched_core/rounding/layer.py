@@ -58,6 +58,11 @@ class Calibrated:
     error: float | None = None
     note: str = ""
 
+    @property
+    def errors(self) -> tuple[float, float] | None:
+        """``plain_error`` and ``error`` of a layer that is calibrated; None for another."""
+        return None if self.note or self.error is None else (self.plain_error, self.error)
+
     def to(self, device: torch.device | str) -> Calibrated:
         bias = None if self.bias is None else self.bias.to(device)
         return replace(self, packed=self.packed.to(device), bias=bias)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -143,16 +143,23 @@ def prove(
     arms: Sequence[RoundedWeights],
     measure: Measure | None = None,
     samples: bool = False,
+    on_prompts: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Proof, torch.Tensor | None]:
     """Plain and calibrated weights (``arms``) on held-out prompts.
 
     With ``samples`` also the pictures of its typical prompts, for :meth:`Proof.samples`.
+    ``on_prompts(done, total)`` is called after each batch.
     """
     models = [nullcontext(subject.source), *map(subject.rounded, arms)]
     latents, scores, found = [], [], []
-    for model in models:
+    total = len(models) * len(prompts)
+    for k, model in enumerate(models):
+
+        def told(done: int, before: int = k * len(prompts)) -> None:
+            on_prompts(before + done, total)
+
         with model as source:
-            latents.append(final_latents(source, prompts))
+            latents.append(final_latents(source, prompts, told))
             scores.append(None if measure is None else jaq(source, latents[-1], prompts, measure))
         if len(latents) > 1:
             pair = (latents[-1], latents[0])
@@ -167,8 +174,13 @@ def prove(
 
 
 @torch.no_grad()
-def final_latents(source: ModelSource, prompts: PromptSet) -> torch.Tensor:
-    """The latents [prompts, ...] at the end of the source's trajectory, on the CPU."""
+def final_latents(
+    source: ModelSource, prompts: PromptSet, on_prompts: Callable[[int], None] = lambda done: None
+) -> torch.Tensor:
+    """The latents [prompts, ...] at the end of the source's trajectory, on the CPU.
+
+    ``on_prompts(done)`` is called after each batch.
+    """
     candidate = Candidate.identity(source.trajectory)
     found = []
     for start in range(0, len(prompts), source.max_batch):
@@ -188,6 +200,7 @@ def final_latents(source: ModelSource, prompts: PromptSet) -> torch.Tensor:
             return result.latents.flatten(0, 1)
 
         found.append(source.sample(part, source.trajectory, 1, run).float().cpu())
+        on_prompts(start + len(part))
     return torch.cat(found)
 
 

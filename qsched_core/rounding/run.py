@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..formats.policy import Choice, Policy
 from ..prompts import CalibrationPrompts, PromptSet
 from ..source import Measure
 from ..study import fingerprint
+from ..text import markdown
 from .file import RoundedWeights
 from .layer import Calibrated, RoundingSettings, plain
 from .proof import Proof, Sample, prove
@@ -25,6 +27,8 @@ from .walk import BlockDone, ParametersOf, calibrate_module, choices
 
 ALGORITHM = 2  # of the rounding: a walk of another one is not gone on with
 KEPT_PLAIN = "plain rounding was kept"
+SAMPLING, PROVING = "sampling the unquantized model", "comparing on held-out prompts"
+OnPart = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ def calibrate_weights(
     measure: Measure | None = None,
     samples: bool = False,
     on_block: Callable[[BlockDone], None] = lambda done: None,
+    on_part: OnPart = lambda part, done, total: None,
 ) -> WeightsResult:
     """Round the subject's weights for the inputs that the calibration prompts give them.
 
@@ -78,7 +83,7 @@ def calibrate_weights(
     goes on there, to the same weights, and one that is finished is not repeated.  On the held-out
     prompts the result is compared with plain rounding, by distance to the unquantized model and by
     ``measure``, if given; where it is not nearer, plain rounding is what is returned.  ``samples``
-    asks for pictures.  RoundingError, FormatError or DiskError before any work, or naming the layer
+    asks for pictures.  ``on_part(part, done, total)`` tells of the parts before and after the blocks.  RoundingError, FormatError or DiskError before any work, or naming the layer
     that can't be rounded.
     """
     settings = settings or RoundingSettings()
@@ -100,7 +105,9 @@ def calibrate_weights(
     if made is None:
         check_folder(folder, 2 * packed_bytes(model, chosen))
         began = time.monotonic()
-        states = subject.states(prompts.calibration, states_per_prompt, seed)
+        states = subject.states(
+            prompts.calibration, states_per_prompt, seed, partial(on_part, SAMPLING)
+        )
         layers = calibrate_module(
             model, states, policy, settings, shelf, on_block, subject.parameters_of
         )
@@ -111,11 +118,17 @@ def calibrate_weights(
         }
         made = RoundedWeights(layers, chosen, made_of | cost)
         shelf.keep(made)
-    return _proven(subject, made, prompts.heldout, shelf, measure, samples)
+    return _proven(subject, made, prompts.heldout, shelf, measure, samples, on_part)
 
 
 def _proven(
-    subject: Subject, made: RoundedWeights, heldout: PromptSet, shelf: Shelf, measure, samples: bool
+    subject: Subject,
+    made: RoundedWeights,
+    heldout: PromptSet,
+    shelf: Shelf,
+    measure: Measure | None,
+    samples: bool,
+    on_part: OnPart,
 ) -> WeightsResult:
     """The weights, or plain ones, with the proof of which are better."""
     judged_by = {
@@ -128,7 +141,8 @@ def _proven(
         plainly = rounded_plainly(made.chosen, subject.parameters_of)
     if found is None:
         arms = [RoundedWeights(plainly, made.chosen, made.provenance), made]
-        found = prove(subject, heldout, arms, measure, samples)
+        told = partial(on_part, PROVING)
+        found = prove(subject, heldout, arms, measure, samples, told)
         shelf.keep_proof(judged_by, *found)
     proof, pictures = found
     told = {"heldout": heldout.hash, "proof": proof.to_dict(), "calibrated": proof.holds}
@@ -158,14 +172,31 @@ def figures(result: WeightsResult) -> dict[str, Any]:
     return dict(result.weights.provenance) | {"seconds": result.seconds, "bits": result.bits}
 
 
+def verdict(result: WeightsResult) -> str:
+    """What became of it, in a sentence."""
+    proof, change = result.proof, result.proof.change
+    share = proof.calibrated.mean / proof.plain.mean if proof.plain.mean else 1.0
+    if result.calibrated:
+        return (
+            f"calibrated: {share:.2f} of plain rounding's distance to the unquantized model, at "
+            f"{result.bits:.2f} bits a weight, on {change.n} prompts that it never saw"
+        )
+    return (
+        f"the distance to the unquantized model does not fall on {change.n} held-out prompts "
+        f"({change.mean:+.5f} [{change.low:+.5f}, {change.high:+.5f}]): {KEPT_PLAIN}"
+    )
+
+
 def report(result: WeightsResult) -> str:
     """The result in some lines of text."""
     proof, change = result.proof, result.proof.change
     lines = [
-        f"{result.bits:.3f} bits a weight, rounded in {result.seconds:.0f} s",
+        verdict(result),
+        f"{result.bits:.3f} bits a weight, rounded in {result.seconds:.0f} s, from "
+        f"{result.weights.provenance['states']} states ({result.evaluations} NFE)",
         f"distance to the unquantized latents: plain {proof.plain.mean:.5f}, calibrated "
-        f"{proof.calibrated.mean:.5f}",
-        f"change {change.mean:+.5f} [{change.low:+.5f}, {change.high:+.5f}] on {change.n} prompts",
+        f"{proof.calibrated.mean:.5f}, change {change.mean:+.5f} "
+        f"[{change.low:+.5f}, {change.high:+.5f}]",
         f"fine detail, of the unquantized latents': plain {proof.plain.mean_detail:.1%}, calibrated "
         f"{proof.calibrated.mean_detail:.1%}",
     ]
@@ -175,7 +206,5 @@ def report(result: WeightsResult) -> str:
     if result.calibrated:
         notes = {name: layer.note for name, layer in layers.items() if layer.note}
         lines.append(f"{len(layers) - len(notes)} of {len(layers)} layers calibrated")
-        lines += [f"  {name}: rounded plainly, {note}" for name, note in notes.items()]
-    else:
-        lines.append(f"the held-out distance does not fall: {KEPT_PLAIN}")
+        lines += [f"  {markdown(name)}: rounded plainly, {note}" for name, note in notes.items()]
     return "\n".join(lines)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -38,9 +38,10 @@ class RecordedStates:
 
     ``per_prompt`` random steps of each prompt are taken (0: all of them); more prompts with fewer
     steps each serve better than the same number of states of fewer prompts.  With guidance a step
-    has a state for the prompt and one for the negative.  Named arguments in ``whole`` belong to a
-    call, not to its rows: a batch gets those of its first state.  ``evaluations`` counts the latents
-    that went through the model to find the states.
+    has a state for the prompt and one for the negative.  ``of_call(named)`` picks the named arguments
+    that belong to a call, not to its rows: a batch gets those of its first state.  ``evaluations``
+    counts the latents that went through the model to find the states; ``on_prompts(done, total)`` is
+    called meanwhile.
 
     RoundingError for ``per_prompt`` beyond the trajectory's steps, and for a layer that gives NaN.
     """
@@ -52,7 +53,8 @@ class RecordedStates:
         prompts: PromptSet,
         per_prompt: int = 0,
         seed: int = 0,
-        whole: Collection[str] = (),
+        of_call: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda named: {},
+        on_prompts: Callable[[int, int], None] = lambda done, total: None,
     ):
         steps = source.trajectory.steps
         if not 0 <= per_prompt <= steps:
@@ -69,8 +71,9 @@ class RecordedStates:
                 set(torch.randperm(steps, generator=order)[: per_prompt or None].tolist())
                 for _ in part.prompts
             ]
-            found = self._recorded(source, part, wanted, whole)
+            found = self._recorded(source, part, wanted, of_call)
             states += [(start + row, state) for row, state in found]
+            on_prompts(start + len(part), len(prompts))
         if not states:
             raise RoundingError(
                 "the module does not run while the model samples; give the module that the source runs"
@@ -79,7 +82,7 @@ class RecordedStates:
         self._states = [state for _, state in states]
         self.evaluations = source.nfe - before
 
-    def _recorded(self, source, prompts: PromptSet, wanted: Sequence[set[int]], whole):
+    def _recorded(self, source, prompts: PromptSet, wanted: Sequence[set[int]], of_call):
         """The states of some prompts, with their rows: of each, those of its ``wanted`` steps."""
         found: list[tuple[int, State]] = []
         known: dict[Hashable, torch.Tensor] = {}
@@ -91,8 +94,8 @@ class RecordedStates:
             step = next(i for i, end in enumerate(ends) if sigma > end)
 
         def record(module, arguments, named) -> None:
-            rest = {key: named[key] for key in named if key in whole}
-            split = (arguments, {key: named[key] for key in named if key not in whole})
+            rest = of_call(named)
+            split = (arguments, {key: named[key] for key in named if key not in rest})
             first = tensors_of(split)[0]
             self.device = first.device
             for row in range(len(first)):

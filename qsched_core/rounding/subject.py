@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -23,11 +23,8 @@ from .walk import parameters_in, quantized
 class Subject(ABC):
     """An unquantized model: ``source`` samples it, and runs ``module``, whose layers are rounded.
 
-    ``call_arguments`` names the arguments of ``module`` that belong to a call, not to its rows.
     RoundingError for a module that is quantized already.
     """
-
-    call_arguments: Collection[str] = ()
 
     def __init__(self, source: ModelSource, module: nn.Module):
         self.source, self.module = source, module
@@ -49,10 +46,20 @@ class Subject(ABC):
         """Weight and bias of a layer, on the device where they are to be rounded."""
         return parameters_in(self.module, name)
 
-    def states(self, prompts: PromptSet, per_prompt: int, seed: int) -> RecordedStates:
+    def states(
+        self,
+        prompts: PromptSet,
+        per_prompt: int,
+        seed: int,
+        on_prompts: Callable[[int, int], None] = lambda done, total: None,
+    ) -> RecordedStates:
         return RecordedStates(
-            self.source, self.module, prompts, per_prompt, seed, self.call_arguments
+            self.source, self.module, prompts, per_prompt, seed, self.of_call, on_prompts
         )
+
+    def of_call(self, named: Mapping[str, Any]) -> dict[str, Any]:
+        """Of the named arguments of ``module`` those that belong to a call, not to its rows."""
+        return {}
 
 
 class TaskSubject(Subject):

@@ -87,7 +87,7 @@ def choices(model: nn.Module, policy: Policy) -> dict[str, Choice]:
     chosen = {
         name: policy(name, tuple(layer.weight.shape), "linear")
         for name, layer in model.named_modules()
-        if type(layer) is nn.Linear
+        if isinstance(layer, nn.Linear)
     }
     return {name: choice for name, choice in chosen.items() if choice.format is not None}
 

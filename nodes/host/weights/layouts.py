@@ -287,12 +287,14 @@ class Stored:
     """What is known of a quantized layer besides its weight; it is saved in "comfy_quant".
 
     ``sample`` is a sample of the weight before quantization, ``error`` the relative error that
-    quantization made.
+    quantization made.  A ``calibrated`` layer was rounded for its inputs: these are the relative
+    errors of its output, rounded plainly and as it is.
     """
 
     choice: Choice
     sample: bytes = b""
     error: float | None = None
+    calibrated: tuple[float, float] | None = None
 
     def entry(self, weight: QuantizedTensor) -> dict:
         """Our additions to the layer's "comfy_quant" entry (the host ignores them)."""
@@ -300,12 +302,20 @@ class Stored:
         found = {"shape": list(weight.shape), "sample": self.sample.hex()}
         if self.error is not None:
             found["error"] = round(self.error, 6)
+        if self.calibrated is not None:
+            found["calibrated"] = [round(error, 6) for error in self.calibrated]
         return found | ({"options": options} if options else {})
 
     @classmethod
     def from_entry(cls, form: str, entry: Mapping) -> Stored:
         choice = Choice(form, bool(entry.get("full_precision_matrix_mult")))
-        return cls(choice, bytes.fromhex(entry.get("sample", "")), entry.get("error"))
+        calibrated = entry.get("calibrated")
+        return cls(
+            choice,
+            bytes.fromhex(entry.get("sample", "")),
+            entry.get("error"),
+            None if calibrated is None else tuple(calibrated),
+        )
 
 
 def quantized_tensor(
@@ -332,12 +342,16 @@ def saved_name(name: str) -> str:
     return PREFIX + name if native is None else native.algorithm
 
 
-def with_hint(tensor: torch.Tensor) -> torch.Tensor:
-    """A layer's "comfy_quant" with ``HINT`` in it, if ComfyUI's own loaders can't open the layer."""
+def with_hint(tensor: torch.Tensor, rounded_again: bool = False) -> torch.Tensor:
+    """A layer's "comfy_quant" with ``HINT`` in it, if ComfyUI's own loaders can't open the layer.
+
+    A layer that is ``rounded_again`` is not calibrated any more.
+    """
     entry = json.loads(tensor.cpu().numpy().tobytes())
-    if not entry["format"].startswith(PREFIX):
-        return tensor
-    entry["format"] = f"{PREFIX}{saved_format(entry)}: {HINT}"
+    if rounded_again:
+        entry.pop("calibrated", None)
+    if entry["format"].startswith(PREFIX):
+        entry["format"] = f"{PREFIX}{saved_format(entry)}: {HINT}"
     return torch.tensor(list(json.dumps(entry).encode()), dtype=torch.uint8)
 
 

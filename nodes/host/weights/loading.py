@@ -7,6 +7,7 @@ import json
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import comfy.lora
@@ -20,10 +21,19 @@ from comfy.cli_args import args
 from comfy_kitchen.tensor import QuantizedTensor
 
 from ....qsched_core.formats import FormatError, get
-from ....qsched_core.formats.policy import Policy, parse_overrides
+from ....qsched_core.formats.policy import Choice, Policy, parse_overrides
+from ....qsched_core.rounding import RoundedWeights
+from . import loras
 from .files import HALF, check_matched, check_names, read_file
 from .ops import LoadRecord, quantized_ops
-from .provenance import INFO, model_info, patches_hash, provenance, source_hash
+from .provenance import (
+    INFO,
+    model_info,
+    patches_hash,
+    provenance,
+    rounding_facts,
+    source_hash,
+)
 
 METADATA = "qsched"  # the key of a saved file's metadata that holds its provenance, as JSON
 FORCED_DTYPES = ("fp32_unet", "fp64_unet", "fp16_unet", "bf16_unet", "force_fp32")
@@ -167,6 +177,10 @@ class _Load:
             unquantized_bytes=before.get("unquantized_bytes", self.unquantized_bytes),
             merged_patches=before.get("merged_patches", ""),
         )
+        if "rounding" in before:
+            model.model_options[INFO]["rounding"] = before["rounding"]
+        if any(map(loras.is_calibrated, model.model.diffusion_model.modules())):
+            loras.at_run_time(model)
 
 
 def _own_memory(module: torch.nn.Module, record: LoadRecord) -> None:
@@ -255,13 +269,18 @@ def load_checkpoint_model(
     return load_checkpoint(path, request, patches, True, disable_dynamic)[0]
 
 
-def quantize_model(model, request: Request, disable_dynamic: bool = False):
+def quantize_model(
+    model,
+    request: Request,
+    disable_dynamic: bool = False,
+    rounded: RoundedWeights | None = None,
+):
     """A new MODEL like ``model`` with its weights quantized; ``model`` itself stays as it is.
 
     LoRAs on quantized layers are merged in full precision before the rounding.  All other patches
-    of ``model`` are carried over.
+    of ``model`` are carried over.  Layers of ``rounded`` take its weights; LoRAs are in them.
     """
-    _check_model(model)
+    check_model(model)
     request.check_device(model.load_device)
     base, info = model.model, model_info(model)
     # An earlier run may have patched weights in place: unloading restores them.
@@ -271,7 +290,11 @@ def quantize_model(model, request: Request, disable_dynamic: bool = False):
     record = LoadRecord()
     watch(record, sum(v.ndim in (2, 4) for v in state.values()))
     merge = merger(model.patches, model.load_device, "diffusion_model.", merged)
-    ops = quantized_ops(request.policy, record, model.load_device, merge)
+    policy = request.policy
+    if rounded is not None:
+        policy = partial(_chosen, rounded, policy)
+        merged |= {f"diffusion_model.{n}.{p}" for n in rounded.layers for p in ("weight", "bias")}
+    ops = quantized_ops(policy, record, model.load_device, merge, rounded)
     config = type(base.model_config).__new__(type(base.model_config))
     config.__dict__.update(base.model_config.__dict__)  # copy.copy fails on its __getattr__
     config.custom_operations = ops
@@ -286,7 +309,7 @@ def quantize_model(model, request: Request, disable_dynamic: bool = False):
     out = clone_with(model, new, disable_dynamic)
     out.patches = {key: p for key, p in out.patches.items() if key not in merged}
     again = model.cached_patcher_init
-    out.cached_patcher_init = again and (_quantize_again, (again, model.patches, request))
+    out.cached_patcher_init = again and (_quantize_again, (again, model.patches, request, rounded))
     out.model_options[INFO] = provenance(
         out,
         record,
@@ -296,7 +319,14 @@ def quantize_model(model, request: Request, disable_dynamic: bool = False):
         unquantized_bytes=info["weight_bytes"],
         merged_patches=info["patches"] if merged else "",
     )
+    if rounded is not None:
+        out.model_options[INFO]["rounding"] = rounding_facts(rounded)
+        loras.at_run_time(out)
     return out
+
+
+def _chosen(rounded: RoundedWeights, policy: Policy, name: str, shape, kind: str) -> Choice:
+    return rounded.chosen[name] if name in rounded.layers else policy(name, shape, kind)
 
 
 def clone_with(patcher, module, disable_dynamic: bool = False):
@@ -318,8 +348,9 @@ def load_again(init, patches, disable_dynamic: bool = False):
     return source
 
 
-def _quantize_again(init, patches, request: Request, disable_dynamic: bool = False):
-    return quantize_model(load_again(init, patches, disable_dynamic), request, disable_dynamic)
+def _quantize_again(init, patches, request: Request, rounded=None, disable_dynamic: bool = False):
+    model = load_again(init, patches, disable_dynamic)
+    return quantize_model(model, request, disable_dynamic, rounded)
 
 
 def merge_patches(model):
@@ -339,7 +370,7 @@ def merge_patches(model):
     return out
 
 
-def _check_model(model) -> None:
+def check_model(model) -> None:
     """FormatError unless every weight of ``model`` is a plain float tensor."""
     for name, parameter in model.model.diffusion_model.named_parameters():
         check_plain(name, parameter, "model")

@@ -14,7 +14,8 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from ....qsched_core.formats import FormatError, Packed, get
 from ....qsched_core.formats.files import MappedFile
-from ....qsched_core.formats.policy import Choice, Policy
+from ....qsched_core.formats.policy import Choice
+from ....qsched_core.rounding import RoundedWeights
 from .layouts import (
     PatchableTensor,
     Stored,
@@ -91,17 +92,20 @@ class LoadRecord:
 
 
 def quantized_ops(
-    policy: Policy,
+    policy: Callable[[str, tuple[int, ...], str], Choice],
     record: LoadRecord,
     device: torch.device,
     merge: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+    rounded: RoundedWeights | None = None,
 ):
     """Operations for a model whose linear layers and convolutions are quantized while they load.
 
     ``policy`` chooses each layer's format, ``device`` is where quantizing is done, and
-    ``merge(key, weight)``, if given, is asked for the weight to use (a LoRA merged in).
+    ``merge(key, weight)``, if given, is asked for the weight to use (a LoRA merged in).  Layers of
+    ``rounded`` take their weights and biases from it.
     """
     base = comfy.ops.mixed_precision_ops()
+    ready = {} if rounded is None else rounded.layers
 
     class Quantizing:
         """A layer that packs its weight, as the policy says, when a state dict is loaded."""
@@ -110,6 +114,7 @@ def quantized_ops(
         choice = Choice(None)
         stored: Stored | None = None
         weight_only = False
+        merges_patches = False  # a calibrated layer's are applied at run time: see loras.py
 
         def _take(self, state_dict, prefix, *args) -> bool:
             """Load a weight that is quantized, or is to be; False if it stays as it is."""
@@ -124,6 +129,15 @@ def quantized_ops(
                 stored, tensor = weight.qsched, record.own(weight)
                 if not stored.sample:
                     stored = Stored(stored.choice, weight_sample(weight.dequantize()), stored.error)
+            elif name in ready:
+                choice, layer = rounded.chosen[name], ready[name]
+                record.samples[key] = weight_sample(weight)
+                dtype = self.factory_kwargs["dtype"] or torch.get_default_dtype()
+                # It can't be read again: with a patch it would be rounded plainly.
+                tensor = quantized_tensor(layer.packed, choice, dtype)
+                stored = Stored(choice, record.samples[key], None, layer.errors)
+                if layer.bias is not None:
+                    state_dict[prefix + "bias"] = layer.bias
             else:
                 source = weight
                 if merge is not None:
@@ -174,6 +188,9 @@ def quantized_ops(
         def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kw):
             """Take a patched weight: quantized again, or rounded to the dtype it is kept in."""
             if isinstance(self.weight, PatchableTensor):
+                apart = self.stored.calibrated and not self.merges_patches
+                if apart and not (inplace_update or return_weight):
+                    return None
                 if (
                     inplace_update and not return_weight
                 ):  # from a hook: ComfyUI goes on using the tensor that it passed

@@ -13,6 +13,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from ....qsched_core.formats import get
 from ....qsched_core.formats.report import LayerRow
+from ....qsched_core.rounding import RoundedWeights
 from ....qsched_core.text import markdown
 from .files import HALF
 from .ops import LoadRecord, fingerprint, weight_sample
@@ -48,6 +49,24 @@ def provenance(model, record: LoadRecord, request, **rest) -> dict:
         "weight_bytes": weight_bytes(model),
         **rest,
     }
+
+
+# Of what a walk wrote down: what says which weights these are and what they are worth.
+ROUNDING = ("prompts", "states", "evaluations", "states_per_prompt", "seed", "heldout", "proof")
+
+
+def rounding_facts(rounded: RoundedWeights) -> dict:
+    """What a MODEL says of its calibrated weights: their digest, prompts, and held-out figures."""
+    told = {key: rounded.provenance[key] for key in ROUNDING if key in rounded.provenance}
+    calibrated = sum(layer.errors is not None for layer in rounded.layers.values())
+    return {"digest": rounded.digest, "calibrated_layers": calibrated, **told}
+
+
+def rounded_again(facts: Mapping, layers: int) -> dict:
+    """``facts`` of a model of which so many layers were rounded again: nothing is proven of it."""
+    left = facts["calibrated_layers"] - layers
+    kept = {key: value for key, value in facts.items() if key != "proof"}
+    return kept | {"calibrated_layers": left, "rounded_again": layers}
 
 
 def weight_bytes(model) -> int:
@@ -168,7 +187,26 @@ def describe(info: Mapping) -> str:
         )
         + f"runs on {info['backend'] or 'torch'}, computes in {info['compute_dtype']}"
     )
+    if "rounding" in info:
+        text += f"\ncalibrated: {calibration_line(info['rounding'])}"
     return text + (f"\nlayers input: {markdown(info['layers'])}" if info["layers"] else "")
+
+
+def calibration_line(facts: Mapping) -> str:
+    """What a MODEL's calibrated weights are worth, in a line."""
+    text = f"{facts['calibrated_layers']} layers"
+    distance = facts.get("proof", {}).get("distance")
+    if distance is not None:
+        text += (
+            f"; distance to the unquantized model {distance['calibrated']:.5f} on "
+            f"{facts['proof']['prompts']} held-out prompts, plain rounding {distance['plain']:.5f}"
+        )
+    if facts.get("rounded_again"):
+        text += (
+            f"; {facts['rounded_again']} layers were rounded again with a LoRA and lost their "
+            "calibration: connect the LoRA before Calibrate Weights to keep it"
+        )
+    return text
 
 
 def layer_rows(module: torch.nn.Module) -> list[LayerRow]:
@@ -182,6 +220,7 @@ def layer_rows(module: torch.nn.Module) -> list[LayerRow]:
         sizes = layer.state_dict()
         nbytes = sum(t.nbytes for k, t in sizes.items() if k.startswith("weight"))
         form, error = str(weight.dtype).removeprefix("torch."), None
+        calibrated = None if stored is None else stored.calibrated
         if stored is not None:
             form, error = stored.choice.format, stored.error
         elif isinstance(weight.data, QuantizedTensor):
@@ -191,7 +230,7 @@ def layer_rows(module: torch.nn.Module) -> list[LayerRow]:
         shape = tuple(getattr(weight, "tensor_shape", weight.shape))
         why = getattr(getattr(layer, "choice", None), "why", "")
         kind = {2: "linear", 4: "conv2d"}.get(len(shape), type(layer).__name__)
-        rows.append(LayerRow(name, kind, shape, form, nbytes, error, why))
+        rows.append(LayerRow(name, kind, shape, form, nbytes, error, why, calibrated))
     return rows
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -23,9 +23,9 @@ from ....qsched_core.files import check_prefix, check_room, write_whole
 from ....qsched_core.formats import FormatError, get
 from ....qsched_core.formats.layer_entry import SUFFIX
 from ....qsched_core.workspace import remove_abandoned
-from . import layouts
+from . import layouts, loras
 from .loading import METADATA, merge_patches
-from .provenance import INFO, model_info
+from .provenance import INFO, model_info, rounded_again
 
 VERSION = 1  # version of the provenance in a file
 
@@ -41,7 +41,8 @@ def save_model(
     """Write ``model``, with ``clip`` and ``vae`` as a checkpoint; its path and its provenance.
 
     A ``path`` is replaced; of several the first that is free when the file is finished is taken, and
-    no other server gets the same.  LoRAs are merged into the weights or left out.  FormatError for a
+    no other server gets the same.  LoRAs are merged into the weights or left out; calibrated layers
+    lose their calibration where one is merged.  FormatError for a
     MODEL that is not quantized by this pack, DiskError where the disk refuses; neither leaves a file.
     """
     if INFO not in model.model_options:
@@ -66,18 +67,21 @@ def save_model(
     elif model.patches:
         model = model.clone()
         model.patches, model.patches_uuid = {}, uuid.uuid4()
-    provenance = model_info(model)
+    provenance, again = model_info(model), loras.patched(model)
     if model.patches:
         provenance["merged_patches"] = provenance["patches"]
+    if again:
+        provenance["rounding"] = rounded_again(provenance["rounding"], len(again))
     provenance = {"version": VERSION, **provenance, "kind": file_kind(provenance)}
     metadata = {METADATA: json.dumps(provenance), "format": "pt", **(extra or {})}
-    keys = _extra_keys(model, alone=clip is None and vae is None) | _entries(model)
+    keys = _extra_keys(model, alone=clip is None and vae is None) | _entries(model, again)
 
     def write(place: Path) -> None:
         try:
-            comfy.sd.save_checkpoint(
-                str(place), model, clip, vae, metadata=metadata, extra_keys=keys
-            )
+            with loras.merged(model):
+                comfy.sd.save_checkpoint(
+                    str(place), model, clip, vae, metadata=metadata, extra_keys=keys
+                )
         except SafetensorError as error:
             raise _system_error(error) from error
         with open(place, "rb+") as file:
@@ -126,10 +130,17 @@ def file_kind(provenance: dict) -> str:
     return "extended" if "extended" in kinds else "native"
 
 
-def _entries(model) -> dict[str, torch.Tensor]:
-    """The layers' entries, with what ComfyUI's own loaders are to say of them, by key in the file."""
+def _entries(model, again: Collection[str]) -> dict[str, torch.Tensor]:
+    """The layers' entries, with what ComfyUI's own loaders are to say of them, by key in the file.
+
+    Layers of ``again`` are rounded again with their LoRAs.
+    """
     state = model.model.diffusion_model.state_dict()
-    entries = {k: layouts.with_hint(v) for k, v in state.items() if k.endswith(SUFFIX)}
+    entries = {
+        k: layouts.with_hint(v, k.removesuffix(SUFFIX) in again)
+        for k, v in state.items()
+        if k.endswith(SUFFIX)
+    }
     return model.model.model_config.process_unet_state_dict_for_saving(entries)
 
 

@@ -1,0 +1,87 @@
+"""Weights of a MODEL of ComfyUI (0.30.0) rounded for the inputs that its prompts give them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import comfy.lora
+import comfy.model_management
+import torch
+
+from ....qsched_core.prompts import PromptSet
+from ....qsched_core.rounding import RecordedStates, RoundedWeights, Subject
+from ....qsched_core.source import ModelSource
+from ..source import ComfySource
+from .loading import Request, check_model, quantize_model
+from .provenance import unpatched_state
+
+# Arguments of ComfyUI's models that belong to a call, not to its rows.
+CALL_ARGUMENTS = ("transformer_options", "control")
+
+
+class ComfySubject(Subject):
+    """The model of ``source``; ``source_of(model)`` gives the like of a quantized one.
+
+    LoRAs on the model are rounded with the weights.  FormatError for a model that is quantized, and
+    for a format that can't run here.
+    """
+
+    def __init__(
+        self, source: ComfySource, request: Request, source_of: Callable[[Any], ComfySource]
+    ):
+        self.model, self.request, self.source_of = source.model, request, source_of
+        check_model(self.model)
+        request.check_device(self.model.load_device)
+        super().__init__(source, self.model.model.diffusion_model)
+        self._unpatched: Mapping[str, torch.Tensor] | None = None
+
+    def describe(self) -> dict[str, Any]:
+        return dict(self.source.describe())
+
+    def states(
+        self,
+        prompts: PromptSet,
+        per_prompt: int,
+        seed: int,
+        on_prompts: Callable[[int, int], None] = lambda done, total: None,
+    ) -> RecordedStates:
+        found = super().states(prompts, per_prompt, seed, on_prompts)
+        # The walk runs the module itself, which ComfyUI's sampling has brought to the device.
+        comfy.model_management.load_models_gpu([self.model])
+        self._unpatched = unpatched_state(self.model)
+        return found
+
+    def of_call(self, named: Mapping[str, Any]) -> dict[str, Any]:
+        found = {key: named[key] for key in CALL_ARGUMENTS if key in named}
+        options = found.get("transformer_options")
+        if isinstance(options, Mapping):
+            # Blocks that are left out would be waited for.
+            found["transformer_options"] = {**options, "prefetch_dynamic_vbars": False}
+        return found
+
+    def parameters_of(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """In full precision, on the device that computes, with the model's LoRAs."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        weight = self._parameter(f"diffusion_model.{name}.weight")
+        if self.module.get_submodule(name).bias is None:
+            return weight, None
+        return weight, self._parameter(f"diffusion_model.{name}.bias")
+
+    def _parameter(self, key: str) -> torch.Tensor:
+        if self._unpatched is None:
+            self._unpatched = unpatched_state(self.model)
+        value, device = self._unpatched[key].detach(), self.model.load_device
+        if key not in self.model.patches:
+            return value.to(device)
+        value = value.to(device, torch.float32, copy=True)
+        return comfy.lora.calculate_weight(self.model.patches[key], value, key)
+
+    def rounded(self, weights: RoundedWeights) -> AbstractContextManager[ModelSource]:
+        self._unpatched = None  # another model comes to the device: this one's tensors may move
+        return nullcontext(self.source_of(self.with_weights(weights)))
+
+    def with_weights(self, weights: RoundedWeights):
+        """The MODEL with ``weights``, as its user gets it."""
+        return quantize_model(self.model, self.request, rounded=weights)

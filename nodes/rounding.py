@@ -1,0 +1,145 @@
+"""The node that rounds a model's weights for the inputs that its prompts give them."""
+
+from __future__ import annotations
+
+import json
+
+from comfy_api.latest import io, ui
+
+from ..qsched_core.formats import get
+from ..qsched_core.rounding import GRIDS, calibrate_weights, figures, report, verdict
+from ..qsched_core.rounding.picture import report_picture
+from .host.folders import rounding_folder
+from .host.pictures import as_tensor
+from .host.progress import RoundingLive, on_node
+from .host.weights.calibrated import ComfySubject
+from .host.weights.loading import Request
+from .host.weights.provenance import model_info
+from .inputs import (
+    check_objective,
+    negative_input,
+    option_inputs,
+    source_of,
+    trajectory_inputs,
+    with_options,
+    wrong_options,
+)
+from .types import MAX_SEED, Objective
+
+
+class QSchedCalibrateWeights(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        lines = "\n".join(f"{name}: {get(name).title}" for name in GRIDS)
+        shared = [i for i in trajectory_inputs() if i.id not in ("model", "objective")]
+        return io.Schema(
+            node_id="QSchedCalibrateWeights",
+            display_name="Calibrate Weights",
+            category="QSched/loading",
+            description=(
+                "Quantize a model with weights that are rounded for the inputs they really get: the "
+                "same size and speed, and pictures nearer to the unquantized model's. That is proven "
+                "on the held-out prompts; where it fails, plain rounding is what comes out. A run "
+                "that was stopped continues where it was when the same graph is queued again."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="The unquantized model. Its LoRAs are rounded in."),
+                *shared,
+                io.Combo.Input("weight_format", options=list(GRIDS), default="int3", tooltip=lines),
+                Objective.Input(
+                    "objective",
+                    optional=True,
+                    tooltip="With it the report says what the rounding does to JAQ, too.",
+                ),
+                io.Int.Input(
+                    "states_per_prompt",
+                    default=4,
+                    min=1,
+                    max=1000,
+                    optional=True,
+                    tooltip="How many random steps of each prompt the weights are rounded for, at "
+                    "most all. Many prompts with few steps are better than few with many.",
+                ),
+                io.String.Input(
+                    "layers",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Other formats by layer name, e.g. img_in|final_layer=fp16; *mlp*=nf4. "
+                    "fp16 keeps a layer as it is. The last clause that matches a layer wins.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=MAX_SEED,
+                    optional=True,
+                    advanced=True,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
+                    tooltip="Of the choice of steps. Another one rounds anew.",
+                ),
+                negative_input(),
+                *option_inputs(),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model"),
+                io.Image.Output(display_name="report_image"),
+                io.String.Output(display_name="report"),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    @with_options
+    def validate_inputs(cls, solver=None, weight_format=None, layers="", options=None):
+        wrong = wrong_options(solver, options)
+        if wrong or None in (weight_format, layers):  # wired: checked when it runs
+            return wrong or True
+        try:
+            Request(weight_format, layers).check_device()
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    @with_options
+    def execute(
+        cls, model, clip, vae, prompts, solver, scheduler, steps, cfg, width, height, weight_format,
+        objective=None, states_per_prompt=4, layers="", seed=0, negative="", options=None,
+    ) -> io.NodeOutput:  # fmt: skip
+        if objective is not None:
+            check_objective(objective)
+        request = Request(weight_format, layers)
+
+        def source(of):
+            sampling = (solver, scheduler, steps, cfg, width, height, negative, options)
+            return source_of(of, clip, vae, *sampling, memory=0)
+
+        subject, live = (
+            ComfySubject(source(model), request, source),
+            RoundingLive(cls.hidden.unique_id),
+        )
+        result = calibrate_weights(
+            subject,
+            prompts,
+            request.policy,
+            rounding_folder(),
+            states_per_prompt=min(states_per_prompt, subject.source.trajectory.steps),
+            seed=seed,
+            measure=objective,
+            samples=True,
+            on_block=live.block,
+            on_part=live.part,
+        )
+        made = subject.with_weights(result.weights)
+        title = f"{model_info(model)['source'] or 'model'}: {weight_format}"
+        picture, text = report_picture(result, title), report(result)
+        live.finished(picture)
+        shown = ui.PreviewImage(as_tensor(picture), cls=cls).as_dict()
+        content = json.dumps(figures(result) | {"report": text})
+        shown |= on_node(f"{verdict(result)}.", content)
+        return io.NodeOutput(made, as_tensor(picture), text, ui=shown)
+
+
+NODES = (QSchedCalibrateWeights,)
