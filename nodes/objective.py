@@ -29,6 +29,18 @@ class QSchedJAQObjective(io.ComfyNode):
                 "What calibration maximises, without reference images: log(CLIPScore) + k * quality, or "
                 "another preset or sum of scorers."
             ),
+            search_aliases=[
+                "clip score",
+                "hps",
+                "hpsv2",
+                "pickscore",
+                "aesthetic",
+                "clip-iqa",
+                "pyiqa",
+                "musiq",
+                "reward",
+                "metric",
+            ],
             inputs=[
                 io.Combo.Input(
                     "clip_name",
@@ -101,7 +113,12 @@ class QSchedJAQObjective(io.ComfyNode):
                     for entry in OWN_WEIGHTS
                 ),
             ],
-            outputs=[Objective.Output(display_name="objective")],
+            outputs=[
+                Objective.Output(
+                    display_name="objective",
+                    tooltip="For JAQ Calibrator, JAQ Evaluate and JAQ Score.",
+                )
+            ],
         )
 
     @classmethod
@@ -161,9 +178,10 @@ class QSchedJAQScore(io.ComfyNode):
             display_name="JAQ Score",
             category="QSched/calibration",
             description="Score images against their prompts.",
+            search_aliases=["clip score", "hps", "rate images", "metric", "aesthetic score", "iqa"],
             inputs=[
-                io.Image.Input("images"),
-                Objective.Input("objective"),
+                io.Image.Input("images", tooltip="What to score."),
+                Objective.Input("objective", tooltip="From JAQ Objective: what is measured."),
                 io.String.Input(
                     "prompts",
                     multiline=True,
@@ -171,8 +189,10 @@ class QSchedJAQScore(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.String.Output(display_name="scores"),
-                io.Float.Output(display_name="mean"),
+                io.String.Output(
+                    display_name="scores", tooltip="JSON: every image's terms, and their means."
+                ),
+                io.Float.Output(display_name="mean", tooltip="The mean JAQ; higher is better."),
             ],
             is_output_node=True,
         )
