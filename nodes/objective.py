@@ -46,8 +46,10 @@ class QSchedJAQObjective(io.ComfyNode):
                     "clip_name",
                     options=scoring.scorer_files(),
                     tooltip=(
-                        "An open_clip model in models/clip_score. It measures how well images show "
-                        "their prompts, and their quality by antonym prompts."
+                        "An open_clip model: it measures how well images show their prompts, and "
+                        "their quality by antonym prompts. A file in models/clip_score, or one of "
+                        "those with size and licence, which allow_download fetches into that folder "
+                        "when the node runs first. Larger ones judge better."
                     ),
                 ),
                 io.String.Input(
@@ -81,10 +83,9 @@ class QSchedJAQObjective(io.ComfyNode):
                     "allow_download",
                     default=False,
                     optional=True,
-                    advanced=True,
                     tooltip=(
-                        "Let open_clip download the model or the tokenizer that architecture names, and "
-                        "pyiqa its metric. Off: nothing is downloaded."
+                        "Your consent: the model that clip_name or architecture names is downloaded, "
+                        "once, and so is a metric of pyiqa. Off: nothing is downloaded."
                     ),
                 ),
                 io.String.Input(
@@ -147,7 +148,7 @@ class QSchedJAQObjective(io.ComfyNode):
         names = [clip_name, *(inputs.get(f"{entry.name}_name", NONE) for entry in OWN_WEIGHTS)]
         versions = []
         for name in names:
-            if name in (scoring.BY_NAME, NONE):
+            if name == NONE or scoring.is_by_name(name):
                 versions.append(name)
             else:
                 file = scoring.scorer_path(name).stat()
