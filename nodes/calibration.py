@@ -42,6 +42,17 @@ class QSchedJAQCalibrator(io.ComfyNode):
                 "say whether that holds on prompts the search never saw. A run that was stopped "
                 "continues where it was when the same graph is queued again."
             ),
+            search_aliases=[
+                "calibrate",
+                "calibration",
+                "learn schedule",
+                "optimize",
+                "tune",
+                "q-sched",
+                "hps",
+                "clip score",
+                "optuna",
+            ],
             inputs=[
                 *trajectory_inputs(),
                 io.Combo.Input("search", options=list(STRATEGIES), tooltip=f"{searches}."),
@@ -73,9 +84,14 @@ class QSchedJAQCalibrator(io.ComfyNode):
                 *search_inputs(),
             ],
             outputs=[
-                Schedule.Output(display_name="schedule"),
-                io.Image.Output(display_name="report_image"),
-                io.String.Output(display_name="report"),
+                Schedule.Output(
+                    display_name="schedule",
+                    tooltip="What was learned; the plain solver if nothing helps.",
+                ),
+                io.Image.Output(
+                    display_name="report_image", tooltip="Scores, coefficients and pictures, drawn."
+                ),
+                io.String.Output(display_name="report", tooltip="The same as text."),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,

@@ -61,6 +61,16 @@ class QSchedEvaluate(io.ComfyNode):
                 "with 95 % intervals, Frechet distances. A run that was stopped continues "
                 "where it was when the same graph is queued again."
             ),
+            search_aliases=[
+                "fid",
+                "frechet",
+                "benchmark",
+                "compare models",
+                "clip score",
+                "hps",
+                "metrics",
+                "before after",
+            ],
             inputs=[
                 *trajectory_inputs(),
                 Schedule.Input(
@@ -107,10 +117,14 @@ class QSchedEvaluate(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.String.Output(display_name="scores"),
-                io.Image.Output(display_name="images"),
-                io.Image.Output(display_name="report_image"),
-                io.String.Output(display_name="report"),
+                io.String.Output(
+                    display_name="scores", tooltip="JSON: every figure of the report."
+                ),
+                io.Image.Output(display_name="images", tooltip="The pictures that were scored."),
+                io.Image.Output(
+                    display_name="report_image", tooltip="Figures and pictures side by side."
+                ),
+                io.String.Output(display_name="report", tooltip="The figures as text."),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,

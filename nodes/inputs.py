@@ -95,16 +95,33 @@ def trajectory_inputs() -> list:
     """The inputs that choose model and trajectory, alike in every node that makes images."""
     return [
         io.Model.Input("model", tooltip="The model, quantized or not."),
-        io.Clip.Input("clip"),
-        io.Vae.Input("vae"),
-        Prompts.Input("prompts"),
-        Objective.Input("objective"),
+        io.Clip.Input("clip", tooltip="The text encoder that the model samples with."),
+        io.Vae.Input("vae", tooltip="Turns latents into the pictures that are scored."),
+        Prompts.Input("prompts", tooltip="From Calibration Prompts."),
+        Objective.Input("objective", tooltip="From JAQ Objective: what a good picture is."),
         io.Combo.Input("solver", options=list(SOLVERS), tooltip="The base solver."),
-        io.Combo.Input("scheduler", options=list(SCHEDULERS), default="simple"),
+        io.Combo.Input(
+            "scheduler",
+            options=list(SCHEDULERS),
+            default="simple",
+            tooltip="The noise levels, as in KSampler.",
+        ),
         io.Int.Input("steps", default=4, min=1, max=1000, tooltip="Sampling steps."),
-        io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, round=0.01),
-        io.Int.Input("width", default=512, min=16, max=16384, step=8),
-        io.Int.Input("height", default=512, min=16, max=16384, step=8),
+        io.Float.Input(
+            "cfg",
+            default=1.0,
+            min=0.0,
+            max=100.0,
+            step=0.1,
+            round=0.01,
+            tooltip="Guidance; few-step models are made for 1.",
+        ),
+        io.Int.Input(
+            "width", default=512, min=16, max=16384, step=8, tooltip="Of the pictures, in pixels."
+        ),
+        io.Int.Input(
+            "height", default=512, min=16, max=16384, step=8, tooltip="Of the pictures, in pixels."
+        ),
     ]
 
 

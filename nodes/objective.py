@@ -29,13 +29,27 @@ class QSchedJAQObjective(io.ComfyNode):
                 "What calibration maximises, without reference images: log(CLIPScore) + k * quality, or "
                 "another preset or sum of scorers."
             ),
+            search_aliases=[
+                "clip score",
+                "hps",
+                "hpsv2",
+                "pickscore",
+                "aesthetic",
+                "clip-iqa",
+                "pyiqa",
+                "musiq",
+                "reward",
+                "metric",
+            ],
             inputs=[
                 io.Combo.Input(
                     "clip_name",
                     options=scoring.scorer_files(),
                     tooltip=(
-                        "An open_clip model in models/clip_score. It measures how well images show "
-                        "their prompts, and their quality by antonym prompts."
+                        "An open_clip model: it measures how well images show their prompts, and "
+                        "their quality by antonym prompts. A file in models/clip_score, or one of "
+                        "those with size and licence, which allow_download fetches into that folder "
+                        "when the node runs first. Larger ones judge better."
                     ),
                 ),
                 io.String.Input(
@@ -69,10 +83,9 @@ class QSchedJAQObjective(io.ComfyNode):
                     "allow_download",
                     default=False,
                     optional=True,
-                    advanced=True,
                     tooltip=(
-                        "Let open_clip download the model or the tokenizer that architecture names, and "
-                        "pyiqa its metric. Off: nothing is downloaded."
+                        "Your consent: the model that clip_name or architecture names is downloaded, "
+                        "once, and so is a metric of pyiqa. Off: nothing is downloaded."
                     ),
                 ),
                 io.String.Input(
@@ -101,7 +114,12 @@ class QSchedJAQObjective(io.ComfyNode):
                     for entry in OWN_WEIGHTS
                 ),
             ],
-            outputs=[Objective.Output(display_name="objective")],
+            outputs=[
+                Objective.Output(
+                    display_name="objective",
+                    tooltip="For JAQ Calibrator, JAQ Evaluate and JAQ Score.",
+                )
+            ],
         )
 
     @classmethod
@@ -130,7 +148,7 @@ class QSchedJAQObjective(io.ComfyNode):
         names = [clip_name, *(inputs.get(f"{entry.name}_name", NONE) for entry in OWN_WEIGHTS)]
         versions = []
         for name in names:
-            if name in (scoring.BY_NAME, NONE):
+            if name == NONE or scoring.is_by_name(name):
                 versions.append(name)
             else:
                 file = scoring.scorer_path(name).stat()
@@ -161,9 +179,10 @@ class QSchedJAQScore(io.ComfyNode):
             display_name="JAQ Score",
             category="QSched/calibration",
             description="Score images against their prompts.",
+            search_aliases=["clip score", "hps", "rate images", "metric", "aesthetic score", "iqa"],
             inputs=[
-                io.Image.Input("images"),
-                Objective.Input("objective"),
+                io.Image.Input("images", tooltip="What to score."),
+                Objective.Input("objective", tooltip="From JAQ Objective: what is measured."),
                 io.String.Input(
                     "prompts",
                     multiline=True,
@@ -171,8 +190,10 @@ class QSchedJAQScore(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.String.Output(display_name="scores"),
-                io.Float.Output(display_name="mean"),
+                io.String.Output(
+                    display_name="scores", tooltip="JSON: every image's terms, and their means."
+                ),
+                io.Float.Output(display_name="mean", tooltip="The mean JAQ; higher is better."),
             ],
             is_output_node=True,
         )

@@ -37,6 +37,7 @@ class QSchedCalibrationPrompts(io.ComfyNode):
                 "Prompts to search on, and others, never searched on, to judge the result by. Every "
                 "prompt gets a seed of its own, derived from the one given."
             ),
+            search_aliases=["prompts", "prompt list", "calibration set", "text file", "held-out"],
             inputs=[
                 io.Combo.Input(
                     "source",
@@ -82,7 +83,11 @@ class QSchedCalibrationPrompts(io.ComfyNode):
                     "between them.",
                 ),
             ],
-            outputs=[Prompts.Output(display_name="prompts")],
+            outputs=[
+                Prompts.Output(
+                    display_name="prompts", tooltip="For JAQ Calibrator and JAQ Evaluate."
+                )
+            ],
             is_input_list=True,
         )
 

@@ -64,7 +64,15 @@ def _trajectory_inputs() -> list:
             max=1000,
             tooltip="Sampling steps; those of the schedule where the scheduler is as learned.",
         ),
-        io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, round=0.01),
+        io.Float.Input(
+            "cfg",
+            default=1.0,
+            min=0.0,
+            max=100.0,
+            step=0.1,
+            round=0.01,
+            tooltip="Guidance; few-step models are made for 1.",
+        ),
         _solver_input(),
         io.Combo.Input(
             "scheduler",
@@ -75,8 +83,10 @@ def _trajectory_inputs() -> list:
                 "Any other makes as many steps as steps says."
             ),
         ),
-        io.Conditioning.Input("positive"),
-        io.Conditioning.Input("negative"),
+        io.Conditioning.Input("positive", tooltip="What the picture shall show."),
+        io.Conditioning.Input(
+            "negative", tooltip="What it shall not show; it has no effect at cfg 1."
+        ),
         io.Latent.Input("latent_image", tooltip="The latent to denoise."),
     ]
 
@@ -88,6 +98,7 @@ class QSchedSampler(io.ComfyNode):
             node_id="QSchedSampler",
             display_name="Q-Sched Sampler",
             category="QSched/sampling",
+            search_aliases=["sampler", "lcm", "tcd", "pcm", "few-step", "turbo", "custom sampler"],
             description="A few-step solver corrected by a schedule, for SamplerCustom and SamplerCustomAdvanced.",
             inputs=[
                 _schedule_input(),
@@ -95,7 +106,7 @@ class QSchedSampler(io.ComfyNode):
                 _mode_input(),
                 *option_inputs(),
             ],
-            outputs=[io.Sampler.Output()],
+            outputs=[io.Sampler.Output(tooltip="For SamplerCustom and SamplerCustomAdvanced.")],
             hidden=[io.Hidden.unique_id],
         )
 
@@ -118,6 +129,7 @@ class QSchedAroundSampler(io.ComfyNode):
             node_id="QSchedAroundSampler",
             display_name="Q-Sched Around Sampler",
             category="QSched/sampling",
+            search_aliases=["res_2m", "any sampler", "wrap sampler", "few-step", "turbo"],
             description="Any other sampler, with the model's answers corrected by a schedule: exact for "
             "Euler, an approximation for the rest.",
             inputs=[
@@ -125,7 +137,7 @@ class QSchedAroundSampler(io.ComfyNode):
                 io.Sampler.Input("sampler", tooltip="A sampler of ComfyUI's or of another pack."),
                 _mode_input(),
             ],
-            outputs=[io.Sampler.Output()],
+            outputs=[io.Sampler.Output(tooltip="For SamplerCustom and SamplerCustomAdvanced.")],
             hidden=[io.Hidden.unique_id],
         )
 
@@ -142,7 +154,18 @@ class QSchedKSampler(io.ComfyNode):
             display_name="KSampler (Q-Sched)",
             category="QSched/sampling",
             description="KSampler with a solver corrected by a schedule: takes its place in any graph.",
-            search_aliases=["ksampler", "qsched", "few-step"],
+            search_aliases=[
+                "ksampler",
+                "qsched",
+                "few-step",
+                "lcm",
+                "tcd",
+                "turbo",
+                "lightning",
+                "schnell",
+                "hyper-sd",
+                "pcm",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="The model that denoises the latent."),
                 _seed_input("seed"),
@@ -192,16 +215,34 @@ class QSchedKSamplerAdvanced(io.ComfyNode):
             node_id="QSchedKSamplerAdvanced",
             display_name="KSampler Advanced (Q-Sched)",
             category="QSched/sampling",
+            search_aliases=["ksampler advanced", "few-step", "lcm", "tcd", "refiner", "turbo"],
             description="KSampler (Advanced) with a solver corrected by a schedule: some steps of a "
             "trajectory, with or without fresh noise.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that denoises the latent."),
-                io.Combo.Input("add_noise", options=["enable", "disable"]),
+                io.Combo.Input(
+                    "add_noise",
+                    options=["enable", "disable"],
+                    tooltip="disable: the latent is noisy already, from an earlier node.",
+                ),
                 _seed_input("noise_seed"),
                 *_trajectory_inputs(),
-                io.Int.Input("start_at_step", default=0, min=0, max=10000),
-                io.Int.Input("end_at_step", default=10000, min=0, max=10000),
-                io.Combo.Input("return_with_leftover_noise", options=["disable", "enable"]),
+                io.Int.Input(
+                    "start_at_step", default=0, min=0, max=10000, tooltip="The first step is 0."
+                ),
+                io.Int.Input(
+                    "end_at_step",
+                    default=10000,
+                    min=0,
+                    max=10000,
+                    tooltip="The step before which to end; more than there are: the last.",
+                ),
+                io.Combo.Input(
+                    "return_with_leftover_noise",
+                    options=["disable", "enable"],
+                    tooltip="enable: keep the noise that is left where the steps end early, for "
+                    "another node to go on.",
+                ),
                 _mode_input(),
                 *option_inputs(),
                 _optional_schedule(),

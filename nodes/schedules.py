@@ -24,6 +24,7 @@ from .inputs import collected
 from .types import Schedule
 
 PARAMETERS = DEFAULT.parameters
+OUT = "For the samplers of this pack, Show Schedule and Save Q-Sched Schedule."
 with_changes = collected("changes", [parameter.name for parameter in PARAMETERS])
 
 
@@ -60,16 +61,22 @@ class QSchedRamp(io.ComfyNode):
                 "Coefficients by hand: each runs linearly from its start value at the first step to "
                 "its end value at the last (the ramp of arXiv 2509.01624). All at 1 is the base solver."
             ),
+            search_aliases=["ramp", "coefficients", "manual schedule", "by hand"],
             inputs=[
                 io.Model.Input(
                     "model", tooltip="Gives the noise levels the coefficients belong to."
                 ),
-                io.Combo.Input("solver", options=list(SOLVERS)),
-                io.Combo.Input("scheduler", options=list(SCHEDULERS), default="simple"),
-                io.Int.Input("steps", default=4, min=1, max=1000),
+                io.Combo.Input("solver", options=list(SOLVERS), tooltip="The solver to correct."),
+                io.Combo.Input(
+                    "scheduler",
+                    options=list(SCHEDULERS),
+                    default="simple",
+                    tooltip="The noise levels, as in KSampler.",
+                ),
+                io.Int.Input("steps", default=4, min=1, max=1000, tooltip="Sampling steps."),
                 *_ramp_inputs(),
             ],
-            outputs=[Schedule.Output(display_name="schedule")],
+            outputs=[Schedule.Output(display_name="schedule", tooltip=OUT)],
         )
 
     @classmethod
@@ -88,6 +95,7 @@ class QSchedLoadSchedule(io.ComfyNode):
             node_id="QSchedLoadSchedule",
             display_name="Load Q-Sched Schedule",
             category="QSched/schedules",
+            search_aliases=["load coefficients", "load calibration", "open schedule", "qsched"],
             description="Read learned coefficients from models/qsched.",
             inputs=[
                 io.Combo.Input(
@@ -96,7 +104,7 @@ class QSchedLoadSchedule(io.ComfyNode):
                     tooltip="A file in models/qsched.",
                 )
             ],
-            outputs=[Schedule.Output(display_name="schedule")],
+            outputs=[Schedule.Output(display_name="schedule", tooltip=OUT)],
         )
 
     @classmethod
@@ -126,9 +134,10 @@ class QSchedSaveSchedule(io.ComfyNode):
             node_id="QSchedSaveSchedule",
             display_name="Save Q-Sched Schedule",
             category="QSched/schedules",
+            search_aliases=["save coefficients", "save calibration", "export schedule", "qsched"],
             description="Write coefficients to models/qsched as a small JSON file.",
             inputs=[
-                Schedule.Input("schedule"),
+                Schedule.Input("schedule", tooltip="What to write."),
                 io.String.Input(
                     "name", default="schedule", tooltip="File name; a subfolder may be part of it."
                 ),
@@ -139,7 +148,7 @@ class QSchedSaveSchedule(io.ComfyNode):
                     tooltip="Replace a file of that name.",
                 ),
             ],
-            outputs=[Schedule.Output(display_name="schedule")],
+            outputs=[Schedule.Output(display_name="schedule", tooltip=OUT)],
             is_output_node=True,
         )
 
@@ -178,8 +187,9 @@ class QSchedEditSchedule(io.ComfyNode):
                 "Nudge the coefficients of one step, or of all. The result says that it was edited: "
                 "scores that were measured are the original's."
             ),
+            search_aliases=["nudge", "tweak schedule", "change coefficients"],
             inputs=[
-                Schedule.Input("schedule"),
+                Schedule.Input("schedule", tooltip="What to change."),
                 io.Int.Input(
                     "step",
                     default=1,
@@ -192,7 +202,7 @@ class QSchedEditSchedule(io.ComfyNode):
                 ),
                 *(_change_input(parameter) for parameter in PARAMETERS),
             ],
-            outputs=[Schedule.Output(display_name="schedule")],
+            outputs=[Schedule.Output(display_name="schedule", tooltip=OUT)],
         )
 
     @classmethod
@@ -239,6 +249,7 @@ class QSchedSigmas(io.ComfyNode):
                 "Noise levels for SamplerCustom and SamplerCustomAdvanced: the schedule's own, or, "
                 "with a model, those of any scheduler."
             ),
+            search_aliases=["sigmas", "noise levels", "basic scheduler", "timesteps"],
             inputs=[
                 Schedule.Input(
                     "schedule",
@@ -276,7 +287,7 @@ class QSchedSigmas(io.ComfyNode):
                     ),
                 ),
             ],
-            outputs=[io.Sigmas.Output()],
+            outputs=[io.Sigmas.Output(tooltip="Noise levels, from the largest to 0.")],
         )
 
     @classmethod

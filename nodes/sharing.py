@@ -22,6 +22,7 @@ class QSchedScheduleFromText(io.ComfyNode):
                 "A schedule from its JSON, so that a shared workflow, or a picture made with it, "
                 "carries its coefficients. Show Schedule gives the text of any schedule."
             ),
+            search_aliases=["paste schedule", "json", "share schedule", "import"],
             inputs=[
                 io.String.Input(
                     "text",
@@ -33,7 +34,12 @@ class QSchedScheduleFromText(io.ComfyNode):
                     tooltip="Paste the text of Show Schedule or of a file in models/qsched, or connect one.",
                 )
             ],
-            outputs=[Schedule.Output(display_name="schedule")],
+            outputs=[
+                Schedule.Output(
+                    display_name="schedule",
+                    tooltip="For the samplers of this pack and Show Schedule.",
+                )
+            ],
         )
 
     @classmethod
@@ -70,9 +76,10 @@ class QSchedShowSchedule(io.ComfyNode):
                 "Draws a schedule: coefficients and noise levels, every number, and what it was "
                 "learned for. Its text can be pasted into Q-Sched Schedule from Text."
             ),
-            inputs=[Schedule.Input("schedule")],
+            search_aliases=["preview schedule", "plot", "curve", "inspect", "graph"],
+            inputs=[Schedule.Input("schedule", tooltip="What to draw.")],
             outputs=[
-                io.Image.Output(display_name="image"),
+                io.Image.Output(display_name="image", tooltip="Curves and numbers, drawn."),
                 io.String.Output(display_name="text", tooltip="The JSON of the schedule."),
                 io.String.Output(
                     display_name="summary", tooltip="The numbers and the origin, to be read."

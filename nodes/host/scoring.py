@@ -10,11 +10,19 @@ import folder_paths
 import torch
 
 from ...qsched_core.files import MOST_NAME
-from ...qsched_core.scorers import DualEncoder, ScorerError, load_file, load_named
+from ...qsched_core.scorers import (
+    NAMED,
+    DualEncoder,
+    ScorerError,
+    encoder_name,
+    load_file,
+    load_named,
+)
 from ...qsched_core.text import shown
 from .folders import SCORER_FOLDER
 
 BY_NAME = "(by open_clip's name)"
+DOWNLOADS = "open_clip_downloads"  # a folder in models/clip_score
 
 
 class ManagedPlacement:
@@ -40,12 +48,23 @@ class ManagedPlacement:
 
 def scorer_files() -> list[str]:
     """The files of ``models/clip_score``, and the choice of a model by name."""
-    return [*weight_files(), BY_NAME]
+    return [*weight_files(), *(encoder.label for encoder in NAMED), BY_NAME]
 
 
 def weight_files() -> list[str]:
-    """The files of ``models/clip_score``."""
-    return folder_paths.get_filename_list(SCORER_FOLDER)
+    """The files of ``models/clip_score``, without what was downloaded by name."""
+    names = folder_paths.get_filename_list(SCORER_FOLDER)
+    return [name for name in names if DOWNLOADS not in Path(name).parts]
+
+
+def download_folder() -> Path:
+    """Where models that are chosen by name are kept: below ``models/clip_score``."""
+    return Path(folder_paths.get_folder_paths(SCORER_FOLDER)[0]) / DOWNLOADS
+
+
+def is_by_name(name: str) -> bool:
+    """Whether the choice ``name`` stands for a model of open_clip, and not for a file."""
+    return name == BY_NAME or encoder_name(name) is not None
 
 
 def scorer_path(name: str, called: str = "clip_name") -> Path:
@@ -62,6 +81,7 @@ def load_encoder(
     name: str, architecture: str, allow_download: bool, place: ManagedPlacement
 ) -> DualEncoder:
     """The dual encoder of a file in ``models/clip_score``, or of open_clip's name."""
-    if name == BY_NAME:
-        return load_named(architecture.strip(), allow_download, place)
+    if is_by_name(name):
+        chosen = encoder_name(name) or architecture.strip()
+        return load_named(chosen, allow_download, place, download_folder())
     return load_file(scorer_path(name), architecture.strip(), place, allow_download)

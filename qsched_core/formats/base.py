@@ -84,11 +84,13 @@ class WeightFormat(ABC):
     one it says how plain ComfyUI stores it.  ``kinds`` are the layers it is for; a convolution
     always runs on its dequantized weight.  ``low_bit_activations``: a linear layer's input is
     rounded too at run time, unless the layer is asked to run weight-only.  ``aux`` names the tables
-    beside the codes; the first is "scale".
+    beside the codes; the first is "scale".  ``word`` tells a user how near its layers stay to the
+    unquantized ones.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
+    word: ClassVar[str]
     bits: ClassVar[float]
     native: ClassVar[NativeLayout | None] = None
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv2d")

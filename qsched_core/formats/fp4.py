@@ -13,4 +13,5 @@ class FP4(BitsAndBytes4):
 
     name = "fp4"
     title = "4-bit float, weights only"
+    word = "fair"
     levels = tuple(sign * value / 12 for sign in (1, -1) for value in TWELFTHS)

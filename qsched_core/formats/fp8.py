@@ -21,6 +21,7 @@ class FP8E4M3(KitchenFormat):
 
     name = "fp8_e4m3"
     title = "fp8 (e4m3) weights and activations"
+    word = "close"
     bits = 8.0
     native = NativeLayout("float8_e4m3fn", "TensorCoreFP8E4M3Layout")
     kinds = ("linear",)

@@ -10,5 +10,6 @@ class Int2(GroupAffine):
 
     name = "int2"
     title = "2-bit weights in groups of 32, weights only"
+    word = "smallest; only with calibrated weights"
     bits = 2.5
     code_bits = 2

@@ -10,5 +10,6 @@ class Int3(GroupAffine):
 
     name = "int3"
     title = "3-bit weights in groups of 32, weights only"
+    word = "small; with calibrated weights like 4 bits"
     bits = 3.5
     code_bits = 3

@@ -26,6 +26,7 @@ class Int8(WeightFormat):
 
     name = "int8"
     title = "8-bit weights and activations (W8A8)"
+    word = "close"
     bits = 8.0
     native = NativeLayout("int8_tensorwise", "TensorWiseINT8Layout")
     kinds = ("linear",)

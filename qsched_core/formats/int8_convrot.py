@@ -18,6 +18,7 @@ class Int8ConvRot(KitchenFormat):
 
     name = "int8_convrot"
     title = "8-bit weights and activations (W8A8), rotated against outliers"
+    word = "closest"
     bits = 8.0
     native = NativeLayout("int8_tensorwise", "TensorWiseINT8Layout")
     kinds = ("linear",)

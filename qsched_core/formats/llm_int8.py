@@ -23,6 +23,7 @@ class LLMInt8(Int8):
 
     name = "llm_int8"
     title = "8-bit weights and activations, outlier features in full precision (LLM.int8())"
+    word = "close"
     native = None
     kinds = ("linear", "conv2d")
 

@@ -17,6 +17,7 @@ class MXFP8(BlockFormat):
 
     name = "mxfp8"
     title = "fp8 weights and activations in blocks of 32 (MXFP8)"
+    word = "close"
     bits = 8.25
     native = NativeLayout("mxfp8", "TensorCoreMXFP8Layout")
     group_size = 32

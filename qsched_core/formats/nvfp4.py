@@ -29,6 +29,7 @@ class NVFP4(BlockFormat):
 
     name = "nvfp4"
     title = "fp4 weights and activations in blocks of 16 (NVFP4)"
+    word = "fair"
     bits = 4.5
     native = NativeLayout(
         "nvfp4", "TensorCoreNVFP4Layout", {"scale": "_scale_2", "block_scale": "_scale"}

@@ -37,6 +37,7 @@ class SVDQuantW4A4(KitchenFormat):
 
     name = "svdquant_w4a4"
     title = "4-bit weights and activations beside a low-rank branch in 16 bits (SVDQuant)"
+    word = "fair"
     bits = 4.25
     aux = ("scale", "proj_down", "proj_up", "smooth_factor")
     group_size = 64

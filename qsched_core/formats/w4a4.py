@@ -34,6 +34,7 @@ class W4A4(KitchenFormat):
 
     name = "w4a4"
     title = "4-bit weights and activations (W4A4), rotated against outliers"
+    word = "rough"
     bits = 4.0
     native = NativeLayout("convrot_w4a4", "TensorCoreConvRotW4A4Layout")
     kinds = ("linear",)

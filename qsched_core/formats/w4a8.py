@@ -25,6 +25,7 @@ class W4A8(WeightFormat):
 
     name = "w4a8"
     title = "4-bit weights in groups of 32, 8-bit activations"
+    word = "good"
     bits = 4.5
     group_size = 32
     aux = ("scale", "scale_2")

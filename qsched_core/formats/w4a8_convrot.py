@@ -37,6 +37,7 @@ class W4A8ConvRot(KitchenFormat):
 
     name = "w4a8_convrot"
     title = "4-bit weights in groups of 16, 8-bit activations, rotated against outliers"
+    word = "good"
     bits = 4.5
     kinds = ("linear",)
     aux = ("scale", "s_channel", "codebook")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..text import shown
 from . import aesthetic, clip_iqa, hps, noun_phrases, open_clip, pickscore, pyiqa
 from .base import Batch, Placement, Scorer, ScorerEntry, ScorerError, Sources, check_images, stay
+from .named import NAMED, encoder_name
 from .open_clip import DualEncoder, load_file, load_named
 
 SCORERS: dict[str, ScorerEntry] = {
@@ -48,6 +49,7 @@ def build_scorer(spec: str, sources: Sources, measures: str = "") -> Scorer:
 
 
 __all__ = [
+    "NAMED",
     "SCORERS",
     "Batch",
     "DualEncoder",
@@ -59,6 +61,7 @@ __all__ = [
     "build_scorer",
     "check_images",
     "check_scorer",
+    "encoder_name",
     "load_file",
     "load_named",
     "scorer_names",

@@ -168,11 +168,17 @@ def load_file(
     return DualEncoder(model, tokenizer, preprocess, source, place)
 
 
-def load_named(name: str, allow_download: bool = False, place: Placement = stay) -> DualEncoder:
+def load_named(
+    name: str,
+    allow_download: bool = False,
+    place: Placement = stay,
+    folder: str | Path | None = None,
+) -> DualEncoder:
     """A model by open_clip's ``architecture/pretrained`` name, for example ``ViT-B-32/openai``.
 
-    open_clip downloads it on first use, so ``allow_download`` must be given.  Raises ScorerError
-    for a name open_clip does not have, or when the download fails.
+    open_clip downloads it on first use, to ``folder`` (None: a place of its own), so
+    ``allow_download`` must be given.  Raises ScorerError for a name open_clip does not have, or when
+    the download fails.
     """
     open_clip = require("open_clip", FEATURE, INSTALL)
     if not name:
@@ -190,7 +196,12 @@ def load_named(name: str, allow_download: bool = False, place: Placement = stay)
         )
     agree_to_download(allow_download, f"architecture={shown(name)}")
     try:
-        model = open_clip.create_model(architecture, pretrained=tag, weights_only=True)
+        model = open_clip.create_model(
+            architecture,
+            pretrained=tag,
+            weights_only=True,
+            cache_dir=None if folder is None else str(folder),
+        )
     except Exception as error:
         # network, disk and hub errors come in many types
         raise ScorerError(f"{name} could not be downloaded: {error}") from error

@@ -167,6 +167,12 @@ def test_an_interrupt_stops_a_calibration_and_keeps_its_trials(server):
             {"clip_name": "(by open_clip's name)", "architecture": "ViT-B-32/openai"},
             "allow_download",
         ),
+        (
+            "3",
+            {"clip_name": "ViT-B-32/laion2b_s34b_b79k (0.6 GB, MIT)"},
+            "would be downloaded from the internet; set allow_download to agree",
+        ),
+        ("3", {"quality": "pyiqa:musiq"}, "run: pip install pyiqa"),
         ("4", {"search": "luck"}, "search: 'luck' not in"),
         ("4", {"budget": 2}, "budget=2 is too small"),
         ("4", {"solver": "heun"}, "solver"),

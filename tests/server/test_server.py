@@ -84,6 +84,33 @@ def test_every_node_says_what_it_is(nodes_of_pack):
         assert node["python_module"].endswith(PACK_NAME), name
 
 
+def test_every_input_and_output_says_what_it_is(nodes_of_pack):
+    """And a user finds every node by words of his own."""
+    silent = []
+    for name, node in nodes_of_pack.items():
+        for group in ("required", "optional"):
+            for key, spec in node["input"].get(group, {}).items():
+                if not (len(spec) > 1 and spec[1].get("tooltip")):
+                    silent.append(f"{name}.{key}")
+        told = node.get("output_tooltips") or [None] * len(node["output"])
+        silent += [
+            f"{name} -> {o}" for o, text in zip(node["output"], told, strict=True) if not text
+        ]
+        assert len(node.get("search_aliases") or ()) >= 3, name
+    assert silent == []
+
+
+def test_formats_that_run_here_come_first(nodes_of_pack):
+    options = nodes_of_pack["QSchedLoadCheckpoint"]["input"]["required"]["weight_format"][1]
+    first, *names = options["options"]
+    assert first == options["default"] == "recommended"
+    lines = options["tooltip"].splitlines()[-len(names) :]
+    assert [line.partition(":")[0] for line in lines] == names
+    refused = ["NOT HERE" in line for line in lines]
+    assert refused == sorted(refused)
+    assert not refused[0]
+
+
 def test_no_widget_takes_a_list(nodes_of_pack):
     """In an API prompt every list is read as a link."""
     for name, node in nodes_of_pack.items():

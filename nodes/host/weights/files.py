@@ -80,7 +80,7 @@ def check_file(path: str, weight_format: str, layers: str) -> None:
     suffix = Path(path).suffix.lower()
     if suffix in SAFETENSORS or suffix == ".gguf":
         mapped = MappedFile(path)
-        name, prefix = Path(path).name, _prefix(mapped.entries)
+        name, prefix = Path(path).name, prefix_of(mapped.entries)
         _check_tensors(mapped.entries, mapped.metadata, weight_format, layers, name, mapped.tensor)
         if layers.strip():
             policy = Policy(weight_format, parse_overrides(layers))
@@ -108,7 +108,7 @@ def read_file(path: str, weight_format: str, layers: str) -> WeightFile:
         kept = [v.dtype for v in sd.values() if v.dtype in (torch.float32, *HALF) and v.ndim == 1]
         dtype = Counter(kept).most_common(1)[0][0] if kept else torch.float16
         layouts.restore_saved(sd, dtype, name)
-    return WeightFile(name, sd, metadata, _prefix(sd), mapped)
+    return WeightFile(name, sd, metadata, prefix_of(sd), mapped)
 
 
 @lru_cache(maxsize=8)  # detecting the model takes longer than all other checks
@@ -159,7 +159,7 @@ def _entry(tensor: torch.Tensor) -> Entry:
     return Entry(names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
 
 
-def _prefix(keys) -> str:
+def prefix_of(keys) -> str:
     """What the diffusion model's keys start with in this file."""
     prefix = comfy.model_detection.unet_prefix_from_state_dict(keys)
     return prefix if any(key.startswith(prefix) for key in keys) else ""
@@ -169,7 +169,7 @@ def _check_tensors(
     tensors: Mapping[str, Entry], metadata, weight_format: str, layers: str, name: str, tensor
 ) -> bool:
     """Whether the diffusion model was saved in our formats; FormatError if it can't be loaded."""
-    prefix = _prefix(tensors)
+    prefix = prefix_of(tensors)
     part = {key: entry for key, entry in tensors.items() if key.startswith(prefix)}
     entries = {key: read_entry(tensor(key), key, name) for key in part if key.endswith(SUFFIX)}
     known = {key: layouts.saved_format(entry) for key, entry in entries.items()}
