@@ -6,16 +6,19 @@ from typing import ClassVar
 
 import torch
 
-from .base import CHUNK_ELEMENTS, Packed, WeightFormat, grouped, least_error, round_to_int
-from .tables import group_values, pack
+from ..kernels import GroupedCodes
+from .base import CHUNK_ELEMENTS, grouped, least_error, round_to_int
+from .grouped import GroupedFormat
+from .tables import pack
 
 FP8_MAX = 448.0  # of float8_e4m3fn
 HEADROOM = 2.0  # how much the largest scale may grow (a LoRA) before all scales are made anew
 STARTS = (1.0, 0.7)  # shares of the group's range to start fitting from
 ROUNDS = 4
+LEAST_SCALE = 1e-30
 
 
-class GroupAffine(WeightFormat):
+class GroupAffine(GroupedFormat):
     """w = scale * (code - zero): scale in fp8 times one fp32 number, zero a byte.
 
     ``code_bits`` is the size of a code; with the tables of a group of 32 a weight takes half a bit
@@ -36,6 +39,11 @@ class GroupAffine(WeightFormat):
     def zero_steps(self) -> int:
         """Steps of a stored zero point between two codes: every code is one, so that 0 can be exact."""
         return 255 // self.top
+
+    @property
+    def grouped_codes(self):
+        levels = tuple(float(code) for code in range(self.top + 1))
+        return GroupedCodes(self.code_bits, levels, self.zero_steps, LEAST_SCALE)
 
     def _common(self, weight, like):
         widest = torch.zeros((), device=weight.device)
@@ -61,17 +69,9 @@ class GroupAffine(WeightFormat):
         tables = {"scale": scale8.squeeze(2), "zero": zero8.squeeze(2)}
         return pack(codes.flatten(1), self.code_bits), tables
 
-    def _dequantize_rows(self, packed: Packed, dtype: torch.dtype) -> torch.Tensor:
-        aux = packed.aux
-        scale, zero = self.stored(aux["scale"], aux["zero"], aux["scale_2"])
-        levels, columns = tuple(float(v) for v in range(self.top + 1)), packed.matrix[1]
-        return group_values(
-            packed.codes, levels, self.code_bits, scale, -zero * scale, columns, dtype
-        )
-
     def stored(self, scale8, zero8, common) -> tuple[torch.Tensor, torch.Tensor]:
         """The fp32 scale and zero that stored ones stand for."""
-        return (scale8.float() * common).clamp_(min=1e-30), zero8.float() / self.zero_steps
+        return (scale8.float() * common).clamp_(min=LEAST_SCALE), zero8.float() / self.zero_steps
 
     def store(self, scale, zero, common) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero as they are stored."""

@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
+from ..devices import place
 from .base import CHUNK_ELEMENTS, Error, Packed, check_finite
-from .kitchen import KitchenFormat, backend, kitchen, place
+from .kitchen import KitchenFormat, backend, kitchen
 
 TILE = (128, 4)  # rows and blocks whose scales cuBLAS keeps together
 

@@ -8,9 +8,11 @@ from typing import ClassVar
 
 import torch
 
+from ..kernels import GroupedCodes
 from ..optional import MissingDependencyError, require
-from .base import Packed, WeightFormat, grouped, largest_magnitude
-from .tables import group_values, nearest_level, pack, stochastic_level
+from .base import grouped, largest_magnitude
+from .grouped import GroupedFormat
+from .tables import nearest_level, pack, stochastic_level
 
 FP8_MAX = 448.0  # of float8_e4m3fn
 HEADROOM = 2.0  # how much the largest scale may grow (a LoRA) before all scales are made anew
@@ -23,7 +25,7 @@ def _found() -> bool:
     try:
         require("bitsandbytes", "the fast kernels for nf4, fp4 and llm_int8", "bitsandbytes")
     except MissingDependencyError as error:
-        logger.warning("plain torch operations do the work of bitsandbytes: %s", error)
+        logger.warning("bitsandbytes' work is done without it: %s", error)
         return False
     return True
 
@@ -34,11 +36,11 @@ def has_kernel() -> bool:
     return _found()
 
 
-class BitsAndBytes4(WeightFormat):
+class BitsAndBytes4(GroupedFormat):
     """Blocks of 64 with their largest magnitude in fp8 times one fp32 number: 4.125 bits.
 
     Codes are those of bitsandbytes (two a byte, the first in the high half), chosen against the
-    *stored* magnitude.  Its kernel unpacks them; without it torch does, to the same values.
+    *stored* magnitude.  Its kernel unpacks them; without it Triton or torch does, to the same values.
     ``levels`` are the values of the 16 codes, the largest 1.
     """
 
@@ -47,9 +49,12 @@ class BitsAndBytes4(WeightFormat):
     group_size = 64
     levels: ClassVar[tuple[float, ...]]
 
-    def backend(self, device):
-        library = "bitsandbytes" if has_kernel() else "torch"
-        return f"{library} {torch.device(device).type}"
+    @property
+    def grouped_codes(self):
+        return GroupedCodes(4, self.levels)
+
+    def engine(self, device, dtype):
+        return "bitsandbytes" if has_kernel() else super().engine(device, dtype)
 
     def _common(self, weight, like):
         largest = largest_magnitude(weight)
@@ -75,13 +80,12 @@ class BitsAndBytes4(WeightFormat):
             codes = order.to(codes.device)[codes.int()]
         return pack(codes.flatten(1), 4), {"scale": scale}
 
-    def _dequantize_rows(self, packed: Packed, dtype: torch.dtype) -> torch.Tensor:
-        rows, columns = packed.matrix
+    def unpack_by(self, engine, packed, dtype):
+        if engine != "bitsandbytes":
+            return super().unpack_by(engine, packed, dtype)
+        (rows, columns), codes = packed.matrix, packed.codes
         largest = packed.aux["scale"].float() * packed.aux["scale_2"]
-        if not has_kernel():
-            return group_values(packed.codes, self.levels, 4, largest, None, columns, dtype)
-        codes, shape = packed.codes.reshape(-1, 1), (rows, packed.codes.shape[1] * 2)
-        unpack = torch.ops.bitsandbytes.dequantize_4bit.default
-        return unpack(codes, largest.reshape(-1), self.group_size, self.name, shape, dtype)[
-            :, :columns
-        ]
+        kernel, shape = torch.ops.bitsandbytes.dequantize_4bit.default, (rows, codes.shape[1] * 2)
+        size = self.group_size
+        values = kernel(codes.reshape(-1, 1), largest.reshape(-1), size, self.name, shape, dtype)
+        return values[:, :columns]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ..devices import place
 from .base import NativeLayout, in_blocks, largest_magnitude, round_to_int
-from .kitchen import KitchenFormat, kitchen, place
+from .kitchen import KitchenFormat, kitchen
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from ..devices import place
 from .base import NativeLayout, in_blocks, quantize_tokens, round_to_int
 from .int8 import fast_cpu, int8_product
-from .kitchen import KitchenFormat, backend, kitchen, place, rotate, rotation_size
+from .kitchen import KitchenFormat, backend, kitchen, rotate, rotation_size
 
 
 class Int8ConvRot(KitchenFormat):

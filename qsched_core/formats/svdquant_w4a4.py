@@ -7,6 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from ..devices import place
 from ..optional import missing
 from .base import (
     CHUNK_ELEMENTS,
@@ -17,7 +18,7 @@ from .base import (
     least_error,
     round_to_int,
 )
-from .kitchen import INT4_MAX, KitchenFormat, backend, kitchen, pack_int4, place, unpack_int4
+from .kitchen import INT4_MAX, KitchenFormat, backend, kitchen, pack_int4, unpack_int4
 
 TABLE_DTYPE = torch.bfloat16
 RANK = 32

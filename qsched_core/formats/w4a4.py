@@ -6,16 +6,15 @@ import dataclasses
 
 import torch
 
+from ..devices import FORCE_INT8, place
 from .base import NativeLayout, in_blocks, round_to_int
 from .int8 import int8_product
 from .kitchen import (
-    FORCE_INT8,
     INT4_MAX,
     KitchenFormat,
     backend,
     kitchen,
     pack_int4,
-    place,
     rotate,
     rotation_size,
     unpack_int4,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from .base import Packed, WeightFormat, grouped, largest_magnitude, least_error, round_to_int
-from .tables import group_values, pack
+from ..kernels import GroupedCodes
+from .base import grouped, largest_magnitude, least_error, round_to_int
+from .grouped import GroupedFormat
+from .tables import pack
 
 LOWEST, HIGHEST = -8, 7
 LEVELS = tuple(float(v) for v in range(LOWEST, HIGHEST + 1))
@@ -14,7 +16,7 @@ SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)
 SCALE_DTYPE = torch.float16
 
 
-class W4A8(WeightFormat):
+class W4A8(GroupedFormat):
     """Symmetric int4 with an fp16 scale every 32 weights; the scale with the least squared error.
 
     One fp32 number brings the whole weight into fp16's range.
@@ -30,6 +32,7 @@ class W4A8(WeightFormat):
     group_size = 32
     aux = ("scale", "scale_2")
     low_bit_activations = True
+    grouped_codes = GroupedCodes(4, LEVELS)
 
     def _common(self, weight, like):
         if like is not None:
@@ -57,10 +60,6 @@ class W4A8(WeightFormat):
             best = torch.where(fits, kept, best)
         codes = _codes(values, best, random) - LOWEST
         return pack(codes.flatten(1), 4), {"scale": best.squeeze(2).to(SCALE_DTYPE)}
-
-    def _dequantize_rows(self, packed: Packed, dtype: torch.dtype) -> torch.Tensor:
-        scale = packed.aux["scale"].float() * packed.aux["scale_2"]
-        return group_values(packed.codes, LEVELS, 4, scale, None, packed.matrix[1], dtype)
 
 
 def _stored(scale: torch.Tensor) -> torch.Tensor:

@@ -8,9 +8,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from ..devices import place
 from ..optional import missing
 from .base import CHUNK_ELEMENTS, Error, Packed, check_finite
-from .kitchen import KitchenFormat, backend, kitchen, place, rotation_size
+from .kitchen import KitchenFormat, backend, kitchen, rotation_size
 
 OLDEST = "0.2.28"  # its quantizer rounds stochastically, which baking a LoRA needs
 

@@ -14,8 +14,8 @@ HOST = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths",
 # From the ground up: a part imports what stands before it, and itself.
 LAYERS = (
     ("errors",),
-    ("text", "optional", "statistics", "recent", "workspace"),
-    ("files", "validation"),
+    ("text", "optional", "devices", "statistics", "recent", "workspace"),
+    ("files", "validation", "kernels"),
     ("strict_json", "canvas", "prompts", "sigmas"),
     ("correction",),
     ("solvers",),
