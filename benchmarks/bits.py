@@ -6,6 +6,11 @@ plain; the ratio is of the two.  ``calibrated.FORMAT.change``: ends of the paire
 distances' difference, over plain's mean; below 0 is nearer.  ``calibrated.FORMAT.jaq`` (not with ``--no-jaq``):
 held-out JAQ of both; the ratio is the lower end of the interval of the gain.  ``calibrated.FORMAT.bits``: bits a
 weight as stored, of all quantized layers.  ``calibrate.FORMAT.seconds``: the walk, on one thread.
+
+Then llama.cpp's own quantizers on the same prompts (not with ``--no-ggml``), with an importance matrix and
+without.  ``bits.int2_vs_iq2_s`` and ``bits.int3_vs_q4_k``: our calibrated distance over theirs, at no
+more bits.  ``ggml.QUANTIZER[.imatrix][.all].bits``, ``.distance``, ``.jaq``: each beside the
+calibrated format of this run that is nearest at no more bits, or the smallest where none has so few.
 """
 
 from __future__ import annotations
@@ -29,6 +34,7 @@ from qsched_core.rounding import TaskSubject, WeightsResult, calibrate_weights
 from qsched_core.scorers.open_clip import load_file
 
 from ._common import BenchRow, machine, report
+from ._llama_cpp import compare
 
 FORMATS = ("int2", "int3", "nf4", "fp4", "w4a8", "int8")
 BOUNDS = {"int2": "<= 0.12", "int3": "<= 0.18", "nf4": "<= 0.18", "w4a8": "<= 0.25"}
@@ -96,11 +102,13 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64, help="that calibrate")
     parser.add_argument("--heldout", type=int, default=256)
     parser.add_argument("--jaq", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--ggml", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
     prompts = captions(options.prompts, options.heldout)
     measure = Objective(load_file(weights_dir() / "scorer.safetensors")) if options.jaq else None
     rows: list[BenchRow] = []
+    results: dict[str, WeightsResult] = {}
     for name in options.only:
         spent = [time.process_time()]
 
@@ -109,11 +117,14 @@ def main() -> None:
             print(f"  block {block.index + 1} of {block.total}", flush=True)
 
         with tempfile.TemporaryDirectory() as folder:
-            result = calibrate_weights(
+            result = results[name] = calibrate_weights(
                 TaskSubject(full(torch.device("cpu"))), prompts, Policy(name), Path(folder),
                 measure=measure, on_block=done,
             )  # fmt: skip
         rows += rows_of(name, result, spent[-1] - spent[0])
+        report(rows, options.json)
+    if options.ggml:
+        rows += compare(results, prompts, measure)
         report(rows, options.json)
 
 

