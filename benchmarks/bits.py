@@ -36,8 +36,11 @@ from qsched_core.scorers.open_clip import load_file
 from ._common import BenchRow, machine, report
 from ._llama_cpp import compare
 
-FORMATS = ("int2", "int3", "nf4", "fp4", "w4a8", "int8")
-BOUNDS = {"int2": "<= 0.12", "int3": "<= 0.18", "nf4": "<= 0.18", "w4a8": "<= 0.25"}
+FORMATS = ("int2", "int3", "nf4", "fp4", "w4a8", "w4a4", "svdquant_w4a4", "int8", "int8_convrot")
+BOUNDS = {
+    "int2": "<= 0.12", "int3": "<= 0.18", "nf4": "<= 0.18",
+    "w4a8": "<= 0.25", "w4a4": "<= 0.45", "svdquant_w4a4": "<= 0.55",
+}  # fmt: skip
 SECONDS = 60.0  # what the demo model may take
 SCENES, SEED = 2500, 20251126
 

@@ -112,6 +112,10 @@ class WeightFormat(ABC):
         kind = {2: "linear", 4: "conv2d"}.get(len(shape))
         return None if kind in self.kinds else f"{self.name} is for {' and '.join(self.kinds)}"
 
+    def wrong_options(self, options: Mapping[str, int | str | bool]) -> str | None:
+        """What is wrong with a stored packing's options, or None."""
+        return None
+
     def backend(self, device: torch.device | str) -> str:
         """What does the arithmetic on ``device``, in words (it goes into a schedule's provenance)."""
         return f"torch {torch.device(device).type}"

@@ -97,7 +97,7 @@ def check_stored(packed: Packed, key: str, file: str, by_rows: bool) -> None:
 
 
 def check_tables(packed: Packed, form: WeightFormat, key: str, file: str) -> None:
-    """FormatError unless codes and tables have the shapes and dtypes of ``form``'s own packing.
+    """FormatError unless codes, tables and options are such as ``form``'s own packing has.
 
     Kernels take the tables' lengths for granted: a short one is read beyond its end.  Of a native
     format the codes' size alone is checked: its tables are the host's.
@@ -105,6 +105,11 @@ def check_tables(packed: Packed, form: WeightFormat, key: str, file: str) -> Non
     check_stored(packed, key, file, form.native is None)
     if form.native is not None:
         return
+    wrong = form.wrong_options(packed.options)
+    if wrong is not None:
+        raise FormatError(
+            f"{file}: layer {shown(key.removesuffix(SUFFIX))}: {wrong}; get the file again"
+        )
     given = {"codes": packed.codes, **packed.aux}
     for table, (rows, rest, dtype) in _tables(form, packed.shape[1:]).items():
         wanted = (*((packed.shape[0],) if rows else ()), *rest)

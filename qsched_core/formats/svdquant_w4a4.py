@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 
 from ..devices import place
 from ..optional import missing
+from ..text import shown
 from .base import (
     CHUNK_ELEMENTS,
     Error,
@@ -24,6 +26,8 @@ TABLE_DTYPE = torch.bfloat16
 RANK = 32
 OVERSAMPLE = 8
 ITERATIONS = 3
+UNSIGNED = "act_unsigned"  # the option of a packing whose input is rounded to 0 .. 15
+SHIFT = 0.171875  # what is added to such an input first: no GELU gives less than -0.17
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)  # of "the largest magnitude is code 7", tried for each group
 
 
@@ -34,6 +38,11 @@ class SVDQuantW4A4(KitchenFormat):
     to the scales of least squared error.  The input is divided by ``smooth`` (1 in what is packed here) and
     rounded to int4 in groups of 64, the branch multiplies it unrounded.  Arithmetic and layout are
     comfy-kitchen's: scale [in / 64, out], proj_down [in, 32], proj_up [out, 32], smooth_factor [in].
+
+    A packing with the option ``act_unsigned`` (calibrated rounding makes some) is for inputs that
+    never go below -SHIFT, as those behind a GELU: they are shifted and rounded to 16 levels from 0
+    where the others have 15 around it.  The last column of its proj_up holds what the shift adds to
+    the product, to be taken off, and has no proj_down.
     """
 
     name = "svdquant_w4a4"
@@ -63,7 +72,10 @@ class SVDQuantW4A4(KitchenFormat):
         return rows * columns // 2 + 2 * tables
 
     def quantize(self, weight, seed=None, like=None, measure=False):
-        """As every format; with ``like``, branch and smoothing stay, and the rest takes the change."""
+        """As every format; with ``like``, branch and smoothing stay, and the rest takes the change.
+
+        Where that packing has unsigned inputs, this one has them too.
+        """
         self.check(weight, like)
         shape = tuple(weight.shape)
         weight = weight.reshape(shape[0], -1)
@@ -95,7 +107,10 @@ class SVDQuantW4A4(KitchenFormat):
                 whole = whole.mul_(found).flatten(1).div_(smooth.float())
                 error.add(whole.add_(branch), weight[part])
         aux = {"scale": scale, "proj_down": down, "proj_up": up, "smooth_factor": smooth}
-        return Packed(codes, aux, shape, {}, error and error.relative())
+        options = {}
+        if like is not None and is_unsigned(like):
+            aux["proj_up"], options = with_shift(codes, aux), {UNSIGNED: True}
+        return Packed(codes, aux, shape, options, error and error.relative())
 
     def _scale(self, rest, old) -> torch.Tensor:
         """The stored scales, in fp32, of the groups of ``rest`` [rows, groups, 64]."""
@@ -115,14 +130,18 @@ class SVDQuantW4A4(KitchenFormat):
     def _quantize_rows(self, rows, common, random, old):
         raise NotImplementedError("the branch needs the whole weight: see quantize")
 
+    def wrong_options(self, options):
+        if type(options.get(UNSIGNED, False)) is not bool:
+            return f"{UNSIGNED} is {shown(options[UNSIGNED])}, not true or false"
+        return None
+
     def _dequantize_rows(self, packed, dtype):
         rows, columns = packed.matrix
         aux = packed.aux
         down, smooth = aux["proj_down"].float().t(), aux["smooth_factor"].float()
         out = torch.empty(rows, columns, dtype=dtype, device=packed.codes.device)
         for part in _parts(rows, columns):
-            rest = unpack_int4(packed.codes[part]).float().unflatten(1, (-1, self.group_size))
-            rest = rest.mul_(aux["scale"][:, part].t().unsqueeze(2).float()).flatten(1)
+            rest = _rest(packed.codes, aux["scale"], part)
             out[part] = torch.addmm(rest.div_(smooth), aux["proj_up"][part].float(), down)
         return out
 
@@ -130,15 +149,20 @@ class SVDQuantW4A4(KitchenFormat):
         ck, aux = kitchen(self.name), packed.aux
         rows, dtype = len(tokens), tokens.dtype
         fused = bias if dtype == TABLE_DTYPE else None
+        unsigned, x = is_unsigned(packed), tokens.to(TABLE_DTYPE).contiguous()
         # Whole tiles of rows are for the GPU's kernel.
         codes, scale, low = ck.quantize_svdquant_w4a4(
-            tokens.to(TABLE_DTYPE).contiguous(),
+            x + SHIFT if unsigned else x,
             aux["smooth_factor"],
             aux["proj_down"],
             pad_size=256 if tokens.is_cuda else 1,
+            act_unsigned=unsigned,
+            lora_x=x if unsigned else None,
         )
+        if unsigned:
+            low[:, -1] = 1
         out = ck.scaled_mm_svdquant_w4a4(
-            codes, packed.codes, scale, aux["scale"], low, aux["proj_up"], fused
+            codes, packed.codes, scale, aux["scale"], low, aux["proj_up"], fused, unsigned
         )
         out = out[:rows].to(dtype)
         return out if bias is None or fused is not None else out + bias.to(dtype)
@@ -153,10 +177,28 @@ def _nonzero(scale: torch.Tensor) -> torch.Tensor:
     return torch.where(scale == 0, torch.inf, scale)
 
 
-def low_rank(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """proj_up [out, 32] and proj_down [in, 32]: their product is nearest to ``weight``.
+def is_unsigned(packed: Packed) -> bool:
+    return bool(packed.options.get(UNSIGNED, False))
 
-    Subspace iteration (Halko, Martinsson and Tropp, 2011, algorithm 4.4), in fp32, some rows at a
+
+def _rest(codes: torch.Tensor, scale: torch.Tensor, part: slice) -> torch.Tensor:
+    """Some rows of what the codes stand for, smoothed, fp32."""
+    rest = unpack_int4(codes[part]).float().unflatten(1, (-1, SVDQuantW4A4.group_size))
+    return rest.mul_(scale[:, part].t().unsqueeze(2).float()).flatten(1)
+
+
+def with_shift(codes: torch.Tensor, aux: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """proj_up with the product of the codes and the shift in its last column, to be taken off."""
+    up, back = aux["proj_up"].clone(), SHIFT / aux["smooth_factor"].float()
+    for part in _parts(len(up), 2 * codes.shape[1]):
+        up[part, -1] = -(_rest(codes, aux["scale"], part) @ back).to(up.dtype)
+    return up
+
+
+def low_rank(weight: torch.Tensor, rank: int = RANK) -> tuple[torch.Tensor, torch.Tensor]:
+    """proj_up [out, 32] and proj_down [in, 32]: their product of ``rank`` is nearest to ``weight``.
+
+    Columns beyond the rank are 0.  Subspace iteration (Halko, Martinsson and Tropp, 2011, algorithm 4.4), in fp32, some rows at a
     time.
     """
     rows, columns = weight.shape
@@ -184,9 +226,9 @@ def low_rank(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     left = torch.linalg.qr(left).Q
     u, s, v = torch.linalg.svd(transposed_times(left).t(), full_matrices=False)
     # The square root of a singular value on each side keeps both within 16 bits' range.
-    root = (s[:RANK] * largest).sqrt()
-    up = left @ u[:, :RANK] * root
-    down = v[:RANK].t() * root
+    root = (s[:rank] * largest).sqrt()
+    up = left @ u[:, :rank] * root
+    down = v[:rank].t() * root
     missing_ranks = RANK - up.shape[1]
     return (
         F.pad(up, (0, missing_ranks)).to(TABLE_DTYPE),

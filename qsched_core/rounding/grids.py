@@ -1,120 +1,22 @@
-"""Formats as grids: weight = scale * (level - zero), with a scale (and zero) for each group."""
+"""The formats' grids."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 
 from ..formats import get
-from ..formats.affine import FP8_MAX, ROUNDS, STARTS, GroupAffine
-from ..formats.base import Packed, WeightFormat, grouped, quantize_tokens
+from ..formats.affine import FP8_MAX, STARTS, GroupAffine
+from ..formats.base import Packed
 from ..formats.bnb4 import BitsAndBytes4
 from ..formats.int8 import Int8
 from ..formats.tables import pack
 from ..formats.w4a8 import HIGHEST, LOWEST, SHRINK, W4A8
 from .errors import RoundingError
-
-Tables = dict[str, torch.Tensor]  # as the format stores them, each [rows, groups]
-
-
-class Grid(ABC):
-    """What a format can store, column by column.
-
-    ``levels`` are the values that a code may have.  A table is looked at as an fp32 scale and zero,
-    both [rows, groups]; ``common`` is the one number that a weight shares, where the format has it.
-    """
-
-    form: WeightFormat
-    levels: tuple[float, ...]
-    zeros: ClassVar[bool] = False  # whether a group has a zero point too
-
-    def __init__(self, form: WeightFormat):
-        self.form = form
-
-    def group_size(self, columns: int) -> int:
-        """How many columns share a table."""
-        return self.form.group_size
-
-    def common(self, weight: torch.Tensor) -> torch.Tensor | None:
-        return self.form._common(weight, None)
-
-    def seen(self, x: torch.Tensor, weight_only: bool) -> torch.Tensor:
-        """A layer's inputs as its arithmetic sees them: rounded, where the format rounds them."""
-        if weight_only or not self.form.low_bit_activations:
-            return x
-        codes, scale = quantize_tokens(x)
-        return codes * scale
-
-    @abstractmethod
-    def store(self, scale: torch.Tensor, zero: torch.Tensor, common) -> Tables:
-        """Tables that hold scales and zeros as nearly as the format can."""
-
-    @abstractmethod
-    def stored(self, tables: Tables, common) -> tuple[torch.Tensor, torch.Tensor]:
-        """The fp32 scales and zeros that tables stand for."""
-
-    @abstractmethod
-    def nearest(self, values: torch.Tensor) -> torch.Tensor:
-        """The level nearest to each of ``values`` (in units of the scale, zero added)."""
-
-    @abstractmethod
-    def starts(self, values: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Scales and zeros [rows, groups] to start a fit of values [rows, groups, size] from."""
-
-    @abstractmethod
-    def pack(self, levels: torch.Tensor, tables: Tables, common, columns: int) -> Packed:
-        """The format's own packing of levels [rows, padded columns]."""
-
-    def fit(self, values: torch.Tensor, weights: torch.Tensor, common) -> Tables:
-        """Tables of least squared error of values [rows, groups, size].
-
-        A value's error counts ``weights`` [groups, size] times.  Alternating least squares from each
-        start; the best of all tables that were stored on the way wins, plain rounding's among them.
-        """
-        share = weights / weights.sum(1, keepdim=True).clamp(min=1e-30)
-        mean = (values * share).sum(2)
-        best: Tables = {}
-        least = None
-        for scale, zero in self.starts(values):
-            for round_ in range(ROUNDS + 1):
-                if round_ in (0, ROUNDS):
-                    tables = self.store(scale, zero, common)
-                    error = self._error(values, share, tables, common)
-                    if least is None:
-                        best, least = tables, error
-                    else:
-                        better = error < least
-                        best = {k: _where(better, tables[k], best[k]) for k in best}
-                        least = torch.where(better, error, least)
-                if round_ < ROUNDS:
-                    scale, zero = self._step(values, share, mean, scale, zero)
-        return best
-
-    def _error(self, values, share, tables: Tables, common) -> torch.Tensor:
-        scale, zero = (t.unsqueeze(2) for t in self.stored(tables, common))
-        found = (self.nearest(values / scale + zero) - zero).mul_(scale)
-        return found.sub_(values).square_().mul_(share).sum(2)
-
-    def _step(self, values, share, mean, scale, zero):
-        """Scale and zero by least squares for the levels that are nearest now."""
-        levels = self.nearest(values / scale.unsqueeze(2) + zero.unsqueeze(2))
-        mean_level = (levels * share).sum(2) if self.zeros else torch.zeros_like(scale)
-        centred = levels - mean_level.unsqueeze(2)
-        spread = (centred.square() * share).sum(2)
-        slope = (centred * share * values).sum(2) / spread.clamp(min=1e-12)
-        scale = torch.where((spread > 0) & (slope * scale > 0), slope, scale)
-        if self.zeros:
-            zero = (mean_level - mean / scale).clamp_(self.levels[0], self.levels[-1])
-        return scale, zero
-
-
-def _where(condition, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """torch.where for dtypes that it does not know (fp8)."""
-    return torch.where(condition, one.float(), other.float()).to(one.dtype)
+from .grid import Grid
+from .rotated import RotatedInt4Grid, RotatedInt8Grid
+from .svdquant import SVDQuantGrid
 
 
 class AffineGrid(Grid):
@@ -123,8 +25,8 @@ class AffineGrid(Grid):
     form: GroupAffine
     zeros = True
 
-    def __init__(self, form: GroupAffine):
-        super().__init__(form)
+    def __init__(self, form: GroupAffine, weight_only: bool = False):
+        super().__init__(form, weight_only)
         self.levels = tuple(float(v) for v in range(form.top + 1))
 
     def store(self, scale, zero, common):
@@ -155,8 +57,8 @@ class LookupGrid(Grid):
 
     form: BitsAndBytes4
 
-    def __init__(self, form: BitsAndBytes4):
-        super().__init__(form)
+    def __init__(self, form: BitsAndBytes4, weight_only: bool = False):
+        super().__init__(form, weight_only)
         self.levels = tuple(sorted(set(form.levels)))
         self._levels = torch.tensor(self.levels)
         self._middles = (self._levels[1:] + self._levels[:-1]) / 2
@@ -246,15 +148,14 @@ GRIDS: Mapping[str, type[Grid]] = {
     "fp4": LookupGrid,
     "w4a8": Int4Grid,
     "int8": RowGrid,
+    "int8_convrot": RotatedInt8Grid,
+    "w4a4": RotatedInt4Grid,
+    "svdquant_w4a4": SVDQuantGrid,
 }
-_ROTATED = "it rounds weights and inputs in a rotated basis, where no statistics are taken yet"
 _SMALL_FLOATS = "its inputs are rounded in blocks, and no statistics are taken of those yet"
 # Why the other formats are rounded plainly.
 REASONS: Mapping[str, str] = {
-    "int8_convrot": _ROTATED,
-    "w4a4": _ROTATED,
-    "w4a8_convrot": _ROTATED,
-    "svdquant_w4a4": "its low-rank branch is not taken into account yet",
+    "w4a8_convrot": "its codebook is made by comfy-kitchen 0.2.28 and newer, which ComfyUI 0.30 has not",
     "llm_int8": "it takes columns out by the inputs of each moment, which the statistics don't know",
     "fp8_e4m3": "its levels have no table that could be fitted",
     "nvfp4": _SMALL_FLOATS,
@@ -268,19 +169,17 @@ def refusal(name: str) -> str | None:
     return None if name in GRIDS else REASONS[name]
 
 
-def grid_of(name: str) -> Grid:
-    """The grid of format ``name``; RoundingError says why there is none, and which there are."""
+def grid_of(name: str, weight_only: bool = False) -> Grid:
+    """The grid of format ``name``; RoundingError says why there is none, and which there are.
+
+    ``weight_only``: for a layer that keeps its inputs as they are.
+    """
     reason = refusal(name)
     if reason is not None:
         raise RoundingError(
             f"format={name!r} can't be calibrated: {reason}; choose one of {', '.join(GRIDS)}"
         )
-    return GRIDS[name](get(name))
+    return GRIDS[name](get(name), weight_only)
 
 
-def padded(matrix: torch.Tensor, size: int) -> torch.Tensor:
-    """[rows, columns] with columns of zeros until they fill whole groups of ``size``."""
-    return F.pad(matrix, (0, -matrix.shape[1] % size))
-
-
-__all__ = ["GRIDS", "REASONS", "Grid", "Tables", "grid_of", "grouped", "padded", "refusal"]
+__all__ = ["GRIDS", "REASONS", "grid_of", "refusal"]

@@ -9,7 +9,7 @@ import torch
 
 from ..formats.base import FormatError, Packed
 from .errors import RoundingError
-from .grids import Grid
+from .grid import Grid
 from .moments import Moments, damped
 from .solve import Rounded, descend, error_to, gptq, refit
 
@@ -20,19 +20,21 @@ class RoundingSettings:
 
     ``damp`` and ``target_damp`` are shares of the inputs' mean energy that are added to every input's
     in GPTQ and in the target; ``target`` is how much of the earlier layers' error a layer takes up
-    (0: none).  ``rounds`` of table refit and ``sweeps`` of coordinate descent follow GPTQ.
+    (0: none; None: what serves its format).  ``rounds`` of table refit and ``sweeps`` of coordinate descent follow GPTQ.
     RoundingError for a value that is out of range.
     """
 
     damp: float = 0.01
     target_damp: float = 0.05
-    target: float = 1.0
+    target: float | None = None
     rounds: int = 2
     sweeps: int = 2
 
     def __post_init__(self):
         for name, low, high in (("damp", 1e-6, 10), ("target_damp", 1e-6, 10), ("target", 0, 1)):
             value = getattr(self, name)
+            if value is None and name == "target":
+                continue
             if not low <= value <= high:
                 raise RoundingError(f"{name}={value} must be {low} to {high}")
         for name in ("rounds", "sweeps"):
@@ -69,11 +71,19 @@ class Calibrated:
 
 
 def plain(
-    grid_or_form, weight: torch.Tensor, bias: torch.Tensor | None, note: str, error=None
+    grid_or_form,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    note: str,
+    shift: torch.Tensor | None = None,
 ) -> Calibrated:
-    """The format's own rounding, which knows no inputs."""
+    """The format's own rounding, which knows no inputs; ``shift`` as in :func:`calibrate_layer`."""
     form = grid_or_form.form if isinstance(grid_or_form, Grid) else grid_or_form
-    return Calibrated(form.quantize(weight), bias, error, error, note)
+    packed = form.quantize(weight)
+    if shift is not None:
+        back = form.dequantize(packed).double() @ shift.double()
+        bias = (bias.detach().double() + back).to(bias.dtype)
+    return Calibrated(packed, bias, note=note)
 
 
 @torch.no_grad()
@@ -83,12 +93,15 @@ def calibrate_layer(
     bias: torch.Tensor | None,
     moments: Moments,
     settings: RoundingSettings | None = None,
+    shift: torch.Tensor | None = None,
 ) -> Calibrated:
     """weight [out, in] and bias [out] rounded so that the layer's output errs least.
 
-    The weight that comes nearest to the unquantized output on the quantized model's inputs
+    ``moments`` are of what ``grid.pair`` gives.  The weight that comes nearest to the unquantized
+    output on the quantized model's inputs
     (QEP, arXiv 2504.09629) is rounded by GPTQ, then tables and levels are improved in turn as long as
-    the output error falls; a bias, where there is one, takes up what is left of the mean.  Rounded
+    the output error falls; a bias, where there is one, takes up what is left of the mean.  ``shift``
+    [in] was taken off the quantized model's inputs: the bias gives its product back.  Rounded
     plainly, with a note, are layers whose inputs are all zero or singular beyond damping, and those
     that would not gain.  RoundingError for NaN or infinite inputs, FormatError for such a weight.
     """
@@ -100,37 +113,52 @@ def calibrate_layer(
         )
     if not torch.isfinite(weight).all():
         raise FormatError("the weight has NaN or infinite values; use a sound copy")
-    whole = weight.detach().float()
     seen = moments if bias is None else moments.centred()
     if float(moments.h.diagonal().sum()) <= 0 or float(seen.h.diagonal().sum()) <= 0:
-        return plain(grid, weight, bias, "its inputs never change")
+        return plain(grid, weight, bias, "its inputs never change", shift=shift)
+    matrix = weight.detach().float().flatten(1)
+    grid = grid.fitted(matrix)
+    whole = grid.turned(matrix)
+    apart = torch.zeros_like(whole) if grid.apart is None else grid.apart
+    # Where the branch's inputs are not the codes' own, its product is no concern of theirs.
+    own = apart if grid.weight_only else torch.zeros_like(whole)
+    rest = whole - apart + own
     try:
-        goal = _goal(whole, seen, settings)
+        goal = _goal(rest, seen, settings, grid) - own
         rounded = _improved(grid, goal, seen.h, settings)
     except torch.linalg.LinAlgError:
-        return plain(grid, weight, bias, "its inputs are singular")
-    first = grid.form.quantize(weight)
-    before = grid.form.dequantize(first)
-    plain_error = error_to(goal, before, seen.h) ** 0.5
+        return plain(grid, weight, bias, "its inputs are singular", shift=shift)
+    first = plain(grid, weight, bias, "plain rounding is as good", shift=shift)
+    before = grid.turned(grid.form.dequantize(first.packed).flatten(1)) - apart
     values = rounded.values()
-    if not torch.isfinite(values).all() or _loss(whole, values, seen) > _loss(whole, before, seen):
-        return Calibrated(first, bias, plain_error, plain_error, "plain rounding is as good")
+    plain_error, error = (
+        error_to(goal + apart, v + apart, seen.h) ** 0.5 for v in (before, values)
+    )
+    losses = [_loss(rest, v + own, seen) for v in (before, values)]
+    if not torch.isfinite(values).all() or losses[1] > losses[0]:
+        return replace(first, plain_error=plain_error, error=plain_error)
     if bias is not None:
         q, fp = moments.mean_q, moments.mean_fp
-        shift = whole.double() @ fp - values.double() @ q
-        bias = (bias.detach().double() + shift).to(bias.dtype)
-    return Calibrated(rounded.packed(), bias, plain_error, error_to(goal, values, seen.h) ** 0.5)
+        change = rest.double() @ fp - (values + own).double() @ q
+        if shift is not None and grid.apart is not None:  # both means are without the shift
+            change += whole.double() @ shift.double()
+        bias = (bias.detach().double() + change).to(bias.dtype)
+    packed = replace(rounded.packed(), shape=tuple(weight.shape))
+    return Calibrated(packed, bias, plain_error, error)
 
 
-def _goal(weight: torch.Tensor, moments: Moments, settings: RoundingSettings) -> torch.Tensor:
+def _goal(
+    weight: torch.Tensor, moments: Moments, settings: RoundingSettings, grid: Grid
+) -> torch.Tensor:
     """The weight that on the quantized model's inputs comes nearest to the unquantized output.
 
     W* = W (s C + (1 - s) H + d) (H + d)^-1 with s = ``target`` and d the damping.
     """
-    if not settings.target:
+    target = grid.target if settings.target is None else settings.target
+    if not target:
         return weight
     h = damped(moments.h, settings.target_damp)
-    change = settings.target * (weight.double() @ (moments.cross - moments.h))
+    change = target * (weight.double() @ (moments.cross - moments.h))
     factor = torch.linalg.cholesky(h)
     return weight + torch.cholesky_solve(change.t(), factor).t().float()
 

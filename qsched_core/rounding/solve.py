@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..formats.base import Packed, grouped
-from .grids import Grid, Tables, padded
+from .grid import Grid, Tables, padded
 from .moments import damped
 
 BLOCK = 128  # columns whose errors are fed back together

@@ -23,10 +23,13 @@ from ..formats.module import QuantizedLinear
 from ..formats.policy import Choice, Policy
 from .blocks import Block, Enough, blocks_of, forward_of, map_tensors, stages_of
 from .errors import RoundingError
+from .folds import Fold, folds_of
+from .grid import Grid
 from .grids import grid_of, refusal
 from .layer import Calibrated, RoundingSettings, calibrate_layer, plain
 from .moments import Gathering
 
+SAMPLE_BATCHES, SAMPLE_ROWS = 8, 256  # of inputs that are looked at before the moments are taken
 # A layer's weight and bias, by its name.
 ParametersOf = Callable[[str], tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -194,21 +197,69 @@ class _Walk:
                 found[name] = self.plainly(name, "it does not run")
             elif reason is not None:
                 found[name] = self.plainly(name, reason)
+        folds = self.folds(k, block, modules, stages, found)
         for stage in stages:
             wanted = {name: calls for name, calls in stage.items() if name not in found}
-            gathered = self.gathered(k, wanted, found) if wanted else {}
-            for name, sums in gathered.items():
-                found[name] = self.rounded(name, sums)
+            if not wanted:
+                continue
+            grids, shifts = self.prepared(k, wanted, found, folds)
+            for name, sums in self.gathered(k, wanted, found, grids).items():
+                found[name] = self.rounded(name, sums, grids[name], shifts.get(name))
         return found
 
-    def rounded(self, name: str, sums: Gathering) -> Calibrated:
-        grid, (weight, bias) = grid_of(self.chosen[name].format), self.parameters_of(name)
+    def grid(self, name: str) -> Grid:
+        choice = self.chosen[name]
+        return grid_of(choice.format, choice.weight_only)
+
+    def folds(self, k: int, block: Block, modules, stages, found) -> list[Fold]:
+        """Where the mean of inputs of block ``k`` may be taken off, for layers that are not ``found``."""
+        ran = [name for stage in stages for name in stage if name not in found]
+        wanted = [name for name in ran if self.grid(name).looks]
+
+        def run() -> None:
+            with ExitStack() as stack:
+                stack.callback(block.module.register_forward_hook(_enough).remove)
+                self.forward(k, 0, "fp", {}, stack)
+
+        return folds_of(modules, stages, wanted, block.module, run) if wanted else []
+
+    def prepared(self, k: int, names: Mapping[str, int], found: dict[str, Calibrated], folds):
+        """Grids of layers (name: calls) that suit their inputs, and the means that are taken off.
+
+        Those are taken off here, from what ``found`` has of the layers before.
+        """
+        grids, shifts = {name: self.grid(name) for name in names}, {}
+        looked = {name: calls for name, calls in names.items() if grids[name].looks}
+        samples = self.sampled(k, looked, found) if looked else {}
+        for fold in folds:
+            if set(fold.consumers) <= samples.keys():
+                mean = torch.cat([samples[name] for name in fold.consumers]).mean(0)
+                found.update(fold.taken_off(found, mean))
+                for name in fold.consumers:
+                    samples[name] -= mean
+                    shifts[name] = mean
+        return grids | {name: grids[name].suited(x) for name, x in samples.items()}, shifts
+
+    def sampled(self, k: int, names: Mapping[str, int], found) -> dict[str, torch.Tensor]:
+        """Some of the quantized model's inputs [rows, in] of layers (name: calls) of block ``k``."""
+        step = max(1, len(self.parts) // SAMPLE_BATCHES)
+        rows: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+        for batch in range(0, len(self.parts), step):
+            for name, calls in self.inputs(k, batch, "q", names, found).items():
+                x = torch.cat([call.reshape(-1, call.shape[-1]) for call in calls]).float()
+                rows[name].append(x[:: max(1, len(x) // SAMPLE_ROWS)])
+        return {name: torch.cat(parts) for name, parts in rows.items()}
+
+    def rounded(self, name: str, sums: Gathering, grid: Grid, shift) -> Calibrated:
+        weight, bias = self.parameters_of(name)
         try:
-            return calibrate_layer(grid, weight, bias, sums.moments(), self.settings)
+            return calibrate_layer(grid, weight, bias, sums.moments(), self.settings, shift)
         except (RoundingError, FormatError) as error:
             raise type(error)(f"layer {name}: {error}") from error
 
-    def gathered(self, k: int, names: Mapping[str, int], found) -> dict[str, Gathering]:
+    def gathered(
+        self, k: int, names: Mapping[str, int], found, grids: Mapping[str, Grid]
+    ) -> dict[str, Gathering]:
         """Moments of the inputs of layers (name: calls) of block ``k``, of which ``found`` are done."""
         sums = {name: Gathering() for name in names}
         for batch in range(len(self.parts)):
@@ -217,13 +268,12 @@ class _Walk:
                 for stream in STREAMS
             }
             for name in names:
-                grid, choice = grid_of(self.chosen[name].format), self.chosen[name]
                 pairs = [inputs[stream][name] for stream in STREAMS]
                 try:
                     if len(pairs[0]) != len(pairs[1]):
                         raise RoundingError("it runs more often in one model than in the other")
                     for fp, q in zip(*pairs, strict=True):
-                        sums[name].add(grid.seen(q, choice.weight_only), fp)
+                        sums[name].add(*grids[name].pair(q, fp))
                 except RoundingError as error:
                     raise RoundingError(f"layer {name}: {error}") from None
         return sums

@@ -21,6 +21,8 @@ from qsched_core.rounding.moments import damped
 from qsched_core.rounding.solve import descend, error_to, gptq, refit
 
 ROWS, OUT, IN = 400, 48, 192
+NAMES = tuple(GRIDS)
+FINE = ("int8", "int8_convrot")  # at 8 bits there is nearly nothing to repair but the inputs' error
 
 
 def correlated(rows=ROWS, columns=IN, seed=0, noise=0.0):
@@ -44,65 +46,85 @@ def moments(x_q, x_fp=None):
     return sums.moments()
 
 
+def fitting(name, columns):
+    """The format, if it can pack so many columns."""
+    form = get(name)
+    if form.unfit((OUT, columns)) is not None:
+        pytest.skip(form.unfit((OUT, columns)))
+    return form
+
+
+def left_to_codes(grid, weight):
+    """What of a weight its codes stand for, in their basis."""
+    turned = grid.turned(weight)
+    return turned if grid.apart is None else turned - grid.apart
+
+
 def output_error(form, found, bias, x_q, goal):
     return float((form.linear(x_q, found, bias) - goal).square().mean())
 
 
 @pytest.mark.parametrize("columns", [IN, 200])
 @pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_output_errs_less_than_plain_rounding_on_the_calibration_inputs(
     name, has_bias, columns
 ):
-    grid, form = grid_of(name), get(name)
+    grid, form = grid_of(name), fitting(name, columns)
     weight, bias = layer(columns)
     bias = bias if has_bias else None
     x_fp = correlated(columns=columns)
     x_q = x_fp + 0.05 * correlated(columns=columns, seed=5)
     goal = torch.nn.functional.linear(x_fp, weight, bias)
-    found = calibrate_layer(grid, weight, bias, moments(grid.seen(x_q, False), x_fp))
+    found = calibrate_layer(grid, weight, bias, moments(*grid.pair(x_q, x_fp)))
     before = output_error(form, form.quantize(weight), bias, x_q, goal)
     after = output_error(form, found.packed, found.bias, x_q, goal)
     assert after < before
     assert found.note == "" and found.error < found.plain_error
     assert (found.bias is None) == (not has_bias)
-    if name not in ("int8",):  # at 8 bits there is nearly nothing to repair but the inputs' error
-        alone = calibrate_layer(grid, weight, bias, moments(grid.seen(x_fp, False), x_fp))
+    if name not in FINE:
+        alone = calibrate_layer(grid, weight, bias, moments(*grid.pair(x_fp, x_fp)))
         plainly = output_error(form, form.quantize(weight), bias, x_fp, goal)
-        assert output_error(form, alone.packed, alone.bias, x_fp, goal) < 0.6 * plainly
+        bound = 0.8 if grid.coarse else 0.6  # most of the rest is the inputs' error
+        assert output_error(form, alone.packed, alone.bias, x_fp, goal) < bound * plainly
 
 
-@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_it_holds_on_inputs_that_it_never_saw(name):
     grid, form = grid_of(name), get(name)
     weight, bias = layer()
     whole = correlated(2 * ROWS)
     seen, unseen = whole[::2], whole[1::2]
-    found = calibrate_layer(grid, weight, bias, moments(grid.seen(seen, False), seen))
+    found = calibrate_layer(grid, weight, bias, moments(*grid.pair(seen, seen)))
     goal = torch.nn.functional.linear(unseen, weight, bias)
     before = output_error(form, form.quantize(weight), bias, unseen, goal)
     after = output_error(form, found.packed, found.bias, unseen, goal)
-    assert after < (1.0 if name == "int8" else 0.8) * before
+    assert after < (1.0 if name in FINE else 0.8) * before
 
 
-@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_with_inputs_that_say_nothing_it_is_no_worse_than_plain_rounding(name):
     """Independent inputs of one size: the output error is the weight's."""
-    grid, form = grid_of(name), get(name)
+    form = get(name)
     weight, _ = layer()
+    grid = grid_of(name).fitted(weight)
+    plain = left_to_codes(grid, form.dequantize(form.quantize(weight)))
+    weight = left_to_codes(grid, weight)
     found = gptq(grid, weight, torch.eye(IN, dtype=torch.float64), 0.01).values()
-    plain = form.dequantize(form.quantize(weight))
     assert (found - weight).square().sum() <= (plain - weight).square().sum() * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("columns", [IN, 200])
-@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_packing_is_the_formats_own(name, columns):
-    grid, form = grid_of(name), get(name)
+    form = fitting(name, columns)
     weight, _ = layer(columns)
-    rounded = gptq(grid, weight, moments(correlated(columns=columns)).h, 0.01)
+    grid = grid_of(name).fitted(weight)
+    x = grid.turned(correlated(columns=columns))
+    rounded = gptq(grid, left_to_codes(grid, weight), moments(x).h, 0.01)
     packed, plain = rounded.packed(), form.quantize(weight)
-    torch.testing.assert_close(form.dequantize(packed), rounded.values(), rtol=1e-5, atol=1e-7)
+    stored = left_to_codes(grid, form.dequantize(packed))
+    torch.testing.assert_close(stored, rounded.values(), rtol=1e-5, atol=1e-6)
     assert packed.nbytes == plain.nbytes and packed.shape == plain.shape
     for one, other in (
         (packed.codes, plain.codes),
@@ -139,9 +161,9 @@ def test_gptq_carries_errors_over_to_columns_that_can_make_up_for_them():
 
 def test_rounded_activations_are_what_the_statistics_see():
     x = correlated()
-    assert not torch.equal(grid_of("w4a8").seen(x, False), x)
-    assert torch.equal(grid_of("w4a8").seen(x, True), x)
-    assert torch.equal(grid_of("int2").seen(x, False), x)
+    assert not torch.equal(grid_of("w4a8").seen(x), x)
+    assert torch.equal(grid_of("w4a8", weight_only=True).seen(x), x)
+    assert torch.equal(grid_of("int2").seen(x), x)
 
 
 def test_the_target_takes_up_what_earlier_layers_lost():
@@ -157,7 +179,7 @@ def test_the_target_takes_up_what_earlier_layers_lost():
     assert errors[1] < 0.2 * errors[0]
 
 
-@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_inputs_without_any_information_leave_plain_rounding(name):
     weight, bias = layer()
     plain = get(name).quantize(weight)
@@ -167,13 +189,14 @@ def test_inputs_without_any_information_leave_plain_rounding(name):
         assert torch.equal(found.bias, bias)
 
 
-@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_singular_inputs_are_no_trouble(name):
     """Fewer rows than columns, and channels that are always zero."""
     weight, bias = layer()
     x = correlated(20)
     x[:, 7] = x[:, 64:128] = 0
-    found = calibrate_layer(grid_of(name), weight, bias, moments(x))
+    grid = grid_of(name)
+    found = calibrate_layer(grid, weight, bias, moments(*grid.pair(x, x)))
     assert torch.isfinite(get(name).dequantize(found.packed)).all()
     goal = torch.nn.functional.linear(x, weight, bias)
     form = get(name)
@@ -182,7 +205,7 @@ def test_singular_inputs_are_no_trouble(name):
     )
 
 
-@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_weight_of_zeros_stays_zero(name):
     weight = torch.zeros(OUT, IN)
     found = calibrate_layer(grid_of(name), weight, None, moments(correlated()))
@@ -229,8 +252,8 @@ def test_every_format_is_calibrated_or_says_why_not():
     assert set(GRIDS) | set(REASONS) == set(names())
     for name in names():
         assert (refusal(name) is None) == (name in GRIDS)
-    with pytest.raises(RoundingError, match=r"'w4a4' can't be calibrated: .*rotated.*int2"):
-        grid_of("w4a4")
+    with pytest.raises(RoundingError, match=r"'fp8_e4m3' can't be calibrated: .*table.*int2"):
+        grid_of("fp8_e4m3")
     with pytest.raises(FormatError, match="unknown"):
         grid_of("int5")
 
