@@ -11,6 +11,7 @@ from ..qsched_core.calibration.report import report_text, verdict_text
 from ..qsched_core.correction.scalar import MAX_COEFFICIENT
 from ..qsched_core.optional import MissingDependencyError
 from ..qsched_core.search import PRUNERS, STRATEGIES, CalibrationSettings
+from ..qsched_core.search.levels import GRID, MOST_GRID
 from ..qsched_core.study import Database, StudyPlace, check_shared, workflow_rule
 from .host.calibration import CalibrationLive, report_of
 from .host.folders import studies_folder
@@ -120,11 +121,22 @@ class QSchedJAQCalibrator(io.ComfyNode):
     def execute(
         cls, model, clip, vae, prompts, objective, solver, scheduler, steps, cfg, width, height,
         search, budget, seed, guard, negative="", low=0.0, high=0.0, radius=0.1, ramp_ends=False,
-        fidelity="full", proposals=1, storage="", study="", reference_model=None, options=None,
+        fidelity="full", proposals=1, storage="", study="", reference_model=None, level_grid=0,
+        options=None,
     ) -> io.NodeOutput:  # fmt: skip
         check_objective(objective)
         settings = _settings(
-            search, budget, low, high, radius, ramp_ends, fidelity, proposals, seed, guard
+            search,
+            budget,
+            low,
+            high,
+            radius,
+            ramp_ends,
+            fidelity,
+            proposals,
+            seed,
+            guard,
+            level_grid,
         )
         place = StudyPlace(studies_folder(), _database(storage, study), study)
         sampling = (solver, scheduler, steps, cfg, width, height, negative, options)
@@ -189,15 +201,21 @@ def search_inputs() -> list:
             tooltip="The same model, not quantized, if it fits: says whether the gain repairs the "
             "quantization or would come to any model, and how much could be repaired at all.",
         ),
+        io.Int.Input(
+            "level_grid", default=0, min=0, max=MOST_GRID, optional=True, advanced=True,
+            tooltip="For searches of noise levels by dynamic programming: how many steps of the "
+            f"scheduler to choose from; 0 is {GRID}. For a distilled model the step count that it "
+            "was made for: finer paths are not what it was trained on.",
+        ),
     ]  # fmt: skip
 
 
 def _settings(
-    search, budget, low, high, radius, ramp_ends, fidelity, proposals, seed=0, guard=True
+    search, budget, low, high, radius, ramp_ends, fidelity, proposals, seed=0, guard=True, grid=0
 ) -> CalibrationSettings:
     return CalibrationSettings(
         strategy=search, budget=budget, seed=seed, guard=guard, low=low or None, high=high or None,
-        radius=radius, ends=ramp_ends, pruner=fidelity, proposals=proposals,
+        radius=radius, ends=ramp_ends, pruner=fidelity, proposals=proposals, grid=grid,
     )  # fmt: skip
 
 

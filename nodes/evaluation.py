@@ -20,15 +20,14 @@ from ..qsched_core.files import check_room, write_atomic
 from ..qsched_core.prompts import CalibrationPrompts, PromptSet
 from ..qsched_core.source import check_reference
 from ..qsched_core.statistics import mean_interval
-from ..qsched_core.trajectory import Candidate
 from .host.evaluation import (
     BASELINE,
     QUANTIZED,
     SCHEDULE,
     made_by,
-    match_of,
     model_arms,
     reference_arm,
+    scheduled_on,
 )
 from .host.folders import evaluations_folder, output_path, scratch_folder
 from .host.pictures import as_tensor
@@ -152,13 +151,10 @@ class QSchedEvaluate(io.ComfyNode):
         check_objective(objective)
         sampling = (solver, scheduler, steps, cfg, width, height, negative, options)
         source = source_of(model, clip, vae, *sampling, memory=SOURCE_BYTES)
-        match = None if schedule is None else match_of(schedule, source)
-        changes = match is not None and not match.correction.is_identity
-        arms = model_arms(
-            source,
-            Candidate(source.trajectory, match.correction) if changes else None,
-            base=compare or reference_model is not None,
-        )
+        scheduled, note = None, ""
+        if schedule is not None:
+            scheduled, note = scheduled_on(schedule, source)
+        arms = model_arms(source, scheduled, base=compare or reference_model is not None)
         if reference_model is not None:
             reference = source_of(reference_model, clip, vae, *sampling, memory=SOURCE_BYTES)
             check_reference(source, reference)
@@ -189,7 +185,7 @@ class QSchedEvaluate(io.ComfyNode):
             **_content(found, main.name),
             "preset": objective.preset,
             **main.candidate.correction.to_json(),
-            "note": "" if match is None else match.note,
+            "note": note,
             "provenance": provenance_of(source, objective) | {"code": made_by()},
             "report": text,
             "files": [str(path) for path in files],

@@ -143,7 +143,7 @@ def source_of(
     trajectory = trajectory_of(model, solver, scheduler, steps, checked_options(solver, options))
     return ComfySource(
         model, clip, vae, trajectory, cfg=cfg, negative=negative, width=width, height=height,
-        memory=memory,
+        memory=memory, scheduler=scheduler,
     )  # fmt: skip
 
 

@@ -43,6 +43,24 @@ def log_snr(sigma: float, flow: bool) -> float:
     return -math.inf if sigma >= 1 else math.log((1 - sigma) / sigma)
 
 
+def divided(sigmas: Sequence[float], steps: int, flow: bool) -> tuple[float, ...]:
+    """``steps`` + 1 levels from the first of ``sigmas`` to the last, evenly between each two of them.
+
+    Evenly in sigma for a flow, else in sigma^(1/7) (Karras et al. 2022, arXiv 2206.00364, eq. 5).
+    """
+    power = 1 if flow else 7
+    even = [sigma ** (1 / power) for sigma in sigmas]
+    found = []
+    for k in range(steps + 1):
+        whole, share = divmod(k * (len(sigmas) - 1), steps)
+        if share == 0:
+            found.append(sigmas[whole])
+        else:
+            low, high = even[whole], even[whole + 1]
+            found.append((low + (high - low) * share / steps) ** power)
+    return tuple(found)
+
+
 @dataclass(frozen=True)
 class SigmaMatch:
     """A noise level among the learned ones: ``index`` of a learned step, and the ``share`` [0, 1] of

@@ -13,6 +13,7 @@ from .batches import Batches
 from .errors import plainly_named
 from .objective import Scores
 from .prompts import PromptSet
+from .sigmas import divided
 from .solvers import ModelInfo
 from .text import plain
 from .trajectory import (
@@ -84,8 +85,14 @@ class Source(Protocol):
         """
         ...
 
-    def observed(self, prompts: PromptSet, at: Observed | None = None) -> Observed:
-        """The model at given latents, or along its own trajectory; all prompts are one batch."""
+    def observed(
+        self, prompts: PromptSet, at: Observed | None = None, trajectory: Trajectory | None = None
+    ) -> Observed:
+        """The model at given latents, or along ``trajectory`` (its own); all prompts are one batch."""
+        ...
+
+    def fine(self, steps: int) -> Trajectory:
+        """Euler's trajectory of so many steps, over the levels that its scheduler gives them."""
         ...
 
 
@@ -207,10 +214,12 @@ class ModelSource(ABC):
         self,
         prompts: PromptSet,
         at: Observed | None = None,
+        trajectory: Trajectory | None = None,
         on_evaluation: Callable[[float], None] = lambda sigma: None,
     ) -> Observed:
         """See :class:`Source`; ``on_evaluation(sigma)`` is called before every model evaluation."""
         found: list[Observed] = []
+        along = trajectory or self.trajectory
 
         def run(model, x, sigmas, extra_args=None):
             def interruptible(x, sigma, **extra):
@@ -223,7 +232,7 @@ class ModelSource(ABC):
                     interruptible,
                     x,
                     sigmas,
-                    self.trajectory,
+                    along,
                     info=self.info,
                     seeds=prompts.seeds,
                     at=at,
@@ -232,9 +241,14 @@ class ModelSource(ABC):
             )
             return x
 
-        self.sample(prompts, self.trajectory, 1, run)
+        self.sample(prompts, along, 1, run)
         self.nfe += found[0].nfe
         return found[0]
+
+    def fine(self, steps: int) -> Trajectory:
+        """See :class:`Source`; without a scheduler the trajectory's own levels, divided further."""
+        own = self.trajectory
+        return Trajectory(divided(own.sigmas, steps, own.flow), own.flow)
 
 
 def in_levels(images: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 
 import comfyui_version
@@ -11,7 +10,6 @@ import comfyui_version
 from ...qsched_core.evaluation import Arm
 from ...qsched_core.evaluation.run import source_hash
 from ...qsched_core.schedule import QSchedule
-from ...qsched_core.schedule.schedule import Match
 from ...qsched_core.text import plain
 from ...qsched_core.trajectory import Candidate
 from .sampling import differences_of
@@ -23,21 +21,21 @@ NODES = Path(__file__).resolve().parents[1]
 BASELINE, QUANTIZED, SCHEDULE = "baseline", "quantized", "schedule"
 
 
-def match_of(schedule: QSchedule, source: ComfySource) -> Match:
-    """The schedule on the source's trajectory; its note says what else was learned, and is logged.
+def scheduled_on(schedule: QSchedule, source: ComfySource) -> tuple[Candidate | None, str]:
+    """What the schedule makes of the source's trajectory; None if that is what it was.
 
-    ScheduleError for a schedule of the other kind of model.
+    The note says what else was learned, and is logged.  ScheduleError for a schedule of the other
+    kind of model.
     """
     trajectory = source.trajectory
-    if schedule.is_identity:
-        return schedule.at(trajectory.sigmas)
-    schedule.check_flow(trajectory.flow)
-    match = schedule.at(trajectory.sigmas)
+    candidate, note = schedule.over(trajectory)
+    if candidate == Candidate.identity(trajectory):
+        return None, note
     differences = differences_of(schedule, trajectory.solver, trajectory.options, source.model)
-    note = "; ".join(text for text in (differences, match.note) if text)
+    note = "; ".join(text for text in (differences, note) if text)
     if note:
         logger.warning(plain(note))
-    return replace(match, note=note)
+    return candidate, note
 
 
 def model_arms(source: ComfySource, scheduled: Candidate | None, base: bool) -> list[Arm]:

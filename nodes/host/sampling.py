@@ -20,7 +20,7 @@ from ...qsched_core.solvers import check_sigmas, get_solver
 from ...qsched_core.text import shown
 from ...qsched_core.trajectory import Trajectory
 from .progress import report
-from .trajectories import is_flow, largest_latent, levels, model_sampling, solver_info
+from .trajectories import AS_LEARNED, is_flow, largest_latent, levels, model_sampling, solver_info
 from .weights.provenance import model_info
 
 
@@ -137,7 +137,13 @@ def _matched(
     match = schedule.at(sigmas.tolist(), mode)
     by_hand = schedule.provenance.get("source") == "ramp"
     found = [differences, "" if by_hand else match.note]
-    report(node_id, [] if schedule.is_identity else found, note or f"{len(sigmas) - 1} steps")
+    if schedule.replaced_sigmas is not None and match.note:
+        found.append(
+            f"the noise levels of this schedule were learned too, and are not those here; set the "
+            f"scheduler to {AS_LEARNED!r}, or take them from Q-Sched Sigmas"
+        )
+    nothing_learned = schedule.is_identity and schedule.replaced_sigmas is None
+    report(node_id, [] if nothing_learned else found, note or f"{len(sigmas) - 1} steps")
     return match.correction
 
 

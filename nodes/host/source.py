@@ -12,17 +12,18 @@ import comfy.samplers
 import torch
 
 from ...qsched_core.prompts import PromptSet
+from ...qsched_core.schedule import ScheduleError
 from ...qsched_core.source import ModelSource, SourceError
 from ...qsched_core.trajectory import MEMO_BYTES, Trajectory
 from .encoding import encode
-from .trajectories import largest_latent, model_sampling, solver_info
+from .trajectories import largest_latent, model_sampling, solver_info, trajectory_of
 from .weights.provenance import clip_hash, model_info, weights_hash
 
 
 class ComfySource(ModelSource):
     """Each prompt's picture is the one that KSampler makes for this prompt and seed alone.
 
-    The free memory decides the batch, at most 128 latents.  ``memory`` bytes of model outputs are
+    With the ``scheduler`` that gave the trajectory, finer paths have its levels too.  The free memory decides the batch, at most 128 latents.  ``memory`` bytes of model outputs are
     kept.  ValueError for a size that the model can't have.  The user's interrupt is raised between
     steps.
     """
@@ -39,7 +40,9 @@ class ComfySource(ModelSource):
         width: int,
         height: int,
         memory: int = MEMO_BYTES,
+        scheduler: str | None = None,
     ):
+        self.scheduler = scheduler
         self.model, self.clip, self.vae = model, clip, vae
         self.cfg, self.negative = cfg, negative
         self.latent = self._empty_latent(width, height)
@@ -105,6 +108,18 @@ class ComfySource(ModelSource):
                 "height": self.height,
             },
         }
+
+    def fine(self, steps: int) -> Trajectory:
+        """The scheduler's own levels for so many steps; ScheduleError where it gives others."""
+        if self.scheduler is None:
+            return super().fine(steps)
+        trajectory = trajectory_of(self.model, "euler", self.scheduler, steps)
+        if trajectory.steps != steps:
+            raise ScheduleError(
+                f"scheduler={self.scheduler} gives {trajectory.steps} steps when asked for {steps}; "
+                "choose another scheduler, or another level_grid"
+            )
+        return trajectory
 
     def interrupted(self) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()

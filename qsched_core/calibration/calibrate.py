@@ -10,8 +10,9 @@ from typing import Any
 from ..objective import Scores
 from ..prompts import CalibrationPrompts
 from ..schedule import QSchedule
-from ..search.course import CONTROL, HELDOUT, PRECHECK
+from ..search.course import CONTROL, HELDOUT, LEVELS, PRECHECK
 from ..search.engine import Monitor, Search, Trial, best_of
+from ..search.levels import WALKED_PROMPTS, LearnedLevels, check_grid, learned_levels
 from ..search.settings import CalibrationSettings
 from ..source import Measure, Source, check_reference
 from ..statistics import Interval, paired_interval
@@ -62,6 +63,11 @@ class CalibrationResult:
     def winner(self) -> Trial:
         return best_of(self.trials)
 
+    @property
+    def learned_levels(self) -> bool:
+        """Whether the best candidate has noise levels of its own."""
+        return self.best.trajectory.sigmas != self.baseline.candidate.trajectory.sigmas
+
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON."""
         return {
@@ -70,6 +76,7 @@ class CalibrationResult:
             "guarded": self.verdict.keep_identity,
             "schedule": self.schedule.to_json(),
             "best": self.best.correction.to_json(),
+            "best_sigmas": list(self.best.trajectory.sigmas),
             "calibration": {
                 "before": self.baseline.scores.means(),
                 "after": self.winner.scores.means(),
@@ -122,14 +129,15 @@ def calibrate(
     passes through; the study keeps the finished trials.
     """
     identity = Candidate.identity(source.trajectory)
+    grid = check_grid(settings.grid, source.trajectory.steps)
     for name, members in (("calibration", prompts.calibration), ("held-out", prompts.heldout)):
         if len(members) < 2:
             raise CalibrationError(f"one {name} prompt gives no interval; give at least 2")
     if reference is not None:
         check_reference(source, reference)
     search, provenance = settings.search(), provenance_of(source, measure)
-    content = study_content(source, search, prompts, provenance)
-    study = place.open(content)
+    about = study_content(source, search, prompts, provenance)
+    study = place.open(about)
     with study as store:
         run = Search(store, source, measure, settings, prompts.calibration, monitor)
         run.course.expect(HELDOUT, 2 * len(prompts.heldout))
@@ -139,7 +147,18 @@ def calibrate(
             run.course.begin(PRECHECK)
             known = fingerprint(provenance_of(reference, measure))[:24]
             checked = _prechecked(store, f"precheck {known}", source, reference, prompts)
-        run.stages(source.trajectory)
+        levels = None
+        if settings.learns_levels:
+            # a picture of K steps is K + 1 units of the course
+            walked = min(WALKED_PROMPTS, len(prompts.calibration)) * grid
+            run.course.expect(LEVELS, -(-walked // (1 + source.trajectory.steps)))
+            run.course.begin(LEVELS)
+            content = run.noted(
+                f"levels {known or 'alone'}",
+                lambda: learned_levels(source, prompts.calibration, grid, reference).to_dict(),
+            )
+            levels = LearnedLevels.from_dict(content)
+        run.stages(source.trajectory, levels)
         winner = best_of(run.trials)
         candidates = list(dict.fromkeys((identity, winner.candidate)))
         again = reference is not None and winner is not run.trials[0]
@@ -167,12 +186,15 @@ def calibrate(
     costs = [*trials, *heldout, *controls]
     seconds = sum(cost.seconds for cost in costs)
     nfe = sum(cost.nfe for cost in costs)
-    if checked is not None:
-        nfe += checked.nfe
+    nfe += sum(part.nfe for part in (checked, levels) if part is not None)
     learned = {
         "source": "calibration",
         **provenance,
-        "search": {**search, "trials": len(trials)},
+        "search": {
+            **search,
+            "trials": len(trials),
+            **({} if levels is None else {"levels": levels.describe()}),
+        },
         "prompts": {
             part: {"count": len(members), "hash": members.hash, "seeds": list(members.seeds)}
             for part, members in (
@@ -191,6 +213,7 @@ def calibrate(
         "verdict": verdict.kind,
         "guarded": verdict.keep_identity,
         "best": winner.candidate.correction.to_json(),
+        **_own_levels(winner.candidate, source),
         "nfe": nfe,
         "seconds": round(seconds, 1),
     }
@@ -210,12 +233,18 @@ def calibrate(
         warnings=warnings,
         nfe=nfe,
         seconds=seconds,
-        journal=place.path(content),
+        journal=place.path(about),
         where=study.where,
         new_trials=run.new_trials,
         control=control,
         precheck=checked,
     )
+
+
+def _own_levels(best: Candidate, source: Source) -> dict[str, Any]:
+    """What a best candidate with other noise levels than the source's adds to the provenance."""
+    sigmas = best.trajectory.sigmas
+    return {} if sigmas == source.trajectory.sigmas else {"best_sigmas": list(sigmas)}
 
 
 def provenance_of(source: Source, measure: Measure) -> dict[str, Any]:

@@ -80,7 +80,11 @@ def report_text(result: CalibrationResult) -> str:
     if result.winner.candidate != result.baseline.candidate:
         kept = " (not used: the guard keeps c = 1)" if result.verdict.keep_identity else ""
         rows = result.best.correction.rows()
-        lines += ["", f"best coefficients found{kept}:"]
+        what = "best coefficients found"
+        if result.learned_levels:
+            rows = {"sigma": result.best.trajectory.sigmas, **rows}
+            what = "best noise levels and coefficients found"
+        lines += ["", f"{what}{kept}:"]
         lines += [
             f"  step {i + 1}: " + "  ".join(f"{name} {row[i]:.4f}" for name, row in rows.items())
             for i in range(result.best.correction.steps)
@@ -106,6 +110,7 @@ def report_path(result: CalibrationResult, heldout: PromptSet) -> Path:
         "warnings": list(result.warnings),
         "trials": [[trial.value, trial.pruned] for trial in result.trials],
         "best": result.best.correction.to_json(),
+        **({"levels": result.best.trajectory.sigmas} if result.learned_levels else {}),
         "heldout": heldout.hash,
         "scores": [list(s.jaq) for s in (result.heldout_before, result.heldout_after)],
     }

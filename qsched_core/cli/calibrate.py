@@ -36,6 +36,12 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--ends", action="store_true", help="search where the ramps end, too")
     group.add_argument("--pruner", "--fidelity", default="full", choices=PRUNERS)
     group.add_argument("--proposals", type=int, default=1, help="candidates proposed at a time")
+    group.add_argument(
+        "--grid",
+        type=int,
+        default=0,
+        help="steps of the path that levels-dp chooses noise levels from; 0: 32",
+    )
     group.add_argument("--no-guard", action="store_true", help="keep c even if it may not help")
     group = made.add_argument_group("several machines at one search")
     group.add_argument(
@@ -63,6 +69,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         ends=arguments.ends,
         pruner=arguments.pruner,
         proposals=arguments.proposals,
+        grid=arguments.grid,
     )
     database = COMMAND_LINE.database(arguments.storage)
     if database is not None:

@@ -60,14 +60,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     objective = objective_of(arguments, device)
     task = load_task(arguments.task, device)
     source = TaskSource(task, SOURCE_BYTES)
-    match, differences = None, ""
+    scheduled, note, differences = None, "", ""
     if schedule is not None:
+        scheduled, note = schedule.over(source.trajectory)
         if not schedule.is_identity:
-            schedule.check_flow(source.trajectory.flow)
             differences = schedule.trajectory.differences(task.solver, task.options)
-        match = schedule.at(source.trajectory.sigmas)
-    corrected = None if match is None else Candidate(source.trajectory, match.correction)
-    arms = arms_of(source, corrected)
+    arms = arms_of(source, scheduled)
     if arguments.reference_task is not None:
         reference = TaskSource(load_task(arguments.reference_task, device), SOURCE_BYTES)
         check_reference(source, reference)
@@ -96,15 +94,16 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     say(report_text(found))
     if differences:
         say(f"schedule: it was learned for {differences}")
-    if match is not None and match.note:
-        say(f"schedule: {match.note}")
+    if note:
+        say(f"schedule: {note}")
 
 
-def arms_of(source: TaskSource, corrected: Candidate | None) -> list[Arm]:
-    """The task alone, and with a correction that changes something."""
-    arms = [Arm("quantized", source, Candidate.identity(source.trajectory))]
-    if corrected is not None and not corrected.is_identity:
-        arms.append(Arm("schedule", source, corrected, "quantized + schedule"))
+def arms_of(source: TaskSource, scheduled: Candidate | None) -> list[Arm]:
+    """The task alone, and with a schedule that changes something."""
+    plain = Candidate.identity(source.trajectory)
+    arms = [Arm("quantized", source, plain)]
+    if scheduled is not None and scheduled != plain:
+        arms.append(Arm("schedule", source, scheduled, "quantized + schedule"))
     return arms
 
 

@@ -51,6 +51,8 @@ def _head(pen: Canvas, schedule: QSchedule) -> float:
     pen.text(MARGIN, MARGIN + 50, title, GREY, 22, "lm", right - MARGIN)
     if schedule.is_identity:
         text = "all coefficients are 1: the base solver"
+        if schedule.replaced_sigmas is not None:
+            text = "all coefficients are 1; the noise levels are learned"
         pen.text(WIDTH - MARGIN, MARGIN + 8, text, GOOD, 22, "rm")
     return MARGIN + 84
 

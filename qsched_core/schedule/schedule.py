@@ -14,7 +14,7 @@ from typing import Any
 from .. import strict_json
 from ..correction import DEFAULT, Correction, correction_from_json, correction_to_json
 from ..files import write_atomic
-from ..sigmas import SIGMA_TOLERANCE, SigmaMatch, check_falling, match_sigmas
+from ..sigmas import SIGMA_TOLERANCE, SigmaMatch, check_falling, match_sigmas, same
 from ..text import shown
 from ..trajectory import Candidate, StepSolver, Trajectory
 from ..validation import ScheduleError, numbers, plain_json
@@ -83,6 +83,34 @@ class QSchedule:
     @property
     def candidate(self) -> Candidate:
         return Candidate(self.trajectory, self.correction)
+
+    @property
+    def replaced_sigmas(self) -> tuple[float, ...] | None:
+        """The scheduler's noise levels that learned ones took the place of; None where none did."""
+        sampling = self.provenance.get("sampling")
+        before = sampling.get("sigmas") if isinstance(sampling, Mapping) else None
+        try:
+            found = numbers("sigmas", before)
+        except ScheduleError:  # not told, or something else
+            return None
+        pairs = zip(found, self.sigmas, strict=False)
+        kept = len(found) == len(self.sigmas) and all(a == b or same(a, b) for a, b in pairs)
+        return None if kept else found
+
+    def over(self, trajectory: Trajectory) -> tuple[Candidate, str]:
+        """What the schedule makes of ``trajectory`` (one solver), and a note on what was not learned.
+
+        Learned noise levels take the place of the trajectory's; else the coefficients are matched to
+        its own.  ScheduleError for a model of the other kind, unless this changes nothing.
+        """
+        if self.replaced_sigmas is None:
+            if not self.is_identity:
+                self.check_flow(trajectory.flow)
+            match = self.at(trajectory.sigmas)
+            return Candidate(trajectory, match.correction), match.note
+        self.check_flow(trajectory.flow)
+        learned = Trajectory(self.sigmas, self.flow, trajectory.solvers[:1])
+        return Candidate(learned, self.correction), ""
 
     def check_flow(self, flow: bool) -> None:
         """ScheduleError unless a model's sigmas (``flow`` or not) are of the kind that was learned."""

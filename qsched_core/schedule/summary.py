@@ -52,6 +52,7 @@ def provenance_rows(schedule: QSchedule) -> list[tuple[str, str]]:
         ("weights", _text(found, "model", "format")),
         ("runs on", _text(found, "model", "backend")),
         ("sampled at", _sampling(found)),
+        ("noise levels", _levels(schedule)),
         ("objective", _text(found, "objective", "preset")),
         ("verdict", _verdict(found)),
         ("cost", _cost(found)),
@@ -106,6 +107,13 @@ def _edit(edit: Any) -> str:
     if not changes:
         return ""
     return f"{'all steps' if step == 0 else f'step {step:.0f}'} {', '.join(changes)}"
+
+
+def _levels(schedule: QSchedule) -> str:
+    before = schedule.replaced_sigmas
+    if before is None:
+        return ""
+    return f"learned, in place of {', '.join(f'{sigma:.4g}' for sigma in before[:17])}"
 
 
 def _sampling(found: Any) -> str:

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 PRECHECK = "pre-check"
+LEVELS = "noise levels by dynamic programming"
 SEARCH = "search"
 HELDOUT = "check on held-out prompts"
 CONTROL = "control on the unquantized model"
-PARTS = (PRECHECK, SEARCH, HELDOUT, CONTROL)
+PARTS = (PRECHECK, LEVELS, SEARCH, HELDOUT, CONTROL)
 RECENT = 8
 TRUSTED = 0.2  # share of a part after which its own speed is believed
 

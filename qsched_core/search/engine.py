@@ -17,6 +17,7 @@ from ..study.errors import CalibrationError
 from ..study.store import Point, Record, Store
 from ..trajectory import Candidate, Trajectory
 from .course import SEARCH, Course, Standing
+from .levels import LearnedLevels
 from .pruners import Judge, get_pruner, rungs
 from .samplers import suggest
 from .settings import CalibrationSettings
@@ -50,6 +51,7 @@ class Trial:
         return {
             "number": self.number,
             "stage": self.stage,
+            "sigmas": list(self.candidate.trajectory.sigmas),
             **self.candidate.correction.to_json(),
             "jaq": self.value,
             "means": self.scores.means(),
@@ -123,10 +125,10 @@ class Search:
         self.course.trials = self.total
         self.course.expect(SEARCH, self.total * len(prompts))
 
-    def stages(self, trajectory: Trajectory) -> None:
-        """Run every stage of the strategy."""
+    def stages(self, trajectory: Trajectory, levels: LearnedLevels | None = None) -> None:
+        """Run every stage of the strategy; ``levels`` for one that asks for them."""
         self.course.begin(SEARCH)
-        plan = self.settings.plan(trajectory)
+        plan = self.settings.plan(trajectory, levels)
         strategy = get_strategy(self.settings.strategy)
         for build in strategy.stages(plan):
             finished = [t for t in self.trials if not t.pruned]
@@ -249,6 +251,19 @@ class Search:
             recent = self.trials[-RECENT:]
             left = fmean(t.seconds for t in recent) * (self.total - len(self.trials))
             self.monitor.on_trial(Progress(trial, self.total, best, best is trial, left, resumed))
+
+    def noted(self, key: str, make: Callable[[], Any]) -> Any:
+        """Plain JSON under ``key`` of the study: made by one worker, read by all others."""
+        while True:
+            found = self.store.get(key)
+            if found is not None:
+                return found
+            if not self.store.working(key):
+                with self.store.claim(key, NOTHING, {0: {}}) as claim:
+                    if claim.points and self.store.get(key) is None:
+                        self.store.put(key, make())
+                continue
+            self._wait()
 
     def judged(
         self,

@@ -9,6 +9,7 @@ from ..optional import MissingDependencyError
 from ..study.errors import CalibrationError
 from ..text import shown
 from ..trajectory import Trajectory
+from .levels import LearnedLevels, check_grid
 from .pruners import get_pruner
 from .space import check_radius, check_range
 from .strategies import Plan, get_strategy
@@ -23,7 +24,8 @@ class CalibrationSettings:
     well as where they start, ``radius`` bounds the per-step refinement.  ``pruner`` is how early
     bad candidates are given up.  A sampler makes ``proposals`` at a time; they are evaluated
     together.  Of candidates that don't depend on results ``together`` are evaluated at a time; this
-    does not change any result.
+    does not change any result.  ``grid`` is the steps of the fine path whose levels dynamic
+    programming chooses from (0: 32).
     Raises CalibrationError on any invalid field, MissingDependencyError if something needs a package.
     """
 
@@ -38,6 +40,7 @@ class CalibrationSettings:
     pruner: str = "full"
     proposals: int = 1
     together: int = 4
+    grid: int = 0
 
     def __post_init__(self):
         strategy, pruner = get_strategy(self.strategy), get_pruner(self.pruner)
@@ -54,17 +57,39 @@ class CalibrationSettings:
             raise CalibrationError(
                 f"ends=True has no meaning for search {self.strategy!r}, which has no ramp"
             )
+        if self.grid and not strategy.levels:
+            raise CalibrationError(
+                f"grid={shown(self.grid)} has no meaning for search {self.strategy!r}, which takes "
+                "the scheduler's noise levels; set it to 0"
+            )
+        check_grid(self.grid)
         check_range(self.low, self.high)
         check_radius(self.radius)
         reason = strategy.available() or pruner.available()
         if reason:
             raise MissingDependencyError(reason)
 
-    def plan(self, trajectory: Trajectory) -> Plan:
-        return Plan(trajectory, self.budget, self.seed, self.low, self.high, self.radius, self.ends)
+    @property
+    def learns_levels(self) -> bool:
+        """Whether the plan needs what dynamic programming finds."""
+        return get_strategy(self.strategy).levels
+
+    def plan(self, trajectory: Trajectory, levels: LearnedLevels | None = None) -> Plan:
+        return Plan(
+            trajectory,
+            self.budget,
+            self.seed,
+            self.low,
+            self.high,
+            self.radius,
+            self.ends,
+            levels,
+        )
 
     def search(self) -> dict[str, Any]:
         """What the proposals depend on: plain JSON."""
         content = asdict(self)
         content["fidelity"] = content.pop("pruner")  # the pruner's name in existing studies
+        if not content["grid"]:
+            del content["grid"]  # as in studies of searches that have none
         return {name: v for name, v in content.items() if name not in ("guard", "together")}

@@ -128,6 +128,31 @@ class StepSpace:
         return Candidate(self.centre.trajectory, correction.with_rows(rows))
 
 
+@dataclass(frozen=True)
+class ListSpace:
+    """Candidates that were computed before: the one coordinate is a place among them.
+
+    Its range goes beyond the places: none of them lies on the edge of anything.
+    """
+
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def bounds(self):
+        return {"place": (-1.0, float(len(self.candidates)))}
+
+    @property
+    def start(self):
+        return {"place": 0.0}
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        return tuple({"place": float(k)} for k in range(len(self.candidates)))
+
+    def candidate(self, point):
+        return self.candidates[round(point["place"])]
+
+
 class _Nothing:
     """A box without coordinates, for trials that are evaluated but not searched."""
 

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 
 from ..optional import missing
 from ..study.errors import CalibrationError
+from ..study.journal import fingerprint
 from ..study.store import Point
 from ..text import shown
 from ..trajectory import Candidate, Trajectory
+from .levels import LearnedLevels
 from .samplers import SAMPLERS
-from .space import RampSpace, Space, StepSpace, grid_points, sobol_points
+from .space import ListSpace, RampSpace, Space, StepSpace, grid_points, sobol_points
 
 RAMP_DESIGN = 4  # points spread over the ramp's box before the sampler takes over
 RAMP_SHARE = 24 / 64  # the ramp's share of the budget, where single steps are refined after it
@@ -47,7 +49,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a strategy needs to know: see ``CalibrationSettings`` for the fields."""
+    """What a strategy needs to know: see ``CalibrationSettings`` for the fields.
+
+    ``levels`` are there for a strategy that asks for them.
+    """
 
     trajectory: Trajectory
     budget: int
@@ -56,6 +61,7 @@ class Plan:
     high: float
     radius: float
     ends: bool = False
+    levels: LearnedLevels | None = None
 
     @property
     def steps(self) -> int:
@@ -74,6 +80,7 @@ class Strategy:
 
     ``ramp`` says whether ramps are searched, ``box`` in which range by default.
     ``min_budget_ends`` is the least budget if the ramps' ends are free; 0: no more than otherwise.
+    ``levels`` says that the plan must have what dynamic programming found: see :mod:`.levels`.
     """
 
     name: str
@@ -85,6 +92,7 @@ class Strategy:
     box: tuple[float, float] = WIDE
     ramp: bool = True
     min_budget_ends: int = 0
+    levels: bool = False
 
     def available(self) -> str | None:
         """Why this strategy can't run here, with the fix, or None."""
@@ -112,6 +120,19 @@ def _grid_stage(plan: Plan, past: Sequence[Past]) -> Stage:
     points = [p for p in points if any(abs(value - 1) > 1e-9 for value in p.values())]
     fixed = (space.start, *points)
     return Stage("grid", space, len(fixed), fixed=fixed)
+
+
+def _programmed_stage(plan: Plan, past: Sequence[Past]) -> Stage:
+    """The trajectory as it is, and what dynamic programming proposes in its place."""
+    proposals = () if plan.levels is None else plan.levels.proposals
+    found = dict.fromkeys(
+        (Candidate.identity(plan.trajectory), *(each.candidate for each in proposals))
+    )
+    space = ListSpace(tuple(found)[: 1 + plan.budget])
+    # Trials are known by their place in the list: of another list, they are another stage's.
+    content = [[each.trajectory.to_json(), each.correction.to_json()] for each in space.candidates]
+    name = f"levels {fingerprint({'candidates': content})[:8]}"
+    return Stage(name, space, len(space.candidates), fixed=space.points)
 
 
 def _side(points: int, dimensions: int) -> int:
@@ -178,6 +199,19 @@ def _grid() -> Strategy:
     )
 
 
+def _levels_dp() -> Strategy:
+    return Strategy(
+        "levels-dp",
+        "noise levels by dynamic programming, with and without coefficients fitted to them; the "
+        "prompts judge only what it proposes",
+        3,
+        1,
+        lambda plan: (_programmed_stage,),
+        ramp=False,
+        levels=True,
+    )
+
+
 def _ramp(sampler: str) -> Strategy:
     return Strategy(
         sampler,
@@ -219,6 +253,7 @@ STRATEGIES: dict[str, Strategy] = {
         *(_ramp_and_steps(name) for name in SAMPLERS),
         *(_steps(name) for name in SAMPLERS),
         _grid(),
+        _levels_dp(),
     )
 }
 

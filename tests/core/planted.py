@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from qsched_core.objective import Scores
 from qsched_core.prompts import PromptSet
-from qsched_core.trajectory import Candidate, Trajectory
+from qsched_core.sigmas import divided
+from qsched_core.trajectory import Candidate, Observed, Trajectory
 
 TRAJECTORY = Trajectory.of((1.0, 0.9, 0.75, 0.5, 0.0))
 _kept: list[Scores] = []  # one score each; a picture's pixel is its place here
@@ -21,8 +23,6 @@ class Planted:
     """A source whose pictures score what ``evaluate`` says, under :data:`READER`."""
 
     width = height = 1
-    max_batch = 1000
-
     max_batch = 32
 
     def __init__(
@@ -54,8 +54,35 @@ class Planted:
                 pictures[k, i] = len(_kept) - 1
         return pictures
 
-    def observed(self, prompts, at=None):
-        return self.observe(prompts, at)
+    def observed(self, prompts, at=None, trajectory=None):
+        """Of ``observe``; without it a model of latents with a clean point for each seed."""
+        if self.observe is not None:
+            return self.observe(prompts, at)
+        sigmas = (trajectory or self.trajectory).sigmas
+        clean, noise = (
+            torch.stack([_drawn(f"{kind} {seed}") for seed in prompts.seeds])
+            for kind in ("clean", "noise")
+        )
+        x, seen = noise * sigmas[0], []
+        levels = pairwise(sigmas)
+        if at is not None:
+            levels = ((sigma, None) for sigma in at.sigmas)
+        for k, (sigma, after) in enumerate(levels):
+            x = x if at is None else at.latents[k]
+            denoised = clean * (1 - sigma**2 / 2) + 0.2 * (x - clean) * sigma**3
+            seen.append((sigma, x, denoised))
+            x = x if after is None else x + (after - sigma) / sigma * (x - denoised)
+        self.nfe += len(seen) * len(prompts)
+        return Observed(*zip(*seen, strict=True), len(seen) * len(prompts))
+
+    def fine(self, steps):
+        own = self.trajectory
+        return Trajectory(divided(own.sigmas, steps, own.flow), own.flow)
+
+
+def _drawn(name: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(name.encode()) * 7919)
+    return torch.randn(12, generator=generator, dtype=torch.float64)
 
 
 class Reader:

@@ -83,13 +83,13 @@ def test_an_evaluation_says_what_the_schedule_was_learned_for(files, caplog):
         model=model, trajectory=trajectories.trajectory_of(model, "euler", "simple", STEPS)
     )
     schedule = schedule_of(model, MIXED)
-    match = evaluation.match_of(schedule, source)
-    assert match.correction == schedule.correction
-    assert "solver 'euler+tcd+dpmpp_2m', not 'euler'" in match.note and match.note in caplog.text
-    assert not evaluation.match_of(schedule_of(model, (core.StepSolver("euler"),)), source).note
+    candidate, note = evaluation.scheduled_on(schedule, source)
+    assert candidate.correction == schedule.correction
+    assert "solver 'euler+tcd+dpmpp_2m', not 'euler'" in note and note in caplog.text
+    assert not evaluation.scheduled_on(schedule_of(model, (core.StepSolver("euler"),)), source)[1]
     flow = schedule_of(plain(files, FLUX_SCHNELL), (core.StepSolver("euler"),))
     with pytest.raises(schedules.ScheduleError, match="learned for a flow model"):
-        evaluation.match_of(flow, source)
+        evaluation.scheduled_on(flow, source)
 
 
 def test_version_2_goes_through_text_picture_and_edit(files, monkeypatch):

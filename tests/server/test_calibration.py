@@ -200,3 +200,29 @@ def test_as_many_prompts_as_images_are_needed(server, calibrated):
     scores = json.loads(server.run(prompt)["outputs"]["6"]["text"][0])
     assert len(scores["scores"]["jaq"]) == 3
     assert scores["scores"]["jaq"] == pytest.approx([scores["means"]["jaq"]] * 3, abs=1e-5)
+
+
+def test_learned_noise_levels_go_from_the_search_to_the_picture(server):
+    """levels-dp from the graph to the picture, with levels that no scheduler of 2 steps has."""
+    prompt = graph(search="levels-dp", budget=0)
+    prompt["4"]["inputs"]["level_grid"] = 6
+    latent = node("EmptySD3LatentImage", width=96, height=96, batch_size=1)
+    positive = node("CLIPTextEncode", clip=["1", 1], text=CALIBRATION[0])
+    prompt |= {"5": latent, "6": positive}
+    prompt["7"] = node(
+        "QSchedKSampler",
+        model=["1", 0], seed=1, steps=9, cfg=1.0, solver="euler", scheduler="as learned",
+        positive=["6", 0], negative=["6", 0], latent_image=["5", 0], denoise=1.0, schedule=["4", 0],
+    )  # fmt: skip
+    prompt["8"] = node("VAEDecode", samples=["7", 0], vae=["1", 2])
+    prompt["9"] = node("PreviewImage", images=["8", 0])
+    entry = server.run(prompt)
+    report = report_of(entry)
+    assert report["new_trials"] == len(report["trials"]) == 4
+    assert all(
+        trial["sigmas"][0] == 1.0 and len(trial["sigmas"]) == 3 for trial in report["trials"]
+    )
+    learned = json.loads(report["schedule"])
+    assert learned["sigmas"] == report["best_sigmas"]
+    assert learned["provenance"]["search"]["levels"]["nfe"] == 4 * (6 + 2)
+    assert entry["outputs"]["9"]["images"]

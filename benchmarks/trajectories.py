@@ -1,0 +1,151 @@
+"""Learned trajectories on a Gaussian mixture with its exact denoiser (plain torch, seconds).
+
+12 components in 64 dimensions, sigma .25, a flow, Euler.  Everything is fitted on 16 samples and
+judged on 512 others: by the mean distance of the end point to the solution of 1000 steps.
+
+``dp.mixture.<K>``: levels by dynamic programming with the coefficients fitted to them, over the best
+of ComfyUI's schedulers, each at the shift that is best for the 512 samples.  ``dp.edges.<K>``: the
+same with each edge's own coefficients, as fitted on the fine path.  ``dp.plain.<K>``: these levels
+at c = 1; ``dp.uncorrected.<K>``: levels that were chosen for c = 1.
+``dp.evaluations``: of the walk that gives all K <= 16.  ``dp.optimal``: cost over that of brute force.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from itertools import combinations, pairwise
+
+import torch
+
+from qsched_core.search.levels import learned_levels
+from qsched_core.trajectory import Candidate, Trajectory, best_paths
+
+from ._common import BenchRow, machine, options, report
+from ._mixture import MixtureSource, Nearness, prompts
+
+FITTED, JUDGED = prompts(16, 1000), prompts(512, 5000)
+SHIFTS = [2 ** (k / 4) for k in range(-8, 13)]
+STEPS = (3, 4, 6)
+BOUNDS = {3: "<= 0.9", 4: "<= 0.75", 6: "<= 0.6"}
+
+
+def row(name, what, ours, other, unit="distance", n=512, bound=""):
+    return BenchRow(name, what, ours, other, ours / other, unit, n, machine(), bound)
+
+
+class Judge:
+    """Mean distance of candidates on the samples that nothing was fitted to."""
+
+    def __init__(self):
+        self.near = Nearness()
+
+    def __call__(self, candidate: Candidate) -> float:
+        source = MixtureSource(candidate.trajectory)
+        ends = source.images(JUDGED, [candidate])[0]
+        return float(self.near.distances(ends, JUDGED.seeds).mean())
+
+
+def comfy_schedules(steps: int):
+    """(name, shift, sigmas) of every scheduler of ComfyUI that gives so many falling steps."""
+    samplers = importlib.import_module("comfy.samplers")
+    module = importlib.import_module("comfy.model_sampling")
+    made = type("ModelSampling", (module.ModelSamplingDiscreteFlow, module.CONST), {})()
+    for shift in SHIFTS:
+        made.set_parameters(shift=shift)
+        for name in samplers.SCHEDULER_NAMES:
+            sigmas = samplers.calculate_sigmas(made, name, steps).double().tolist()
+            falls = all(a > b for a, b in pairwise(sigmas))
+            if len(sigmas) == steps + 1 and falls:
+                yield name, shift, tuple(sigmas)
+
+
+def best_scheduler(judge: Judge, steps: int) -> tuple[float, str]:
+    """The least distance of a scheduler at the shift that is best for the judged samples."""
+    found = [
+        (judge(Candidate.identity(Trajectory.of(sigmas))), f"{name} at shift {shift:.3g}")
+        for name, shift, sigmas in comfy_schedules(steps)
+    ]
+    return min(found)
+
+
+def programmed(steps: int):
+    """What dynamic programming proposes for so many steps: see ``learned_levels``."""
+    source = MixtureSource(Trajectory.of(torch.linspace(1, 0, steps + 1).tolist()))
+    found = learned_levels(source, FITTED)
+    return [each.candidate for each in found.proposals], found
+
+
+def dp_rows(judge: Judge) -> list[BenchRow]:
+    rows = []
+    for steps in STEPS:
+        (edges, rolled, uncorrected), _ = programmed(steps)
+        other, name = best_scheduler(judge, steps)
+        alone = Candidate.identity(rolled.trajectory)
+        for kind, candidate, what, bound in (
+            ("mixture", rolled, "levels, coefficients along the corrected path", BOUNDS[steps]),
+            ("edges", edges, "levels, coefficients of each edge", ""),
+            ("plain", alone, "the same levels at c = 1", ""),
+            ("uncorrected", uncorrected, "levels chosen for c = 1, at c = 1", ""),
+        ):
+            said = f"{what}; other: {name}"
+            rows.append(row(f"dp.{kind}.{steps}", said, judge(candidate), other, bound=bound))
+    return rows
+
+
+def evaluations() -> BenchRow:
+    _, found = programmed(4)
+    walked = found.grid * found.prompts
+    return row(
+        "dp.evaluations",
+        f"the walk for all K <= 16; the coefficients along the corrected path of one K took "
+        f"{found.nfe - walked} more",
+        walked,
+        32 * 16,
+        "evaluations",
+        found.prompts,
+        "<= 1",
+    )
+
+
+def optimal() -> BenchRow:
+    """The worst ratio to brute force over every grid, M = 12, K <= 5."""
+    worst, count = 1.0, 0
+    for seed in range(20):
+        draw = torch.Generator().manual_seed(seed)
+        cost = torch.rand(12, 13, generator=draw, dtype=torch.float64)
+        cost.masked_fill_(torch.ones(12, 13).tril().bool(), torch.inf)
+        for steps, path in enumerate(best_paths(cost, 5), start=1):
+            grids = [(0, *inner, 12) for inner in combinations(range(1, 12), steps - 1)]
+            brute = min(sum(float(cost[i, j]) for i, j in pairwise(grid)) for grid in grids)
+            worst, count = max(worst, path.cost / brute, brute / path.cost), count + len(grids)
+    return row(
+        "dp.optimal",
+        f"cost over brute force's ({count} grids)",
+        worst,
+        1.0,
+        "cost",
+        20,
+        "<= 1.000001",
+    )
+
+
+def comfyui() -> None:
+    """ComfyUI's schedulers can be imported from here on."""
+    sys.path.insert(0, os.environ["COMFYUI_PATH"])
+    importlib.import_module("comfy.cli_args").args.cpu = True
+
+
+def main() -> None:
+    args = options(__doc__, groups=("dp",))
+    torch.set_num_threads(1)
+    comfyui()
+    rows = []
+    if "dp" in args.only:
+        rows += [*dp_rows(Judge()), evaluations(), optimal()]
+    report(rows, args.json)
+
+
+if __name__ == "__main__":
+    main()
