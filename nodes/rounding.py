@@ -6,12 +6,14 @@ import json
 
 from comfy_api.latest import io, ui
 
-from ..qsched_core.formats import get
+from ..qsched_core.formats.recommend import ordered
+from ..qsched_core.formats.recommend import table as format_table
 from ..qsched_core.rounding import GRIDS, calibrate_weights, figures, report, verdict
 from ..qsched_core.rounding.picture import report_picture
 from .host.folders import rounding_folder
 from .host.pictures import as_tensor
 from .host.progress import RoundingLive, on_node
+from .host.weights import recommended
 from .host.weights.calibrated import ComfySubject
 from .host.weights.loading import Request
 from .host.weights.provenance import model_info
@@ -30,7 +32,8 @@ from .types import MAX_SEED, Objective
 class QSchedCalibrateWeights(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        lines = "\n".join(f"{name}: {get(name).title}" for name in GRIDS)
+        device = recommended.compute_device()
+        formats = [name for name in ordered(device) if name in GRIDS]
         shared = [i for i in trajectory_inputs() if i.id not in ("model", "objective")]
         return io.Schema(
             node_id="QSchedCalibrateWeights",
@@ -42,10 +45,31 @@ class QSchedCalibrateWeights(io.ComfyNode):
                 "on the held-out prompts; where it fails, plain rounding is what comes out. A run "
                 "that was stopped continues where it was when the same graph is queued again."
             ),
+            search_aliases=[
+                "calibrate",
+                "gptq",
+                "imatrix",
+                "importance matrix",
+                "quantize my model",
+                "2-bit",
+                "3-bit",
+                "4-bit",
+                "int2",
+                "int3",
+                "nf4",
+                "gguf",
+                "better quantization",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="The unquantized model. Its LoRAs are rounded in."),
                 *shared,
-                io.Combo.Input("weight_format", options=list(GRIDS), default="int3", tooltip=lines),
+                io.Combo.Input(
+                    "weight_format",
+                    options=formats,
+                    default="int3",
+                    tooltip="How the weights are stored; bits are of a weight, scales included.\n"
+                    + format_table(device, formats),
+                ),
                 Objective.Input(
                     "objective",
                     optional=True,
@@ -82,9 +106,14 @@ class QSchedCalibrateWeights(io.ComfyNode):
                 *option_inputs(),
             ],
             outputs=[
-                io.Model.Output(display_name="model"),
-                io.Image.Output(display_name="report_image"),
-                io.String.Output(display_name="report"),
+                io.Model.Output(
+                    display_name="model",
+                    tooltip="The model with calibrated weights, or plain ones where they are as good.",
+                ),
+                io.Image.Output(
+                    display_name="report_image", tooltip="Figures, layers and pictures."
+                ),
+                io.String.Output(display_name="report", tooltip="The same figures as text."),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,

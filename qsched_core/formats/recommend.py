@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -99,10 +99,13 @@ def ordered(device: torch.device | str) -> tuple[str, ...]:
     return tuple(sorted(FORMATS, key=lambda name: get(name).available(device) is not None))
 
 
-def table(device: torch.device | str) -> str:
-    """A line for each format: bits a weight, what to expect, and why it can't run on ``device``."""
+def table(device: torch.device | str, names: Iterable[str] | None = None) -> str:
+    """A line for each format: bits a weight, what to expect, and why it can't run on ``device``.
+
+    Of ``names``; None: of all of them.
+    """
     lines = []
-    for form in map(get, ordered(device)):
+    for form in map(get, ordered(device) if names is None else names):
         text = f"{form.name}: {form.bits:g} bits, {form.word}. {form.title}."
         reason = form.available(device)
         if reason is not None:

@@ -1,0 +1,131 @@
+"""Calibrate Weights in a real ComfyUI: the demo's model, its file, kill -9, interrupts, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+
+import pytest
+from test_calibration import captions, node
+
+from devtools.server import ComfyServer, ServerError
+
+CHECKPOINT = "qsched_demo.safetensors"
+STEPS = 2
+
+
+def graph(**more) -> dict:
+    """2 calibrates the weights; 3 samples with them."""
+    settings = {
+        "model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2], "prompts": ["4", 0],
+        "solver": "euler", "scheduler": "simple", "steps": STEPS, "cfg": 1.0, "width": 96,
+        "height": 96, "weight_format": "int2",
+    }  # fmt: skip
+    return {
+        "1": node("CheckpointLoaderSimple", ckpt_name=CHECKPOINT),
+        "4": node(
+            "QSchedCalibrationPrompts",
+            source="text", calibration="\n".join(captions(12, False)),
+            heldout="\n".join(captions(12, True)), seed=0,
+        ),
+        "2": node("QSchedCalibrateWeights", **(settings | more)),
+        "5": node("CLIPTextEncode", clip=["1", 1], text="a red circle on a white background"),
+        "6": node("EmptySD3LatentImage", width=96, height=96, batch_size=1),
+        "3": node(
+            "KSampler",
+            model=["2", 0], seed=3, steps=STEPS, cfg=1.0, sampler_name="euler", scheduler="simple",
+            positive=["5", 0], negative=["5", 0], latent_image=["6", 0], denoise=1.0,
+        ),
+        "7": node("SaveLatent", samples=["3", 0], filename_prefix="calibrated"),
+    }  # fmt: skip
+
+
+def figures_of(entry: dict) -> dict:
+    return json.loads(entry["outputs"]["2"]["text"][0])
+
+
+@pytest.fixture(scope="module")
+def run(server) -> dict:
+    prompt = graph()
+    prompt["8"] = node(
+        "QSchedSaveModel", model=["2", 0], filename_prefix="diffusion_models/calibrated"
+    )
+    prompt["9"] = node("QSchedQuantizationReport", model=["2", 0])
+    prompt["10"] = node("SaveImage", images=["2", 1], filename_prefix="report")
+    return server.run(prompt)
+
+
+def test_the_distance_falls_on_prompts_that_it_never_saw(run):
+    found = figures_of(run)
+    proof = found["proof"]
+    assert found["calibrated"] and proof["change"]["high"] < 0 and proof["prompts"] == 12
+    assert proof["distance"]["calibrated"] < 0.6 * proof["distance"]["plain"]
+    assert found["states"] == 12 * STEPS == found["evaluations"]
+    assert f"on {proof['prompts']} prompts that it never saw" in found["report"]
+    assert "calibrated: output error" in run["outputs"]["9"]["text"][0]
+    assert run["outputs"]["2"]["images"] and run["outputs"]["10"]["images"]
+
+
+def test_the_saved_file_samples_the_same(server, run):
+    path = server.base / "output" / "diffusion_models" / "calibrated_00001_.safetensors"
+    assert path.is_file() and "calibrated: " in run["outputs"]["8"]["text"][0]
+    models = server.base / "models" / "diffusion_models"
+    models.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, models / "calibrated.safetensors")
+    prompt = graph()
+    del prompt["2"], prompt["4"]
+    prompt["2"] = node(
+        "QSchedLoadDiffusionModel", unet_name="calibrated.safetensors", weight_format="int2"
+    )
+    again = server.run(prompt)
+
+    def latent(entry):
+        return server.image(entry["outputs"]["7"]["latents"][0])
+
+    assert latent(again)[-4096:] == latent(run)[-4096:]
+
+
+def test_a_finished_walk_is_not_repeated(server, run):
+    """The file is there; the node's answer is not kept, since the graph is another."""
+    again = server.run(graph(states_per_prompt=2))  # as many as there are: the same states
+    one, other = figures_of(run), figures_of(again)
+    assert one["proof"] == other["proof"] and one["seconds"] == other["seconds"]
+
+
+@pytest.mark.full
+def test_a_killed_server_goes_on_to_the_same_weights(
+    run, server_base, tmp_path, comfyui_path, server_args
+):
+    base = tmp_path / "killed"
+    shutil.copytree(server_base / "models", base / "models", copy_function=os.link)
+    with ComfyServer(comfyui_path, base, extra_args=server_args) as killed:
+        killed.queue(graph())
+        deadline = time.monotonic() + 300
+        while not list(base.rglob("rounding-*/blocks/*.safetensors")):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        killed.kill()
+    kept = {p.name for p in base.rglob("rounding-*/blocks/*.safetensors")}
+    with ComfyServer(comfyui_path, base, extra_args=server_args) as again:
+        found = figures_of(again.run(graph()))
+    assert kept and found["proof"] == figures_of(run)["proof"]
+
+
+def test_the_user_can_stop_it(server):
+    prompt_id = server.queue(graph(seed=7))
+    deadline = time.monotonic() + 300
+    while not list(server.base.rglob("rounding-*/blocks/*.safetensors")):
+        assert time.monotonic() < deadline, server.log_tail()
+        time.sleep(0.02)
+    server.interrupt()
+    with pytest.raises(ServerError, match="interrupted at node 2"):
+        server.wait(prompt_id, timeout=60)
+
+
+def test_a_quantized_model_is_refused_in_a_sentence(server):
+    prompt = graph()
+    prompt["1"] = node("QSchedLoadCheckpoint", ckpt_name=CHECKPOINT, weight_format="int8")
+    with pytest.raises(ServerError, match="model is quantized already"):
+        server.run(prompt)
