@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 WORKFLOW = Path(__file__).parent.parent / "workflows" / "api" / "qsched_learn_and_sample.json"
@@ -21,8 +22,11 @@ def shipped() -> dict:
     return json.loads(WORKFLOW.read_text(encoding="utf-8"))
 
 
-def loader(weight_format: str) -> dict:
-    """CheckpointLoaderSimple, or the quantized loader in a format."""
+def loader(weight_format: str, file: str | None = None) -> dict:
+    """CheckpointLoaderSimple, or the quantized loader in a format: of the checkpoint, or a ``file``."""
+    if file is not None:
+        inputs = {"unet_name": file, "weight_format": weight_format}
+        return {"class_type": "QSchedLoadDiffusionModel", "inputs": inputs}
     if weight_format == UNQUANTIZED:
         return {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": CHECKPOINT}}
     return {
@@ -43,10 +47,52 @@ def shared_parts(graph: dict) -> dict:
     return graph | {PARTS: loader(UNQUANTIZED)}
 
 
-def learn(weight_format: str, search: str, guard: bool, name: str) -> dict:
+def prompts_node(calibration: Sequence[str], heldout: Sequence[str], seed: int) -> dict:
+    return {
+        "class_type": "QSchedCalibrationPrompts",
+        "inputs": {
+            "source": "text",
+            "calibration": "\n".join(calibration),
+            "heldout": "\n".join(heldout),
+            "seed": seed,
+        },
+    }
+
+
+def calibrate_weights(
+    weight_format: str, prompts: Sequence[str], heldout: Sequence[str], name: str
+) -> dict:
+    """Round the demo's weights for ``prompts``, and save the model for ComfyUI's loaders."""
+    graph = {
+        "1": loader(UNQUANTIZED),
+        "2": prompts_node(prompts, heldout, 0),
+        "4": {
+            "class_type": "QSchedCalibrateWeights",
+            "inputs": {
+                "model": ["1", 0],
+                "clip": ["1", 1],
+                "vae": ["1", 2],
+                "prompts": ["2", 0],
+                "weight_format": weight_format,
+                **TRAJECTORY,
+            },
+        },
+        "5": {
+            "class_type": "QSchedSaveModel",
+            "inputs": {"model": ["4", 0], "filename_prefix": f"diffusion_models/{name}"},
+        },
+        "6": {
+            "class_type": "SaveImage",
+            "inputs": {"images": ["4", 1], "filename_prefix": f"demo/{name}"},
+        },
+    }
+    return shared_parts(graph)
+
+
+def learn(weight_format: str, search: str, guard: bool, name: str, file: str | None = None) -> dict:
     """The shipped workflow: learn a schedule, save it under ``name``, sample a picture with it."""
     graph = shared_parts(shipped())
-    graph["1"] = loader(weight_format) | {"_meta": graph["1"]["_meta"]}
+    graph["1"] = loader(weight_format, file) | {"_meta": graph["1"]["_meta"]}
     graph["4"]["inputs"] |= {"search": search, "guard": guard}
     graph["5"]["inputs"]["name"] = name
     return graph
@@ -57,21 +103,13 @@ def evaluate(
     schedule: str | None,
     prompts: tuple[str, ...],
     seed: int,
-    show: int,
     prefix: str,
+    file: str | None = None,
 ) -> dict:
-    """Score ``prompts`` without a schedule, or with the saved one, and keep the first pictures."""
+    """Score ``prompts`` without a schedule, or with the saved one, and keep the pictures."""
     graph = {
-        "1": loader(weight_format),
-        "2": {
-            "class_type": "QSchedCalibrationPrompts",
-            "inputs": {
-                "source": "text",
-                "calibration": "unused",
-                "heldout": "\n".join(prompts),
-                "seed": seed,
-            },
-        },
+        "1": loader(weight_format, file),
+        "2": prompts_node(["unused"], prompts, seed),
         "3": shipped()["3"],
         "4": {
             "class_type": "QSchedEvaluate",
@@ -84,11 +122,7 @@ def evaluate(
                 **TRAJECTORY,
             },
         },
-        "5": {
-            "class_type": "ImageFromBatch",
-            "inputs": {"image": ["4", 1], "batch_index": 0, "length": show},
-        },
-        "6": {"class_type": "SaveImage", "inputs": {"images": ["5", 0], "filename_prefix": prefix}},
+        "6": {"class_type": "SaveImage", "inputs": {"images": ["4", 1], "filename_prefix": prefix}},
     }
     if schedule is not None:
         graph["7"] = {"class_type": "QSchedLoadSchedule", "inputs": {"schedule_name": schedule}}

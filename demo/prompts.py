@@ -1,4 +1,4 @@
-"""The demo's prompts: captions of scenes that no training picture showed, in three disjoint sets."""
+"""The demo's prompts: captions of scenes that no training picture showed, in disjoint sets."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ import numpy as np
 
 from .shapes import sample_scenes
 
-SIZES = {"calibration": 20, "heldout": 128, "test": 128}
+SIZES = {"calibration": 20, "heldout": 128, "test": 128, "weights": 64}
 DRAWN = 720  # scenes drawn, before repeats go
 
 
 @dataclass(frozen=True)
 class DemoPrompts:
-    """``calibration`` is searched on, ``heldout`` decides the guard, ``test`` is only measured."""
+    """``calibration`` is searched on, ``heldout`` decides the guard, ``test`` is only measured.
+
+    ``weights`` are what weights are rounded for.
+    """
 
     calibration: tuple[str, ...]
     heldout: tuple[str, ...]
     test: tuple[str, ...]
+    weights: tuple[str, ...]
 
 
 def demo_prompts(seed: int = 7) -> DemoPrompts:

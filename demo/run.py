@@ -1,8 +1,8 @@
 """The whole job in a real headless ComfyUI: ``python dev.py demo``.
 
-For a 4-bit and a 2-bit format: learn a schedule with the shipped workflow, then score prompts that
-neither search nor guard saw, without and with it.  The control runs the same search on the
-unquantized model: what it gains there is sharpening, not repair.
+In a 2-bit and a 4-bit format: quantize plainly, calibrate the weights, and score prompts that nothing
+was fitted to.  In 2 bits also learn a schedule for both, with the shipped workflow.  The control runs
+the same search on the unquantized model: what it gains there is sharpening, not repair.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from devtools.server import ComfyServer, ServerError, device_args
@@ -25,13 +26,17 @@ from qsched_core.files import write_atomic
 from qsched_core.statistics import mean_interval, paired_interval
 
 from .build import build_models
-from .graphs import UNQUANTIZED, evaluate, learn
+from .graphs import UNQUANTIZED, calibrate_weights, evaluate, learn
 from .prompts import demo_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / ".host" / "demo"
-FORMATS = ("nf4", "int2")
-CONTROLLED = "int2"  # the format whose gain is held against the control's
+FORMATS = ("int2", "nf4")
+LEARNED = (
+    "int2"  # the format that schedules are learned for, with plain and with calibrated weights
+)
+CALIBRATED, SCHEDULED = " calibrated", " + Q-Sched"  # of a row's name
+WEIGHTS_HELDOUT = 64  # prompts that decide between calibrated and plain weights
 SEARCH = "gp"  # on 20 prompts, refining every step on its own finds what does not carry over
 TEST_SEED = 20_000
 FAST_BF16 = ("amx_bf16", "avx512_bf16")  # torch's names for the instructions
@@ -41,20 +46,36 @@ CELL = 144
 
 @dataclass
 class Row:
-    """One line of the table: a model, with or without a learned schedule."""
+    """One line of the table: a model, with or without a learned schedule.
+
+    ``distance`` is the pictures' to the unquantized model's: the root of the mean square, in levels of
+    255.  ``gain`` is paired, over the row ``over``.
+    """
 
     name: str
     weight_bytes: int
     computes_in: str
-    calibration_jaq: float
     test: dict  # per-prompt "jaq", "alignment", "quality"
-    nfe: int
-    seconds: float
+    nfe: int = 0
+    seconds: float = 0.0
     pictures: list = field(default_factory=list, repr=False)
-    gain: dict | None = None  # paired, against the same model without a schedule
+    distance: float = 0.0
+    gain: dict | None = None
+    over: str = ""
 
     def interval(self):
         return mean_interval(self.test["jaq"])
+
+    def compare(self, other: Row) -> None:
+        self.over = other.name
+        self.gain = paired_interval(other.test["jaq"], self.test["jaq"]).to_dict()
+
+
+def distance(pictures: Sequence[Image.Image], wanted: Sequence[Image.Image]) -> float:
+    """Root of the mean squared difference of pictures, in levels of 255."""
+    pairs = zip(pictures, wanted, strict=True)
+    squares = [np.square(np.asarray(a, np.float64) - np.asarray(b)).mean() for a, b in pairs]
+    return float(np.sqrt(np.mean(squares)))
 
 
 class Demo:
@@ -63,37 +84,50 @@ class Demo:
     def __init__(self, server: ComfyServer):
         self.server = server
         self.prompts = demo_prompts()
+        self.files: dict[str, str] = {}  # of models that were saved, by the rows' names
 
-    def learn(self, weight_format: str, guard: bool, name: str) -> dict:
+    def _run(self, graph: dict) -> dict:
+        return self.server.run(graph, timeout=3600)["outputs"]
+
+    def calibrate(self, weight_format: str) -> dict:
+        """The figures of Calibrate Weights; the model is saved."""
+        name, prompts = f"demo-{weight_format}-calibrated", self.prompts
+        heldout = prompts.heldout[:WEIGHTS_HELDOUT]
+        outputs = self._run(calibrate_weights(weight_format, prompts.weights, heldout, name))
+        path = Path(outputs["5"]["text"][0].splitlines()[0])
+        self.files[weight_format + CALIBRATED] = path.name
+        content = json.loads(outputs["4"]["text"][0])
+        return content | {"picture": self._pictures(outputs["6"])[0]}
+
+    def learn(self, model: str, guard: bool, name: str) -> dict:
         """The calibrator's report of one run of the shipped workflow."""
-        graph = learn(weight_format, SEARCH, guard, name)
-        outputs = self.server.run(graph, timeout=3600)["outputs"]
+        form = model.removesuffix(CALIBRATED)
+        outputs = self._run(learn(form, SEARCH, guard, name, self.files.get(model)))
         return json.loads(outputs["4"]["text"][0])
 
-    def score(self, weight_format: str, schedule: str | None, prefix: str) -> tuple[dict, list]:
-        """Scores on the test prompts, and the first pictures."""
-        graph = evaluate(
-            weight_format, schedule, self.prompts.test, TEST_SEED, SHOWN, f"demo/{prefix}"
-        )
-        outputs = self.server.run(graph, timeout=3600)["outputs"]
-        pictures = [
-            Image.open(io.BytesIO(self.server.image(entry))).convert("RGB")
-            for entry in outputs["6"]["images"]
-        ]
-        return json.loads(outputs["4"]["text"][0]), pictures
+    def score(self, model: str, schedule: str | None, prefix: str) -> tuple[dict, list]:
+        """Scores on the test prompts, and their pictures."""
+        form = model.removesuffix(CALIBRATED)
+        prompts, file = self.prompts.test, self.files.get(model)
+        outputs = self._run(evaluate(form, schedule, prompts, TEST_SEED, f"demo/{prefix}", file))
+        return json.loads(outputs["4"]["text"][0]), self._pictures(outputs["6"])
 
-    def row(self, name, weight_format, schedule, calibration_jaq, spent=0, seconds=0.0) -> Row:
-        prefix = name.replace(" ", "_").replace("+", "with")
-        content, pictures = self.score(weight_format, schedule, prefix)
-        model = content["provenance"]["model"]
+    def _pictures(self, output: dict) -> list[Image.Image]:
+        found = [Image.open(io.BytesIO(self.server.image(entry))) for entry in output["images"]]
+        return [picture.convert("RGB") for picture in found]
+
+    def row(self, model: str, schedule: str | None = None, spent: Mapping | None = None) -> Row:
+        """``spent`` are the figures of what the row took beside the row that it is compared with."""
+        name = model + (SCHEDULED if schedule else "")
+        content, pictures = self.score(model, schedule, name.replace(" + ", " ").replace(" ", "_"))
+        info = content["provenance"]["model"]
         return Row(
             name,
-            model["weight_bytes"],
-            model["compute_dtype"],
-            calibration_jaq,
+            info["weight_bytes"],
+            info["compute_dtype"],
             content["scores"],
-            spent,
-            seconds,
+            (spent or {}).get("nfe", 0),
+            (spent or {}).get("seconds", 0.0),
             pictures,
         )
 
@@ -123,100 +157,96 @@ def run(demo: Demo, say) -> tuple[list[Row], dict]:
     """All rows of the table, and the rest of the report."""
     say("the control: the same search on the unquantized model")
     control = demo.learn(UNQUANTIZED, guard=False, name="demo-control")
-    rows = [demo.row(UNQUANTIZED, UNQUANTIZED, None, control["calibration"]["before"]["jaq"])]
-    details = {"control": control}
+    full = demo.row(UNQUANTIZED)
+    rows, details = [full], {"control": control, "weights": {}, "schedules": {}, "controls": {}}
     for weight_format in FORMATS:
-        name = f"demo-{weight_format}"
-        say(f"{weight_format}: learning a schedule")
-        report = demo.learn(weight_format, guard=True, name=name)
-        details[weight_format] = report
-        say(f"{weight_format}: {report['text']}")
-        before = demo.row(
-            weight_format, weight_format, None, report["calibration"]["before"]["jaq"]
-        )
-        kept = report["guarded"]
-        after = demo.row(
-            f"{weight_format} + Q-Sched",
-            weight_format,
-            f"{name}.json",
-            report["calibration"]["before" if kept else "after"]["jaq"],
-            report["nfe"],
-            report["seconds"],
-        )
-        after.gain = paired_interval(before.test["jaq"], after.test["jaq"]).to_dict()
-        rows += [before, after]
+        plain = demo.row(weight_format)
+        rows.append(plain)
+        models = [plain]
+        say(f"{weight_format}: calibrating weights")
+        found = demo.calibrate(weight_format)
+        details["weights"][weight_format] = found
+        say(f"{weight_format}: {found['report'].splitlines()[0]}")
+        spent = {"nfe": found["evaluations"], "seconds": found["seconds"]}
+        better = demo.row(weight_format + CALIBRATED, None, spent)
+        better.compare(plain)
+        models.append(better)
+        for row in models if weight_format == LEARNED else []:
+            say(f"{row.name}: learning a schedule")
+            name = f"demo-{row.name.replace(' ', '-')}"
+            report = demo.learn(row.name, guard=True, name=name)
+            details["schedules"][row.name] = report
+            say(f"{row.name}: {report['text']}")
+            with_schedule = demo.row(row.name, f"{name}.json", report)
+            with_schedule.compare(row)
+            rows.append(with_schedule)
+        rows.append(better)
+    rows.sort(key=lambda row: (row is not full, row.name.startswith("nf4"), CALIBRATED in row.name,
+                               SCHEDULED in row.name))  # fmt: skip
+    for row in rows:
+        row.distance = distance(row.pictures, full.pictures)
     say("scoring the control")
-    # the quantized model first: it is still loaded
-    transferred, _ = demo.score(CONTROLLED, "demo-control.json", "control_on_quantized")
     controlled, _ = demo.score(UNQUANTIZED, "demo-control.json", "control")
-    learned, _ = demo.score(UNQUANTIZED, f"demo-{CONTROLLED}.json", "learned_on_unquantized")
-    base = {row.name: row.test["jaq"] for row in rows}
-    gain = next(row.gain for row in rows if row.name == f"{CONTROLLED} + Q-Sched")
-    details["control_gains"] = {
-        "searched on the unquantized model, scored on it": paired_interval(
-            base[UNQUANTIZED], controlled["scores"]["jaq"]
-        ).to_dict(),
-        f"searched on the unquantized model, scored on {CONTROLLED}": paired_interval(
-            base[CONTROLLED], transferred["scores"]["jaq"]
-        ).to_dict(),
-        f"searched on {CONTROLLED}, scored on the unquantized model": paired_interval(
-            base[UNQUANTIZED], learned["scores"]["jaq"]
-        ).to_dict(),
-    }
-    details["beyond_control"] = _difference_of_gains(
-        base[UNQUANTIZED], controlled["scores"]["jaq"], rows
-    )
-    details["gain"] = gain
+    here = "searched on the unquantized model, scored on it"
+    controls = {here: paired_interval(full.test["jaq"], controlled["scores"]["jaq"])}
+    by_name = {row.name: row for row in rows}
+    for model in (LEARNED, LEARNED + CALIBRATED):
+        name = f"demo-{model.replace(' ', '-')}.json"
+        learned, _ = demo.score(UNQUANTIZED, name, f"{model.replace(' ', '_')}_on_unquantized")
+        what = f"searched on {model}, scored on the unquantized model"
+        controls[what] = paired_interval(full.test["jaq"], learned["scores"]["jaq"])
+        beyond = _difference_of_gains(
+            (full.test["jaq"], learned["scores"]["jaq"]),
+            (by_name[model].test["jaq"], by_name[model + SCHEDULED].test["jaq"]),
+        )
+        controls[f"gain of {model}{SCHEDULED} beyond that"] = beyond
+    details["controls"] = {what: interval.to_dict() for what, interval in controls.items()}
     return rows, details
 
 
-def _difference_of_gains(control_before, control_after, rows: list[Row]) -> dict:
-    """Gain of the controlled format minus the control's, prompt by prompt."""
-    by_name = {row.name: row.test["jaq"] for row in rows}
-    before, after = by_name[CONTROLLED], by_name[f"{CONTROLLED} + Q-Sched"]
-    control = [b - a for a, b in zip(control_before, control_after, strict=True)]
-    gained = [b - a for a, b in zip(before, after, strict=True)]
-    return paired_interval(control, gained).to_dict()
+def _difference_of_gains(control: tuple, own: tuple):
+    """The interval of the second gain minus the first, prompt by prompt."""
+    gains = [[b - a for a, b in zip(*pair, strict=True)] for pair in (control, own)]
+    return paired_interval(*gains)
 
 
 def table(rows: list[Row], details: dict) -> str:
     head = (
-        f"{'':16}{'weights':>10}{'JAQ calib.':>12}{'JAQ test [95 % interval]':>30}"
-        f"{'gain on test':>28}{'NFE':>13}{'seconds':>9}"
+        f"{'':26}{'weights':>10}{'JAQ on test [95 % interval]':>30}{'distance':>10}"
+        f"{'gain [95 % interval], over':>44}{'NFE':>9}{'seconds':>9}"
     )
     lines = [head, "-" * len(head)]
     for row in rows:
         i = row.interval()
         gain = ""
         if row.gain is not None:
-            gain = f"{row.gain['mean']:+.3f} [{row.gain['low']:+.3f}, {row.gain['high']:+.3f}]"
+            gain = f"{_interval(row.gain)}, {row.over}"
         lines.append(
-            f"{row.name:16}{row.weight_bytes / 1e6:>8.1f} MB{row.calibration_jaq:>12.3f}"
-            f"{f'{i.mean:.3f} [{i.low:.3f}, {i.high:.3f}]':>30}{gain:>28}"
-            f"{row.nfe or '':>13}{f'{row.seconds:.0f}' if row.seconds else '':>9}"
+            f"{row.name:26}{row.weight_bytes / 1e6:>7.1f} MB"
+            f"{f'{i.mean:.3f} [{i.low:.3f}, {i.high:.3f}]':>30}{row.distance:>10.1f}{gain:>44}"
+            f"{row.nfe or '':>9}{f'{row.seconds:.0f}' if row.seconds else '':>9}"
         )
-    lines.append("")
-    lines.append(f"control gains on the {len(rows[0].test['jaq'])} test prompts:")
-    for what, gain in details["control_gains"].items():
-        lines.append(f"  {what}: {gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]")
-    beyond = details["beyond_control"]
-    lines.append(
-        f"{CONTROLLED}'s gain beyond the control's: {beyond['mean']:+.3f} "
-        f"[{beyond['low']:+.3f}, {beyond['high']:+.3f}]"
-    )
+    lines += ["", f"control, on the {len(rows[0].test['jaq'])} test prompts:"]
+    lines += [f"  {what}: {_interval(gain)}" for what, gain in details["controls"].items()]
     return "\n".join(lines)
+
+
+def _interval(gain: Mapping) -> str:
+    return f"{gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]"
 
 
 def precisions(rows: list[Row], arguments: Sequence[str]) -> str:
     """What the models computed in, as they say themselves, and the VAE."""
-    models = ", ".join(f"{row.name} {row.computes_in}" for row in rows if row.gain is None)
+    models = ", ".join(
+        f"{row.name} {row.computes_in}" for row in rows if not row.name.endswith(SCHEDULED)
+    )
     vae = "bfloat16" if "--bf16-vae" in arguments else "as ComfyUI chooses (float32 on a CPU)"
     return f"computed in: {models}; VAE {vae}"
 
 
 def contact_sheet(rows: list[Row], prompts: tuple[str, ...]) -> bytes:
     """PNG: a row of pictures a model, the same prompts and seeds in every row."""
-    label, caption = 150, 66
+    label, caption = 180, 66
     sheet = Canvas(label + SHOWN * CELL, paper="white")
     for column, prompt in enumerate(prompts[:SHOWN]):
         sheet.paragraph(label + column * CELL + 4, 4, prompt, CELL - 8, "black", 12, 15, most=4)
@@ -226,7 +256,7 @@ def contact_sheet(rows: list[Row], prompts: tuple[str, ...]) -> bytes:
         y = top + 30
         for text in lines:
             y = sheet.paragraph(8, y, text, label - 16, "black", 15, 22, most=2)
-        for column, picture in enumerate(row.pictures):
+        for column, picture in enumerate(row.pictures[:SHOWN]):
             x = label + column * CELL + 2
             sheet.picture(x, top + 2, picture, CELL - 4, CELL - 4)
     height = caption + len(rows) * CELL
@@ -272,11 +302,15 @@ def main() -> int:
         "server_arguments": arguments,
         **details,
     }
+    for weight_format, found in details["weights"].items():
+        picture = io.BytesIO()
+        found.pop("picture").save(picture, "PNG")
+        write_atomic(args.out / f"weights-{weight_format}.png", picture.getvalue())
     write_atomic(args.out / "report.json", json.dumps(report, indent=1))
     write_atomic(args.out / "contact_sheet.png", contact_sheet(rows, demo.prompts.test))
-    for weight_format in FORMATS:
-        schedule = details[weight_format]["schedule"]
-        write_atomic(args.out / f"schedule-{weight_format}.json", schedule)
+    for model, found in details["schedules"].items():
+        name = f"schedule-{model.replace(' ', '-')}.json"
+        write_atomic(args.out / name, found["schedule"])
     print(
         f"\n{table(rows, details)}\n\n{precisions(rows, arguments)}\n{seconds:.0f} s in all; files are in {args.out}"
     )

@@ -85,7 +85,7 @@ def test_every_graph_of_the_demo_shares_text_encoder_and_vae(weight_format):
     """ComfyUI keeps the outputs of a node that the next graph has too, and drops all others."""
     made = (
         graphs.learn(weight_format, "gp", True, "name"),
-        graphs.evaluate(weight_format, "name.json", ("a",), 0, 1, "prefix"),
+        graphs.evaluate(weight_format, "name.json", ("a",), 0, "prefix"),
     )
     for graph in made:
         links = [
@@ -115,7 +115,36 @@ def test_the_demos_vae_is_in_bf16_where_the_cpu_has_the_instructions(capabilitie
 
 
 def test_the_demo_says_what_each_model_computed_in():
-    row = run.Row("nf4", 1, "bfloat16", 0.0, {}, 0, 0.0)
+    row = run.Row("nf4", 1, "bfloat16", {})
     text = run.precisions([row], ("--cpu", "--bf16-vae"))
     assert "nf4 bfloat16" in text and "VAE bfloat16" in text
     assert "float32 on a CPU" in run.precisions([row], ("--cpu",))
+
+
+def test_every_row_of_the_demos_table_is_named_and_compared():
+    def row(name, jaq, over=None):
+        made = run.Row(name, 5_000_000, "bfloat16", {"jaq": jaq}, distance=1.25)
+        if over is not None:
+            made.compare(over)
+        return made
+
+    plain = row("int2", (1.0, 2.0, 3.0))
+    better = row("int2 calibrated", (2.0, 3.5, 4.0), plain)
+    gain = better.gain["mean"]
+    text = run.table([plain, better], {"controls": {"searched on x": better.gain}})
+    assert f"{gain:+.3f}" in text and ", int2" in text and "searched on x: +1.167" in text
+
+
+def test_the_demos_distance_is_in_levels():
+    from PIL import Image
+
+    one, other = (Image.new("RGB", (4, 4), (level,) * 3) for level in (10, 13))
+    assert run.distance([one, one], [other, one]) == pytest.approx((9 / 2) ** 0.5)
+
+
+def test_a_calibrated_model_of_the_demo_comes_from_its_file():
+    graph = graphs.learn("int2", "gp", True, "name", "saved.safetensors")
+    assert graph["1"]["class_type"] == "QSchedLoadDiffusionModel"
+    assert graph["1"]["inputs"] == {"unet_name": "saved.safetensors", "weight_format": "int2"}
+    made = graphs.calibrate_weights("int2", ("a", "b"), ("c",), "name")
+    assert made["4"]["inputs"]["clip"] == [graphs.PARTS, 1]
