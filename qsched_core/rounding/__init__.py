@@ -19,7 +19,7 @@ from .run import (
 from .shelf import Shelf
 from .states import RecordedStates
 from .subject import Subject, TaskSubject
-from .walk import BlockDone, calibrate_module, choices, quantized
+from .walk import BlockDone, Limits, Progress, calibrate_module, choices, quantized
 
 __all__ = [
     "GRIDS",
@@ -29,7 +29,9 @@ __all__ = [
     "BlockDone",
     "Calibrated",
     "Gathering",
+    "Limits",
     "Moments",
+    "Progress",
     "Proof",
     "RecordedStates",
     "RoundedWeights",

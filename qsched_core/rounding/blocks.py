@@ -6,7 +6,7 @@ and layers are given, so no architecture is known here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -56,13 +56,38 @@ def tensors_of(tree: Any) -> list[torch.Tensor]:
     return found
 
 
-def copied(tree: Any) -> Any:
-    """``tree`` with copies of its tensors: models may write into what they are given."""
-    return map_tensors(tree, lambda tensor: tensor.detach().clone())
+Mark = tuple[tuple[int, ...], float, float]
 
 
-def _same(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:
-    return len(one) == len(other) and all(map(torch.equal, one, other))
+def _marks(tree: Any) -> list[Mark]:
+    """Shape, sum and sum of squares of every tensor: enough to tell whether one was shaken."""
+    marks = []
+    for tensor in tensors_of(tree):
+        flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        squares = flat.float().square().sum(dtype=torch.float64)
+        marks.append((tuple(tensor.shape), float(flat.sum(dtype=torch.float64)), float(squares)))
+    return marks
+
+
+@dataclass(frozen=True)
+class _OnHost:
+    """A tree whose tensors were moved to host memory, and where they were."""
+
+    tree: Any
+    devices: tuple[torch.device, ...]
+
+    @classmethod
+    def of(cls, tree: Any) -> _OnHost:
+        devices = tuple(tensor.device for tensor in tensors_of(tree))
+        return cls(map_tensors(tree, lambda t: t.detach().to("cpu", copy=True)), devices)
+
+    def back(self) -> Any:
+        devices = iter(self.devices)
+        return map_tensors(self.tree, lambda t: t.to(next(devices), copy=True))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in tensors_of(self.tree))
 
 
 def _shaken(tree: Any) -> Any:
@@ -82,12 +107,14 @@ def _shaken(tree: Any) -> Any:
 class Block:
     """One block, its name in the model, and the last block that uses its output.
 
-    ``last_use`` counts blocks in the order in which they run.
+    ``last_use`` counts blocks in the order in which they run.  ``nbytes`` is what the block gives
+    for one state.
     """
 
     name: str
     module: nn.Module
     last_use: int
+    nbytes: int
 
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:
@@ -108,7 +135,7 @@ def blocks_of(model: nn.Module, run: Run) -> list[Block]:
     """
     names = {child: name for name, child in _candidates(model).items()}
     order: list[nn.Module] = []
-    outputs: dict[nn.Module, Any] = {}
+    outputs: dict[nn.Module, _OnHost] = {}
 
     def ran(module, arguments, output):
         if module in outputs:
@@ -117,7 +144,7 @@ def blocks_of(model: nn.Module, run: Run) -> list[Block]:
                 "calibrated block after block yet"
             )
         order.append(module)
-        outputs[module] = copied(output)
+        outputs[module] = _OnHost.of(output)
 
     with ExitStack() as hooks:
         for module in names:
@@ -129,19 +156,22 @@ def blocks_of(model: nn.Module, run: Run) -> list[Block]:
             "a model block after block"
         )
     uses = _last_uses(order, outputs, run)
-    return [Block(names[module], module, uses[k]) for k, module in enumerate(order)]
+    return [
+        Block(names[module], module, uses[k], outputs[module].nbytes)
+        for k, module in enumerate(order)
+    ]
 
 
-def _last_uses(order: list[nn.Module], outputs: Mapping[nn.Module, Any], run: Run) -> list[int]:
+def _last_uses(order: list[nn.Module], outputs: Mapping[nn.Module, _OnHost], run: Run) -> list[int]:
     """The last block to which each block's output makes a difference beside its direct successor."""
 
-    def given(shaken: int | None) -> list[list[torch.Tensor]]:
-        seen: list[list[torch.Tensor]] = []
+    def given(shaken: int | None) -> list[list[Mark]]:
+        seen: list[list[Mark]] = []
 
         def stub(k: int):
             def forward(*arguments, **named):
-                seen.append(tensors_of(copied((arguments, named))))
-                output = copied(outputs[order[k]])
+                seen.append(_marks((arguments, named)))
+                output = outputs[order[k]].back()
                 return _shaken(output) if k == shaken else output
 
             return forward
@@ -156,7 +186,7 @@ def _last_uses(order: list[nn.Module], outputs: Mapping[nn.Module, Any], run: Ru
     uses = []
     for k in range(len(order)):
         other = given(k)
-        differ = [j for j in range(k + 1, len(order)) if not _same(base[j], other[j])]
+        differ = [j for j in range(k + 1, len(order)) if base[j] != other[j]]
         uses.append(max([k, *differ]))
     return uses
 
@@ -167,13 +197,13 @@ def stages_of(layers: Mapping[str, nn.Module], run: Run) -> list[dict[str, int]]
     Each stage has its layers with how often they run.  Those that ``run`` does not run are in none.  Layers of one stage can share a pass over the data.
     """
 
-    def inputs(shaken: str | None) -> dict[str, list[torch.Tensor]]:
-        seen: dict[str, list[torch.Tensor]] = {}
+    def inputs(shaken: str | None) -> dict[str, list[Mark]]:
+        seen: dict[str, list[Mark]] = {}
         with ExitStack() as hooks:
             for name, layer in layers.items():
 
                 def watch(module, arguments, output, name=name):
-                    seen.setdefault(name, []).append(arguments[0].detach().clone())
+                    seen.setdefault(name, []).extend(_marks(arguments[0]))
                     return _shaken(output) if name == shaken else output
 
                 hooks.callback(layer.register_forward_hook(watch).remove)
@@ -185,7 +215,7 @@ def stages_of(layers: Mapping[str, nn.Module], run: Run) -> list[dict[str, int]]
     for name in base:  # in the order in which they run
         other = inputs(name)
         for later in base:
-            if later != name and not _same(base[later], other.get(later, [])):
+            if later != name and base[later] != other.get(later, []):
                 stage[later] = max(stage[later], stage[name] + 1)
     count = max(stage.values(), default=-1) + 1
     return [{name: len(base[name]) for name in base if stage[name] == k} for k in range(count)]

@@ -66,6 +66,7 @@ class RoundedWeights:
                 "options": dict(packed.options),
                 "errors": [layer.plain_error, layer.error],
                 "note": layer.note,
+                "remark": layer.remark,
             }
         content = {
             "version": VERSION,
@@ -146,10 +147,10 @@ def _packed(codes: torch.Tensor, aux: Mapping[str, torch.Tensor], entry: Mapping
 
 
 def _calibrated(packed: Packed, bias: torch.Tensor | None, entry: Mapping) -> Calibrated:
-    errors, note = entry["errors"], entry["note"]
+    errors, note, remark = entry["errors"], entry["note"], entry.get("remark", "")
     sound = isinstance(errors, list) and all(e is None or is_error(e) for e in errors)
-    if not sound or len(errors) != 2 or not isinstance(note, str):
+    if not sound or len(errors) != 2 or not all(isinstance(t, str) for t in (note, remark)):
         raise ValueError("its errors or its note are not such")
     if bias is not None and (tuple(bias.shape) != packed.shape[:1] or not bias.is_floating_point()):
         raise ValueError("its bias does not go with its shape")
-    return Calibrated(packed, bias, *errors, note)
+    return Calibrated(packed, bias, *errors, note, remark)

@@ -2,47 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
 from .errors import RoundingError
 
+FINE_WIDTH = 2048  # up to so many columns sums are fp64: they take little memory there
+CAST_ELEMENTS = 1 << 25  # inputs that are made fp32 at a time
 
-@dataclass(frozen=True)
+
+@dataclass
 class Moments:
-    """Means over a layer's input rows, fp64, on the device of the model.
+    """Means over a layer's input rows, on the device of the model.
 
     ``h`` [in, in] is E[x_q x_q^T] of the inputs that the quantized model gives the layer, ``cross``
-    [in, in] E[x_fp x_q^T] with those of the unquantized one; ``mean_q`` and ``mean_fp`` [in] their
-    means, ``rows`` how many rows there were.
+    [in, in] E[x_fp x_q^T] with those of the unquantized one (None: as ``h``); ``mean_q`` and
+    ``mean_fp`` [in], fp64, their means, ``rows`` how many rows there were.
     """
 
     h: torch.Tensor
-    cross: torch.Tensor
+    cross: torch.Tensor | None
     mean_q: torch.Tensor
     mean_fp: torch.Tensor
     rows: int
 
+    def copied(self) -> Moments:
+        cross = None if self.cross is None else self.cross.clone()
+        return Moments(self.h.clone(), cross, self.mean_q, self.mean_fp, self.rows)
+
+    def centre(self) -> None:
+        """Make them, in place, moments around the means: what a weight is for beside a bias."""
+        q, fp = self.mean_q.to(self.h.dtype), self.mean_fp.to(self.h.dtype)
+        self.h.addr_(q, q, alpha=-1)
+        if self.cross is not None:
+            self.cross.addr_(fp, q, alpha=-1)
+
     def centred(self) -> Moments:
-        """The same around the means: what is left to the weight when a bias takes the means up."""
-        h = self.h - torch.outer(self.mean_q, self.mean_q)
-        cross = self.cross - torch.outer(self.mean_fp, self.mean_q)
-        return Moments(h, cross, self.mean_q, self.mean_fp, self.rows)
+        """A copy around the means."""
+        made = self.copied()
+        made.centre()
+        return made
 
     @property
     def is_finite(self) -> bool:
-        return bool(torch.isfinite(self.h.sum()) and torch.isfinite(self.cross.sum()))
+        sums = [m.sum() for m in (self.h, self.cross) if m is not None]
+        return all(bool(torch.isfinite(total)) for total in sums)
 
 
 class Gathering:
-    """Adds up moments batch by batch: products in fp32, their sums in fp64.
+    """Adds up moments batch by batch: products in fp32, their sums in fp64 where that is small.
 
-    Sums in 16 bits would leave matrices that are not positive definite.
+    Sums in 16 bits would leave matrices that are not positive definite.  ``cuts`` are the columns
+    before which the matrices are cut: only the blocks on the diagonal are gathered.
     """
 
-    def __init__(self) -> None:
-        self._sums: list[torch.Tensor] = []
+    def __init__(self, cuts: Sequence[int] = ()) -> None:
+        self._cuts = tuple(cuts)
+        self._sums: list[list[torch.Tensor]] = []  # of each block
         self.rows = 0
 
     def add(self, x_q: torch.Tensor, x_fp: torch.Tensor) -> None:
@@ -52,24 +72,63 @@ class Gathering:
                 f"the quantized model gives it inputs {list(x_q.shape)}, the unquantized one "
                 f"{list(x_fp.shape)}; a model whose shapes depend on its values can't be calibrated"
             )
-        q, fp = (x.reshape(-1, x.shape[-1]).float() for x in (x_q, x_fp))
-        parts = [q.t() @ q, fp.t() @ q, q.sum(0), fp.sum(0)]
-        if not self._sums:
-            self._sums = [part.double() for part in parts]
-        else:
-            for total, part in zip(self._sums, parts, strict=True):
-                total += part
-        self.rows += len(q)
+        pairs = [x.reshape(-1, x.shape[-1]) for x in (x_q, x_fp)]
+        step = max(1, CAST_ELEMENTS // x_q.shape[-1])
+        for q, fp in zip(*(x.split(step) for x in pairs), strict=True):
+            self._add(q.float(), fp.float())
+        self.rows += len(pairs[0])
 
-    def moments(self) -> Moments:
-        """The means so far; RoundingError without any rows."""
+    def _add(self, q: torch.Tensor, fp: torch.Tensor) -> None:
+        ends = [0, *self._cuts, q.shape[1]]
+        for k, (start, stop) in enumerate(pairwise(ends)):
+            one, other = q[:, start:stop], fp[:, start:stop]
+            if k == len(self._sums):
+                width = stop - start
+                fine = torch.float64 if width <= FINE_WIDTH else torch.float32
+                made = [one.new_zeros(width, width, dtype=fine) for _ in range(2)]
+                made += [one.new_zeros(width, dtype=torch.float64) for _ in range(2)]
+                self._sums.append(made)
+            h, cross, mean_q, mean_fp = self._sums[k]
+            for total, left in ((h, one), (cross, other)):
+                if total.dtype == torch.float32:
+                    total.addmm_(left.t(), one)
+                else:
+                    total += left.t() @ one
+            mean_q += one.sum(0)
+            mean_fp += other.sum(0)
+
+    def parts(self) -> list[Moments]:
+        """The means, of each block; the sums are handed over, so this ends the gathering.
+
+        RoundingError without any rows.
+        """
         if not self.rows:
             raise RoundingError("it got no inputs from any of the states")
-        return Moments(*(total / self.rows for total in self._sums), self.rows)
+        sums, self._sums = self._sums, []
+        return [Moments(*(total.div_(self.rows) for total in block), self.rows) for block in sums]
+
+    def moments(self) -> Moments:
+        """The same where nothing is cut."""
+        (made,) = self.parts()
+        return made
 
 
-def damped(h: torch.Tensor, share: float) -> torch.Tensor:
-    """``h`` with ``share`` of its mean diagonal added to its diagonal: safe to invert."""
-    h = h.clone()
-    h.diagonal().add_(share * h.diagonal().mean())
-    return h
+@contextmanager
+def damping(h: torch.Tensor, share: float) -> Iterator[torch.Tensor]:
+    """Inside, ``h`` has ``share`` of its mean diagonal added to its diagonal: safe to invert."""
+    diagonal = h.diagonal()
+    before = diagonal.clone()
+    diagonal.add_(share * before.mean())
+    try:
+        yield h
+    finally:
+        diagonal.copy_(before)
+
+
+def placed(parts: Sequence[Moments]) -> Iterator[tuple[slice, Moments]]:
+    """Each block with the columns that it is of."""
+    start = 0
+    for part in parts:
+        stop = start + len(part.mean_q)
+        yield slice(start, stop), part
+        start = stop

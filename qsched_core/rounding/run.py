@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from .layer import Calibrated, RoundingSettings, plain
 from .proof import Proof, Sample, prove
 from .shelf import Shelf
 from .subject import Subject
-from .walk import BlockDone, ParametersOf, calibrate_module, choices
+from .walk import BlockDone, Limits, ParametersOf, calibrate_module, choices
 
 ALGORITHM = 2  # of the rounding: a walk of another one is not gone on with
 KEPT_PLAIN = "plain rounding was kept"
@@ -57,6 +57,11 @@ class WeightsResult:
         return int(self.weights.provenance["evaluations"])
 
     @property
+    def remarks(self) -> tuple[str, ...]:
+        """What to know of the walk: too few prompts, batches that were too large."""
+        return tuple(self.weights.provenance.get("remarks", ()))
+
+    @property
     def bits(self) -> float:
         """Bits a weight of the quantized layers, as stored."""
         packed = [layer.packed for layer in self.weights.layers.values()]
@@ -76,6 +81,7 @@ def calibrate_weights(
     samples: bool = False,
     on_block: Callable[[BlockDone], None] = lambda done: None,
     on_part: OnPart = lambda part, done, total: None,
+    limits: Limits | None = None,
 ) -> WeightsResult:
     """Round the subject's weights for the inputs that the calibration prompts give them.
 
@@ -83,8 +89,10 @@ def calibrate_weights(
     goes on there, to the same weights, and one that is finished is not repeated.  On the held-out
     prompts the result is compared with plain rounding, by distance to the unquantized model and by
     ``measure``, if given; where it is not nearer, plain rounding is what is returned.  ``samples``
-    asks for pictures.  ``on_part(part, done, total)`` tells of the parts before and after the blocks.  RoundingError, FormatError or DiskError before any work, or naming the layer
-    that can't be rounded.
+    asks for pictures.  ``on_part(part, done, total)`` tells of the parts before and after the blocks.
+    The states are in ``folder`` too, unless ``limits`` names another; what these tell is kept with
+    the weights.  RoundingError, FormatError or DiskError before any work, or naming the layer that
+    can't be rounded.
     """
     settings = settings or RoundingSettings()
     model = subject.module
@@ -108,17 +116,30 @@ def calibrate_weights(
         states = subject.states(
             prompts.calibration, states_per_prompt, seed, partial(on_part, SAMPLING)
         )
+        remarks: list[str] = []
+        within = _within(folder, limits or Limits(), remarks)
         layers = calibrate_module(
-            model, states, policy, settings, shelf, on_block, subject.parameters_of
+            model, states, policy, settings, shelf, on_block, subject.parameters_of, within
         )
         cost = {
             "states": len(states),
             "evaluations": states.evaluations,
             "seconds": round(time.monotonic() - began, 1),
+            "remarks": remarks,
         }
         made = RoundedWeights(layers, chosen, made_of | cost)
         shelf.keep(made)
     return _proven(subject, made, prompts.heldout, shelf, measure, samples, on_part)
+
+
+def _within(folder: Path, limits: Limits, remarks: list[str]) -> Limits:
+    """``limits`` with their scratch in ``folder`` if it has no place, and what they tell noted."""
+
+    def tell(line: str) -> None:
+        remarks.append(line)
+        limits.tell(line)
+
+    return replace(limits, scratch=limits.scratch or folder, tell=tell)
 
 
 def _proven(
@@ -207,4 +228,6 @@ def report(result: WeightsResult) -> str:
         notes = {name: layer.note for name, layer in layers.items() if layer.note}
         lines.append(f"{len(layers) - len(notes)} of {len(layers)} layers calibrated")
         lines += [f"  {markdown(name)}: rounded plainly, {note}" for name, note in notes.items()]
-    return "\n".join(lines)
+        remarks = {name: layer.remark for name, layer in layers.items() if layer.remark}
+        lines += [f"  {markdown(name)}: {remark}" for name, remark in remarks.items()]
+    return "\n".join([*lines, *map(markdown, result.remarks)])

@@ -17,7 +17,7 @@ from ..task import Task, TaskSource
 from .errors import RoundingError
 from .file import RoundedWeights
 from .states import RecordedStates
-from .walk import parameters_in, quantized
+from .walk import check_unquantized, parameters_in, quantized
 
 
 class Subject(ABC):
@@ -28,11 +28,7 @@ class Subject(ABC):
 
     def __init__(self, source: ModelSource, module: nn.Module):
         self.source, self.module = source, module
-        for name, layer in module.named_modules():
-            if hasattr(layer, "packed"):
-                raise RoundingError(
-                    f"layer {name} is quantized already; give the unquantized model"
-                )
+        check_unquantized(module)
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:

@@ -7,57 +7,34 @@ block's moments are kept.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from ..formats import get
-from ..formats.base import FormatError
-from ..formats.module import QuantizedLinear
+from ..formats.base import FormatError, check_finite
 from ..formats.policy import Choice, Policy
-from .blocks import Block, Enough, blocks_of, forward_of, map_tensors, stages_of
+from .blocks import Block, Enough, blocks_of, stages_of
 from .errors import RoundingError
 from .folds import Fold, folds_of
 from .grid import Grid
 from .grids import grid_of, refusal
 from .layer import Calibrated, RoundingSettings, calibrate_layer, plain
 from .moments import Gathering
+from .pace import Pace, Progress
+from .passes import FP, ONE_STATE, Limits, Passes, Q, States, quantized
+from .plan import Need, calls_of, check_rows, finer, needs, survey, turns
 
-SAMPLE_BATCHES, SAMPLE_ROWS = 8, 256  # of inputs that are looked at before the moments are taken
 # A layer's weight and bias, by its name.
 ParametersOf = Callable[[str], tuple[torch.Tensor, torch.Tensor | None]]
 
-STREAMS = ("fp", "q")  # the unquantized model, and the one whose finished layers are quantized
-
-
-class States(Protocol):
-    """Inputs of a model along its trajectory."""
-
-    def __len__(self) -> int: ...
-
-    @property
-    def batch(self) -> int:
-        """How many go through the model at once, at most."""
-        ...
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model computes."""
-        ...
-
-    def parts(self, size: int) -> list[slice]:
-        """All of them in batches of at most ``size``."""
-        ...
-
-    def run(self, part: slice) -> Any:
-        """What the model's own forward gives for a part, or some of one."""
-        ...
+SAMPLE_BATCHES, SAMPLE_ROWS = 8, 256  # of inputs that are looked at before the moments are taken
+STAGES = 3  # of a block that was not looked at yet
 
 
 class Kept(Protocol):
@@ -95,88 +72,138 @@ def choices(model: nn.Module, policy: Policy) -> dict[str, Choice]:
     return {name: choice for name, choice in chosen.items() if choice.format is not None}
 
 
-@contextmanager
-def quantized(
-    model: nn.Module,
-    layers: Mapping[str, Calibrated],
-    chosen: Mapping[str, Choice],
-    device: torch.device | None = None,
-) -> Iterator[None]:
-    """Inside, the model's ``layers`` compute with what they were rounded to, on ``device``.
-
-    None: where each layer's packing is.
-    """
-    with ExitStack() as stack:
-        for name, layer in layers.items():
-            placed = layer if device is None else layer.to(device)
-            form = QuantizedLinear(placed.packed, placed.bias, chosen[name])
-            stack.enter_context(forward_of(model.get_submodule(name), form.forward))
-        yield
-
-
 @torch.no_grad()
 def calibrate_module(
     model: nn.Module,
     states: States,
-    policy: Policy | str,
+    policy: Policy | str | Mapping[str, Choice],
     settings: RoundingSettings | None = None,
     kept: Kept | None = None,
     on_block: Callable[[BlockDone], None] = lambda done: None,
     parameters_of: ParametersOf | None = None,
+    limits: Limits | None = None,
 ) -> dict[str, Calibrated]:
     """Every linear layer that ``policy`` quantizes, rounded for the inputs that ``states`` give it.
 
-    ``model`` is unquantized and stays so.  ``parameters_of(name)`` gives a layer's weight and
-    bias on the device where they are to be worked on; None: the module's own, where they lie.  The
-    result is on the CPU.
-    Layers outside of blocks are rounded plainly.  Blocks that ``kept`` has are not done again.
-    RoundingError or FormatError names the layer that can't be rounded.
+    ``policy`` may be the choices themselves, by layer.  ``model`` is unquantized and stays so.
+    ``parameters_of(name)`` gives a layer's weight and bias on the device where they are to be worked
+    on; None: the module's own, where they lie.  The result is on the CPU.  Layers outside of blocks
+    are rounded plainly.  Blocks that ``kept`` has are not done again.  Where the device has too little memory for a batch, the batches
+    are halved; no result depends on that but by the order of sums.  RoundingError, FormatError or
+    DiskError before the walk for what can't be rounded, on the way naming the layer.
     """
     policy = Policy(policy) if isinstance(policy, str) else policy
-    settings = settings or RoundingSettings()
-    chosen = choices(model, policy)
+    settings, limits = settings or RoundingSettings(), limits or Limits()
+    check_unquantized(model)
+    chosen = choices(model, policy) if isinstance(policy, Policy) else dict(policy)
     if not chosen:
-        raise RoundingError(f"format={policy.format!r} chooses no linear layer of the model")
+        asked = f"format={policy.format!r}" if isinstance(policy, Policy) else "the choice"
+        raise RoundingError(f"{asked} chooses no linear layer of the model")
     if all(refusal(choice.format) for choice in chosen.values()):
-        grid_of(policy.format)  # says why
-    return _Walk(model, states, chosen, settings, parameters_of).run(kept, on_block)
+        worst = policy.format if isinstance(policy, Policy) else next(iter(chosen.values())).format
+        grid_of(worst)  # says why
+    return _Walk(model, states, chosen, settings, parameters_of, limits).run(kept, on_block)
+
+
+def check_unquantized(model: nn.Module) -> None:
+    """RoundingError names a layer that is quantized already."""
+    for name, layer in model.named_modules():
+        if hasattr(layer, "packed"):
+            raise RoundingError(f"layer {name} is quantized already; give the unquantized model")
 
 
 class _Walk:
     def __init__(
-        self, model, states: States, chosen: Mapping[str, Choice], settings, parameters_of
+        self,
+        model: nn.Module,
+        states: States,
+        chosen: Mapping[str, Choice],
+        settings: RoundingSettings,
+        parameters_of: ParametersOf | None,
+        limits: Limits,
     ):
-        self.model, self.states, self.chosen, self.settings = model, states, chosen, settings
+        self.model, self.states, self.chosen = model, states, chosen
+        self.settings, self.limits = settings, limits
         self.parameters_of = parameters_of or partial(parameters_in, model)
-        self.parts = states.parts(states.batch)
-        self.device = states.device
-        self.blocks = blocks_of(model, lambda: states.run(slice(0, 1)))
-        # outputs[stream][block][batch]
-        self.outputs: dict[str, dict[int, list[Any]]] = {stream: {} for stream in STREAMS}
+        for form in sorted({choice.format for choice in chosen.values()}):
+            reason = get(form).available(states.device)
+            if reason is not None:
+                raise FormatError(f"format={form!r} can't run on {states.device}: {reason}")
+        for name in chosen:
+            self.check_weight(name)
+        self.blocks = blocks_of(model, self.first_state)
         self.done: dict[str, Calibrated] = {}
+        self.passes = Passes(model, states, self.blocks, chosen, self.done, (FP, Q), limits)
+        self.layers_in = self.passes.layers_in
+        inside = [name for name in chosen if name not in self.passes.outside]
+        wanted = [name for name in inside if refusal(chosen[name].format) is None]
+        modules = {name: model.get_submodule(name) for name in wanted}
+        self.seen = survey(modules, self.first_state)
+        shapes = {name: tuple(layer.weight.shape) for name, layer in modules.items()}
+        self.need: dict[str, Need] = needs(shapes, limits.memory)
+        remark = check_rows(self.seen, {n: s[1] for n, s in shapes.items()}, len(states))
+        if remark:
+            limits.tell(remark)
+        self.stages = STAGES
+        works = [self.work_of(block) for block in self.blocks]
+        self.pace = Pace([b.name for b in self.blocks], works, limits.on_progress)
+
+    def check_weight(self, name: str) -> None:
+        try:
+            check_finite(self.parameters_of(name)[0])
+        except FormatError as error:
+            raise FormatError(f"layer {name}: {error}") from None
+
+    def first_state(self) -> None:
+        self.limits.check()
+        try:
+            self.states.run(slice(0, 1))
+        except self.limits.out_of_memory as error:
+            raise RoundingError(f"the model does not fit into memory with {ONE_STATE}") from error
+
+    def work_of(self, block: Block) -> float:
+        """Of one block, in flops, about."""
+        needs = {name: self.need[name] for name in self.layers_in(block) if name in self.need}
+        moments = sum(4.0 * self.rows(n) * need.columns * need.width for n, need in needs.items())
+        passes = 2 * (self.stages + 1) * self.pass_of(block) * len(self.states)
+        return passes + moments * len(self.states) + sum(need.flops for need in needs.values())
+
+    def pass_of(self, block: Block) -> float:
+        """Of running one state through it."""
+        needs = {name: self.need[name] for name in self.layers_in(block) if name in self.need}
+        return sum(2.0 * self.rows(n) * need.rows * need.columns for n, need in needs.items())
+
+    def rows(self, name: str) -> int:
+        return self.seen[name].rows if name in self.seen else 0
+
+    def step(self, work: float) -> None:
+        self.limits.check()
+        self.pace.step(work)
 
     def run(self, kept: Kept | None, on_block) -> dict[str, Calibrated]:
-        inside = [name for block in self.blocks for name in self.layers_in(block)]
-        for name in self.chosen.keys() - set(inside):
+        with self.passes.kept():
+            self.walk(kept, on_block)
+        return {name: self.done[name] for name in self.chosen}
+
+    def walk(self, kept: Kept | None, on_block) -> None:
+        for name in self.passes.outside:
             self.done[name] = self.plainly(name, "it is outside of the blocks").to("cpu")
-        began, walked = time.monotonic(), 0
         for k, block in enumerate(self.blocks):
+            self.limits.check()
+            self.pace.begin(k, self.work_of(block))
             found = None if kept is None else kept.load(block.name)
             resumed = found is not None
             if found is None:
                 found = self.calibrated(k, block)
-                walked += 1
                 if kept is not None:
                     kept.save(block.name, found)
             self.done.update({name: layer.to("cpu") for name, layer in found.items()})
             if k + 1 < len(self.blocks):
-                self.hand_on(k, block)
-            left = (time.monotonic() - began) / max(1, walked) * (len(self.blocks) - k - 1)
-            on_block(BlockDone(k, len(self.blocks), block.name, resumed, left))
-        return {name: self.done[name] for name in self.chosen}
+                self.passes.retried(k, partial(self.passes.hand_on, k, partial(self.handed, block)))
+            on_block(BlockDone(k, len(self.blocks), block.name, resumed, self.pace.end(resumed)))
 
-    def layers_in(self, block: Block) -> list[str]:
-        return [name for name in self.chosen if f"{name}.".startswith(f"{block.name}.")]
+    def handed(self, block: Block, part: slice) -> None:
+        self.step(2 * self.pass_of(block) * (part.stop - part.start))
 
     def plainly(self, name: str, note: str) -> Calibrated:
         try:
@@ -189,7 +216,7 @@ class _Walk:
         names = self.layers_in(block)
         found: dict[str, Calibrated] = {}
         modules = {name: self.model.get_submodule(name) for name in names}
-        stages = stages_of(modules, lambda: self.states.run(slice(0, 1)))
+        stages = stages_of(modules, self.first_state)
         ran = {name for stage in stages for name in stage}
         for name in names:
             reason = refusal(self.chosen[name].format)
@@ -197,14 +224,19 @@ class _Walk:
                 found[name] = self.plainly(name, "it does not run")
             elif reason is not None:
                 found[name] = self.plainly(name, reason)
+        todo = [{n: c for n, c in stage.items() if n not in found} for stage in stages]
+        groups = [turns(list(stage), self.need, self.limits.memory) for stage in todo]
+        self.stages = sum(map(len, groups))
+        self.pace.begin(k, self.work_of(block))
         folds = self.folds(k, block, modules, stages, found)
-        for stage in stages:
-            wanted = {name: calls for name, calls in stage.items() if name not in found}
-            if not wanted:
+        for stage, in_turn in zip(todo, groups, strict=True):
+            if not stage:
                 continue
-            grids, shifts = self.prepared(k, wanted, found, folds)
-            for name, sums in self.gathered(k, wanted, found, grids).items():
-                found[name] = self.rounded(name, sums, grids[name], shifts.get(name))
+            grids, shifts = self.prepared(k, stage, found, folds)
+            done = dict(found)  # layers of a stage are seen with none of that stage rounded
+            for group in in_turn:
+                names = {name: stage[name] for name in group}
+                found.update(self.group(k, names, done, grids, shifts))
         return found
 
     def grid(self, name: str) -> Grid:
@@ -219,9 +251,11 @@ class _Walk:
         def run() -> None:
             with ExitStack() as stack:
                 stack.callback(block.module.register_forward_hook(_enough).remove)
-                self.forward(k, 0, "fp", {}, stack)
+                self.passes.to_block(k, self.passes.parts[0], FP, {})
 
-        return folds_of(modules, stages, wanted, block.module, run) if wanted else []
+        if not wanted:
+            return []
+        return self.passes.retried(k, lambda: folds_of(modules, stages, wanted, block.module, run))
 
     def prepared(self, k: int, names: Mapping[str, int], found: dict[str, Calibrated], folds):
         """Grids of layers (name: calls) that suit their inputs, and the means that are taken off.
@@ -230,7 +264,9 @@ class _Walk:
         """
         grids, shifts = {name: self.grid(name) for name in names}, {}
         looked = {name: calls for name, calls in names.items() if grids[name].looks}
-        samples = self.sampled(k, looked, found) if looked else {}
+        samples: dict[str, torch.Tensor] = {}
+        if looked:
+            samples = self.passes.retried(k, lambda: self.sampled(k, looked, found))
         for fold in folds:
             if set(fold.consumers) <= samples.keys():
                 mean = torch.cat([samples[name] for name in fold.consumers]).mean(0)
@@ -242,18 +278,46 @@ class _Walk:
 
     def sampled(self, k: int, names: Mapping[str, int], found) -> dict[str, torch.Tensor]:
         """Some of the quantized model's inputs [rows, in] of layers (name: calls) of block ``k``."""
-        step = max(1, len(self.parts) // SAMPLE_BATCHES)
+        parts = self.passes.parts
         rows: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-        for batch in range(0, len(self.parts), step):
-            for name, calls in self.inputs(k, batch, "q", names, found).items():
+        for part in parts[:: max(1, len(parts) // SAMPLE_BATCHES)]:
+            for name, calls in self.inputs(k, part, Q, names, found).items():
                 x = torch.cat([call.reshape(-1, call.shape[-1]) for call in calls]).float()
                 rows[name].append(x[:: max(1, len(x) // SAMPLE_ROWS)])
         return {name: torch.cat(parts) for name, parts in rows.items()}
 
+    def group(self, k: int, names: Mapping[str, int], done, grids, shifts) -> dict[str, Calibrated]:
+        """Layers (name: calls) of block ``k``, of which ``done`` are quantized."""
+        found: dict[str, Calibrated] = {}
+
+        def gathered(names: Mapping[str, int]) -> dict[str, Gathering]:
+            return self.passes.retried(k, lambda: self.gathered(k, names, done, grids))
+
+        sums = gathered(names)
+        for name in names:
+            while name not in found:
+                try:
+                    found[name] = self.rounded(name, sums.pop(name), grids[name], shifts.get(name))
+                    continue
+                except self.limits.out_of_memory:
+                    self.need[name] = finer(self.need[name], name)
+                self.passes.relieve()
+                sums |= gathered({name: names[name]})
+        return found
+
     def rounded(self, name: str, sums: Gathering, grid: Grid, shift) -> Calibrated:
-        weight, bias = self.parameters_of(name)
+        need = self.need[name]
+        share = need.flops / calls_of(need, self.settings.rounds, self.settings.sweeps)
         try:
-            return calibrate_layer(grid, weight, bias, sums.moments(), self.settings, shift)
+            return calibrate_layer(
+                grid,
+                *self.parameters_of(name),
+                sums.parts(),
+                self.settings,
+                shift,
+                spend=True,
+                check=lambda: self.step(share),
+            )
         except (RoundingError, FormatError) as error:
             raise type(error)(f"layer {name}: {error}") from error
 
@@ -261,14 +325,16 @@ class _Walk:
         self, k: int, names: Mapping[str, int], found, grids: Mapping[str, Grid]
     ) -> dict[str, Gathering]:
         """Moments of the inputs of layers (name: calls) of block ``k``, of which ``found`` are done."""
-        sums = {name: Gathering() for name in names}
-        for batch in range(len(self.parts)):
+        sums = {name: Gathering(self.need[name].cuts) for name in names}
+        cost = 2 * self.pass_of(self.blocks[k])
+        cost += sum(4.0 * self.rows(n) * self.need[n].columns * self.need[n].width for n in names)
+        for part in self.passes.parts:
             inputs = {
-                stream: self.inputs(k, batch, stream, names, found if stream == "q" else {})
-                for stream in STREAMS
+                stream: self.inputs(k, part, stream, names, found if stream == Q else {})
+                for stream in (FP, Q)
             }
             for name in names:
-                pairs = [inputs[stream][name] for stream in STREAMS]
+                pairs = [inputs[stream].pop(name) for stream in (FP, Q)]
                 try:
                     if len(pairs[0]) != len(pairs[1]):
                         raise RoundingError("it runs more often in one model than in the other")
@@ -276,9 +342,10 @@ class _Walk:
                         sums[name].add(*grids[name].pair(q, fp))
                 except RoundingError as error:
                     raise RoundingError(f"layer {name}: {error}") from None
+            self.step(cost * (part.stop - part.start))
         return sums
 
-    def inputs(self, k: int, batch: int, stream: str, names, found) -> dict[str, list]:
+    def inputs(self, k: int, part: slice, stream: str, names, found) -> dict[str, list]:
         """What layers (name: calls) of block ``k`` are given, call by call."""
         seen: dict[str, list[torch.Tensor]] = {name: [] for name in names}
         block = self.blocks[k].module
@@ -294,57 +361,22 @@ class _Walk:
                 layer = self.model.get_submodule(name)
                 stack.callback(layer.register_forward_pre_hook(watch).remove)
             stack.callback(block.register_forward_hook(_enough).remove)
-            self.forward(k, batch, stream, found, stack)
+            self.passes.to_block(k, part, stream, found)
         return seen
-
-    def hand_on(self, k: int, block: Block) -> None:
-        """Keep the outputs of block ``k``, and let go of those that no later block needs."""
-        layers = {name: self.done[name] for name in self.layers_in(block)}
-        for stream in STREAMS:
-            kept = self.outputs[stream][k] = []
-
-            def keep(module, arguments, output, kept=kept):
-                kept.append(map_tensors(output, lambda t: t.detach().to("cpu", copy=True)))
-                raise Enough
-
-            for batch in range(len(self.parts)):
-                with ExitStack() as stack:
-                    stack.callback(block.module.register_forward_hook(keep).remove)
-                    self.forward(k, batch, stream, layers if stream == "q" else {}, stack)
-            for j, old in enumerate(self.blocks[:k]):
-                if old.last_use <= k:
-                    self.outputs[stream][j] = [_emptied(tree) for tree in self.outputs[stream][j]]
-
-    def forward(self, k: int, batch: int, stream: str, found, stack: ExitStack) -> None:
-        """One pass up to the end of block ``k``; ``found``: its layers that are quantized."""
-        for j, block in enumerate(self.blocks[:k]):
-            output = self.outputs[stream][j][batch]
-
-            def stub(*arguments, output=output, **named):
-                return map_tensors(output, lambda t: t.to(self.device, copy=True))
-
-            stack.enter_context(forward_of(block.module, stub))
-        if stream == "q":
-            outside = {n: layer for n, layer in self.done.items() if self.is_outside(n)}
-            layers = {**outside, **found}
-            stack.enter_context(quantized(self.model, layers, self.chosen, self.device))
-        try:
-            self.states.run(self.parts[batch])
-        except Enough:
-            return
-        raise RoundingError(f"block {self.blocks[k].name} ran on the first state but not on others")
-
-    def is_outside(self, name: str) -> bool:
-        return not any(f"{name}.".startswith(f"{block.name}.") for block in self.blocks)
 
 
 def _enough(module, arguments, output) -> None:
     raise Enough
 
 
-def _emptied(tree: Any) -> Any:
-    """``tree`` with tensors that have the same shape and no memory."""
-    return map_tensors(tree, lambda t: torch.zeros((), dtype=t.dtype).expand(t.shape))
-
-
-__all__ = ["BlockDone", "Kept", "States", "calibrate_module", "choices", "quantized"]
+__all__ = [
+    "BlockDone",
+    "Kept",
+    "Limits",
+    "Progress",
+    "States",
+    "calibrate_module",
+    "check_unquantized",
+    "choices",
+    "quantized",
+]

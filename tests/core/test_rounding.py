@@ -17,7 +17,7 @@ from qsched_core.rounding import (
     grid_of,
     refusal,
 )
-from qsched_core.rounding.moments import damped
+from qsched_core.rounding.moments import damping
 from qsched_core.rounding.solve import descend, error_to, gptq, refit
 
 ROWS, OUT, IN = 400, 48, 192
@@ -138,13 +138,14 @@ def test_the_packing_is_the_formats_own(name, columns):
 def test_descent_never_raises_the_error_and_refit_lowers_that_of_unstored_tables(name):
     grid = grid_of(name)
     weight, _ = layer()
-    h = damped(moments(correlated()).h, 0.01)
-    safe = h.float()
-    start = gptq(grid, weight, h, 1e-6)
+    h = moments(correlated()).h
+    with damping(h, 0.01):
+        safe = h.float()
+    start = gptq(grid, weight, h, 0.01)
     down = descend(start, weight, safe, 2)
     assert error_to(weight, down.values(), safe) <= error_to(weight, start.values(), safe)
     exact = grid_of("int8")
-    rows = gptq(exact, weight, h, 1e-6)
+    rows = gptq(exact, weight, h, 0.01)
     fitted = refit(rows, weight, safe)  # its scales are stored exactly
     assert error_to(weight, fitted.values(), safe) <= error_to(weight, rows.values(), safe)
 
