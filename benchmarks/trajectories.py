@@ -7,19 +7,26 @@ judged on 512 others: by the mean distance of the end point to the solution of 1
 of ComfyUI's schedulers, each at the shift that is best for the 512 samples.  ``dp.edges.<K>``: the
 same with each edge's own coefficients, as fitted on the fine path.  ``dp.plain.<K>``: these levels
 at c = 1; ``dp.uncorrected.<K>``: levels that were chosen for c = 1.
+``levels.mixture``: a search of levels and ramp that starts from the dynamic programming's best, by the
+distance on the 16 samples; over dynamic programming's own, on the 512; ``levels.scheduler`` starts
+from the evenly spaced levels instead.
 ``dp.evaluations``: of the walk that gives all K <= 16.  ``dp.optimal``: cost over that of brute force.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
+import tempfile
 from itertools import combinations, pairwise
 
 import torch
 
+from qsched_core.search import CalibrationSettings, Search, best_of
 from qsched_core.search.levels import learned_levels
+from qsched_core.study.journal import Journal
 from qsched_core.trajectory import Candidate, Trajectory, best_paths
 
 from ._common import BenchRow, machine, options, report
@@ -131,6 +138,32 @@ def optimal() -> BenchRow:
     )
 
 
+def searched(name: str, trials: int):
+    """The winner of a search on the fitted samples."""
+    source = MixtureSource(Trajectory.of(torch.linspace(1, 0, 5).tolist()))
+    settings = CalibrationSettings(name, trials)
+    levels = learned_levels(source, FITTED) if settings.learns_levels else None
+    with tempfile.TemporaryDirectory() as folder, Journal(folder, "bench") as journal:
+        run = Search(journal, source, Nearness(), settings, FITTED)
+        run.stages(source.trajectory, levels)
+    return best_of(run.trials)
+
+
+def level_rows(judge: Judge) -> list[BenchRow]:
+    (_, rolled, _), _ = programmed(4)
+    other, rows = judge(rolled), []
+    for name, strategy, bound in (
+        ("levels.mixture", "levels-dp+gp", "<= 1.0"),
+        ("levels.mixture.tpe", "levels-dp+tpe", ""),
+        ("levels.mixture.cmaes", "levels-dp+cmaes", ""),
+        ("levels.scheduler", "levels-gp", ""),
+    ):
+        best = searched(strategy, 60)
+        said = f"{strategy}, 60 trials, best on the fitted samples {-best.value:.3f}"
+        rows.append(row(name, said, judge(best.candidate), other, bound=bound))
+    return rows
+
+
 def comfyui() -> None:
     """ComfyUI's schedulers can be imported from here on."""
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
@@ -138,12 +171,16 @@ def comfyui() -> None:
 
 
 def main() -> None:
-    args = options(__doc__, groups=("dp",))
+    args = options(__doc__, groups=("dp", "levels"))
     torch.set_num_threads(1)
+    logging.getLogger("optuna").setLevel(logging.WARNING)
     comfyui()
     rows = []
+    judge = Judge()
     if "dp" in args.only:
-        rows += [*dp_rows(Judge()), evaluations(), optimal()]
+        rows += [*dp_rows(judge), evaluations(), optimal()]
+    if "levels" in args.only:
+        rows += level_rows(judge)
     report(rows, args.json)
 
 

@@ -10,6 +10,7 @@ from ..qsched_core.calibration import calibrate
 from ..qsched_core.calibration.report import report_text, verdict_text
 from ..qsched_core.correction.scalar import MAX_COEFFICIENT
 from ..qsched_core.optional import MissingDependencyError
+from ..qsched_core.schedule import chart, summary
 from ..qsched_core.search import PRUNERS, STRATEGIES, CalibrationSettings
 from ..qsched_core.search.levels import GRID, MOST_GRID
 from ..qsched_core.study import Database, StudyPlace, check_shared, workflow_rule
@@ -17,6 +18,7 @@ from .host.calibration import CalibrationLive, report_of
 from .host.folders import studies_folder
 from .host.pictures import as_tensor
 from .host.progress import on_node
+from .host.remember import LEARNED, recalled, remember
 from .inputs import (
     check_objective,
     negative_input,
@@ -27,6 +29,8 @@ from .inputs import (
     wrong_options,
 )
 from .types import MAX_SEED, Schedule
+
+LAZY = ("clip", "vae", "prompts", "objective", "reference_model")  # only needed to learn
 
 
 class QSchedJAQCalibrator(io.ComfyNode):
@@ -55,7 +59,7 @@ class QSchedJAQCalibrator(io.ComfyNode):
                 "optuna",
             ],
             inputs=[
-                *trajectory_inputs(),
+                *trajectory_inputs(LAZY),
                 io.Combo.Input("search", options=list(STRATEGIES), tooltip=f"{searches}."),
                 io.Int.Input(
                     "budget",
@@ -94,9 +98,16 @@ class QSchedJAQCalibrator(io.ComfyNode):
                 ),
                 io.String.Output(display_name="report", tooltip="The same as text."),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
         )
+
+    @classmethod
+    def check_lazy_status(cls, learned="", **inputs):
+        """What is only needed to learn is left alone where that was done already."""
+        if recalled(learned, cls.hidden.prompt, cls.hidden.unique_id) is not None:
+            return []
+        return [name for name in LAZY if name in inputs and inputs[name] is None]
 
     @classmethod
     @with_options
@@ -122,8 +133,12 @@ class QSchedJAQCalibrator(io.ComfyNode):
         cls, model, clip, vae, prompts, objective, solver, scheduler, steps, cfg, width, height,
         search, budget, seed, guard, negative="", low=0.0, high=0.0, radius=0.1, ramp_ends=False,
         fidelity="full", proposals=1, storage="", study="", reference_model=None, level_grid=0,
+        learned="",
         options=None,
     ) -> io.NodeOutput:  # fmt: skip
+        before = recalled(learned, cls.hidden.prompt, cls.hidden.unique_id)
+        if before is not None:
+            return cls._as_before(before)
         check_objective(objective)
         settings = _settings(
             search,
@@ -155,7 +170,23 @@ class QSchedJAQCalibrator(io.ComfyNode):
         }
         shown = ui.PreviewImage(as_tensor(picture), cls=cls).as_dict()
         shown |= on_node(verdict_text(result), json.dumps(content))
+        cls._remember(result.schedule)
         return io.NodeOutput(result.schedule, as_tensor(picture), text, ui=shown)
+
+    @classmethod
+    def _remember(cls, schedule) -> None:
+        hidden = cls.hidden
+        remember(schedule, hidden.prompt, hidden.extra_pnginfo, hidden.unique_id)
+
+    @classmethod
+    def _as_before(cls, schedule) -> io.NodeOutput:
+        """What this graph learned before, from the workflow itself."""
+        picture = as_tensor(chart.draw(schedule))
+        text = f"learned before, by this same graph\n{summary.summary(schedule)}"
+        cls._remember(schedule)
+        shown = ui.PreviewImage(picture, cls=cls).as_dict()
+        content = json.dumps({"schedule": schedule.to_json(), "report": text, "new_trials": 0})
+        return io.NodeOutput(schedule, picture, text, ui=shown | on_node(text, content))
 
 
 def search_inputs() -> list:
@@ -200,12 +231,19 @@ def search_inputs() -> list:
             "reference_model", optional=True,
             tooltip="The same model, not quantized, if it fits: says whether the gain repairs the "
             "quantization or would come to any model, and how much could be repaired at all.",
+            lazy=True,
         ),
         io.Int.Input(
             "level_grid", default=0, min=0, max=MOST_GRID, optional=True, advanced=True,
             tooltip="For searches of noise levels by dynamic programming: how many steps of the "
             f"scheduler to choose from; 0 is {GRID}. For a distilled model the step count that it "
             "was made for: finer paths are not what it was trained on.",
+        ),
+        io.String.Input(
+            LEARNED, default="", optional=True, advanced=True, dynamic_prompts=False,
+            tooltip="Filled in by itself in the workflow of every picture: what was learned. As long "
+            "as nothing before this node is changed it is taken instead of learning anew. Empty it "
+            "to learn anew.",
         ),
     ]  # fmt: skip
 

@@ -91,9 +91,12 @@ def wrong_options(solver: str | None, options: dict[str, float]) -> str | None:
     return None
 
 
-def trajectory_inputs() -> list:
-    """The inputs that choose model and trajectory, alike in every node that makes images."""
-    return [
+def trajectory_inputs(lazy: Sequence[str] = ()) -> list:
+    """The inputs that choose model and trajectory, alike in every node that makes images.
+
+    Those that ``lazy`` names are evaluated when the node asks for them.
+    """
+    inputs = [
         io.Model.Input("model", tooltip="The model, quantized or not."),
         io.Clip.Input("clip", tooltip="The text encoder that the model samples with."),
         io.Vae.Input("vae", tooltip="Turns latents into the pictures that are scored."),
@@ -123,6 +126,9 @@ def trajectory_inputs() -> list:
             "height", default=512, min=16, max=16384, step=8, tooltip="Of the pictures, in pixels."
         ),
     ]
+    for entry in inputs:
+        entry.lazy = entry.id in lazy or None
+    return inputs
 
 
 def negative_input():

@@ -6,11 +6,13 @@ from comfy_api.latest import io
 
 from ..qsched_core.schedule import MODES
 from ..qsched_core.solvers import SOLVERS
+from .host.remember import remember
 from .host.sampling import ksampler, make_around_sampler, make_sampler
 from .host.trajectories import AS_LEARNED, SCHEDULERS
 from .inputs import checked_options, option_inputs, with_options, wrong_options
 from .types import Schedule
 
+HIDDEN = [io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo]
 MODE_TOOLTIP = (
     "interpolate: steps whose sigma was not learned get coefficients interpolated in log-SNR, and "
     "a schedule learned for another model or solver only warns. strict: either is an error."
@@ -183,7 +185,7 @@ class QSchedKSampler(io.ComfyNode):
                 _optional_schedule(),
             ],
             outputs=[io.Latent.Output(tooltip="The denoised latent.")],
-            hidden=[io.Hidden.unique_id],
+            hidden=HIDDEN,
         )
 
     @classmethod
@@ -205,6 +207,8 @@ class QSchedKSampler(io.ComfyNode):
             positive=positive, negative=negative, latent=latent_image, denoise=denoise,
             options=checked_options(solver, options),
         )  # fmt: skip
+        hidden = cls.hidden
+        remember(schedule, hidden.prompt, hidden.extra_pnginfo, hidden.unique_id)
         return io.NodeOutput(latent)
 
 
@@ -248,7 +252,7 @@ class QSchedKSamplerAdvanced(io.ComfyNode):
                 _optional_schedule(),
             ],
             outputs=[io.Latent.Output(tooltip="The latent after the last of the steps.")],
-            hidden=[io.Hidden.unique_id],
+            hidden=HIDDEN,
         )
 
     @classmethod
@@ -271,6 +275,8 @@ class QSchedKSamplerAdvanced(io.ComfyNode):
             leftover_noise=return_with_leftover_noise == "enable",
             options=checked_options(solver, options),
         )  # fmt: skip
+        hidden = cls.hidden
+        remember(schedule, hidden.prompt, hidden.extra_pnginfo, hidden.unique_id)
         return io.NodeOutput(latent)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from itertools import count
 from pathlib import Path
 
 from comfy_api.latest import io
@@ -14,6 +15,7 @@ from ..qsched_core.schedule import (
     QSchedule,
     ScheduleError,
 )
+from ..qsched_core.schedule.naming import AUTOMATIC, file_name, is_automatic, same_subject
 from ..qsched_core.solvers import SOLVERS
 from ..qsched_core.text import shown
 from ..qsched_core.trajectory import Trajectory
@@ -139,7 +141,11 @@ class QSchedSaveSchedule(io.ComfyNode):
             inputs=[
                 Schedule.Input("schedule", tooltip="What to write."),
                 io.String.Input(
-                    "name", default="schedule", tooltip="File name; a subfolder may be part of it."
+                    "name",
+                    default=AUTOMATIC,
+                    tooltip="File name; a subfolder may be part of it. {model}, {format}, {solver} "
+                    "and {steps} are filled in; with them another's file is never replaced: the name "
+                    "gets a number.",
                 ),
                 io.Boolean.Input(
                     "overwrite",
@@ -157,19 +163,47 @@ class QSchedSaveSchedule(io.ComfyNode):
         if name is None or overwrite is None:  # wired: checked when it runs
             return True
         try:
-            path = new_schedule_path(name)
+            path = new_schedule_path(file_name(name))
         except ScheduleError as error:
             return str(error)
-        return True if overwrite or not path.exists() else _exists(name, path)
+        free = overwrite or is_automatic(name) or not path.exists()
+        return True if free else _exists(name, path)
 
     @classmethod
     def execute(cls, schedule, name, overwrite=False) -> io.NodeOutput:
-        path = new_schedule_path(name)
-        try:
-            schedule.save(path, overwrite)
-        except FileExistsError:
-            raise ScheduleError(_exists(name, path)) from None
+        path = _saved(schedule, name, overwrite)
         return io.NodeOutput(schedule, ui=on_node(f"saved to {path}\n{schedule.describe()}"))
+
+
+def _saved(schedule: QSchedule, name: str, overwrite: bool) -> Path:
+    """Write the file; its path.
+
+    A name that is filled in gets a number where another schedule has it; ``overwrite`` then replaces
+    a schedule of the same model, format and trajectory alone.
+    """
+    base, automatic = file_name(name, schedule), is_automatic(name)
+    for number in count(1):
+        path = new_schedule_path(base if number == 1 else f"{base}-{number}")
+        try:
+            schedule.save(path, overwrite and not automatic)
+            return path
+        except FileExistsError:
+            if not automatic:
+                raise ScheduleError(_exists(name, path)) from None
+        there = _read(path)
+        if there == schedule:
+            return path
+        if overwrite and there is not None and same_subject(there, schedule):
+            schedule.save(path)
+            return path
+    raise AssertionError("unreachable")
+
+
+def _read(path: Path) -> QSchedule | None:
+    try:
+        return QSchedule.load(path)
+    except (ScheduleError, OSError):
+        return None
 
 
 def _exists(name: str, path: Path) -> str:

@@ -92,9 +92,11 @@ class QSchedShowSchedule(io.ComfyNode):
     @classmethod
     def execute(cls, schedule) -> io.NodeOutput:
         image, text = as_tensor(chart.draw(schedule)), schedule.to_json()
-        progress_text(cls.hidden.unique_id, json_for_page(text))
+        told = summary.summary(schedule)
+        # First what a person reads, then what is to be copied.
+        progress_text(cls.hidden.unique_id, f"{told}\n\n{json_for_page(text)}")
         shown = ui.PreviewImage(image, cls=cls).as_dict() | {"text": (text,)}
-        return io.NodeOutput(image, text, summary.summary(schedule), ui=shown)
+        return io.NodeOutput(image, text, told, ui=shown)
 
 
 NODES = (QSchedScheduleFromText, QSchedShowSchedule)

@@ -61,6 +61,11 @@ def divided(sigmas: Sequence[float], steps: int, flow: bool) -> tuple[float, ...
     return tuple(found)
 
 
+def sigma_of(log_snr: float, flow: bool) -> float:
+    """The noise level at half the log signal-to-noise ratio: the inverse of :func:`log_snr`."""
+    return 1 / (1 + math.exp(log_snr)) if flow else math.exp(-log_snr)
+
+
 @dataclass(frozen=True)
 class SigmaMatch:
     """A noise level among the learned ones: ``index`` of a learned step, and the ``share`` [0, 1] of

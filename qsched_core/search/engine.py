@@ -17,7 +17,7 @@ from ..study.errors import CalibrationError
 from ..study.store import Point, Record, Store
 from ..trajectory import Candidate, Trajectory
 from .course import SEARCH, Course, Standing
-from .levels import LearnedLevels
+from .levels import LearnedLevels, smallest_level
 from .pruners import Judge, get_pruner, rungs
 from .samplers import suggest
 from .settings import CalibrationSettings
@@ -128,7 +128,8 @@ class Search:
     def stages(self, trajectory: Trajectory, levels: LearnedLevels | None = None) -> None:
         """Run every stage of the strategy; ``levels`` for one that asks for them."""
         self.course.begin(SEARCH)
-        plan = self.settings.plan(trajectory, levels)
+        lowest = smallest_level(self.source) if self.settings.searches_levels else 0.0
+        plan = self.settings.plan(trajectory, levels, lowest)
         strategy = get_strategy(self.settings.strategy)
         for build in strategy.stages(plan):
             finished = [t for t in self.trials if not t.pruned]

@@ -99,6 +99,12 @@ def check_grid(grid: int, steps: int | None = None) -> int:
     return grid
 
 
+def smallest_level(source: Source) -> float:
+    """The smallest noise level above 0 of the scheduler's steps, be they as given or fine."""
+    inner = [*source.fine(GRID).sigmas[1:-1], *source.trajectory.sigmas[1:-1]]
+    return min(inner)
+
+
 def learned_levels(
     source: Source,
     prompts: PromptSet,

@@ -74,7 +74,14 @@ class CalibrationSettings:
         """Whether the plan needs what dynamic programming finds."""
         return get_strategy(self.strategy).levels
 
-    def plan(self, trajectory: Trajectory, levels: LearnedLevels | None = None) -> Plan:
+    @property
+    def searches_levels(self) -> bool:
+        """Whether the plan needs the smallest noise level that may be searched."""
+        return get_strategy(self.strategy).searches_levels
+
+    def plan(
+        self, trajectory: Trajectory, levels: LearnedLevels | None = None, lowest: float = 0.0
+    ) -> Plan:
         return Plan(
             trajectory,
             self.budget,
@@ -84,6 +91,7 @@ class CalibrationSettings:
             self.radius,
             self.ends,
             levels,
+            lowest,
         )
 
     def search(self) -> dict[str, Any]:

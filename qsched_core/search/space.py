@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from types import MappingProxyType
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
 from ..correction.scalar import MAX_COEFFICIENT, MIN_COEFFICIENT, ScalarCorrection
+from ..sigmas import log_snr, sigma_of
 from ..study.errors import CalibrationError
 from ..study.store import Point, Range
 from ..text import shown
@@ -126,6 +128,80 @@ class StepSpace:
             for name, values in correction.rows().items()
         }
         return Candidate(self.centre.trajectory, correction.with_rows(rows))
+
+
+@dataclass(frozen=True)
+class LevelSpace:
+    """The inner noise levels of ``centre`` by their gaps in log-SNR, and a ramp times its numbers.
+
+    AutoDiffusion (arXiv 2309.10438) searches which timesteps; here "level" moves the first inner
+    level, and all behind it, by up to 1 in half the log-SNR, and each "gap" halves to doubles the way
+    to the next one.  First and last level stay; inner ones stay above ``lowest``, the smallest that
+    the model knows, and apart.  The middle of the box is the centre itself.
+    """
+
+    centre: Candidate
+    lowest: float
+    low: float = 0.8
+    high: float = 1.2
+    ends: bool = False
+
+    APART: ClassVar[float] = 0.01  # in half the log-SNR
+
+    def __post_init__(self):
+        check_range(self.low, self.high)
+
+    @property
+    def _ramp(self) -> RampSpace:
+        return RampSpace(self.centre.trajectory, self.low, self.high, self.ends)
+
+    @property
+    def _inner(self) -> list[float]:
+        """Half the log-SNR of the inner levels, rising."""
+        trajectory = self.centre.trajectory
+        return [log_snr(sigma, trajectory.flow) for sigma in trajectory.sigmas[1:-1]]
+
+    @property
+    def bounds(self):
+        inner = len(self._inner)
+        names = ["level"] * (inner > 0) + [f"gap {i}" for i in range(2, inner + 1)]
+        return dict.fromkeys(names, (-1.0, 1.0)) | self._ramp.bounds
+
+    @property
+    def start(self):
+        return dict.fromkeys(self.bounds, 0.0) | self._ramp.start
+
+    def candidate(self, point):
+        if point == self.start:
+            return self.centre
+        ramp = self._ramp.candidate(point).correction.rows()
+        rows = {
+            name: tuple(
+                min(max(value * by, MIN_COEFFICIENT), MAX_COEFFICIENT)
+                for value, by in zip(values, ramp[name], strict=True)
+            )
+            for name, values in self.centre.correction.rows().items()
+        }
+        correction = self.centre.correction.with_rows(rows)
+        return Candidate(replace(self.centre.trajectory, sigmas=self._sigmas(point)), correction)
+
+    def _sigmas(self, point: Point) -> tuple[float, ...]:
+        trajectory, inner = self.centre.trajectory, self._inner
+        first, last = trajectory.sigmas[0], trajectory.sigmas[-1]
+        if not inner:
+            return trajectory.sigmas
+        moved = [inner[0] + point["level"]]
+        for i, (before, after) in enumerate(pairwise(inner), start=2):
+            moved.append(moved[-1] + (after - before) * 2.0 ** point[f"gap {i}"])
+        least = log_snr(first, trajectory.flow)
+        most = log_snr(max(last, self.lowest), trajectory.flow)
+        sigmas = [first]
+        for i, value in enumerate(moved):
+            value = min(value, most - (len(moved) - i) * self.APART)
+            value = max(value, least + self.APART)
+            least = value
+            sigmas.append(sigma_of(value, trajectory.flow))
+        return (*sigmas, last)
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from ..text import shown
 from ..trajectory import Candidate, Trajectory
 from .levels import LearnedLevels
 from .samplers import SAMPLERS
-from .space import ListSpace, RampSpace, Space, StepSpace, grid_points, sobol_points
+from .space import LevelSpace, ListSpace, RampSpace, Space, StepSpace, grid_points, sobol_points
 
 RAMP_DESIGN = 4  # points spread over the ramp's box before the sampler takes over
+LEVEL_DESIGN = 8  # the same for levels and ramp, which have more dimensions
 RAMP_SHARE = 24 / 64  # the ramp's share of the budget, where single steps are refined after it
 PAPER, WIDE = (0.8, 1.2), (0.6, 1.6)  # boxes of the ramp; the demo's best lies outside the paper's
 
@@ -51,7 +52,8 @@ class Stage:
 class Plan:
     """What a strategy needs to know: see ``CalibrationSettings`` for the fields.
 
-    ``levels`` are there for a strategy that asks for them.
+    ``levels`` are there for a strategy that asks for them.  ``lowest`` is the smallest noise level
+    above 0 that may be searched.
     """
 
     trajectory: Trajectory
@@ -62,6 +64,7 @@ class Plan:
     radius: float
     ends: bool = False
     levels: LearnedLevels | None = None
+    lowest: float = 0.0
 
     @property
     def steps(self) -> int:
@@ -80,7 +83,8 @@ class Strategy:
 
     ``ramp`` says whether ramps are searched, ``box`` in which range by default.
     ``min_budget_ends`` is the least budget if the ramps' ends are free; 0: no more than otherwise.
-    ``levels`` says that the plan must have what dynamic programming found: see :mod:`.levels`.
+    ``levels`` says that the plan must have what dynamic programming found: see :mod:`.levels`;
+    ``searches_levels`` that it must know the smallest noise level.
     """
 
     name: str
@@ -93,6 +97,7 @@ class Strategy:
     ramp: bool = True
     min_budget_ends: int = 0
     levels: bool = False
+    searches_levels: bool = False
 
     def available(self) -> str | None:
         """Why this strategy can't run here, with the fix, or None."""
@@ -133,6 +138,34 @@ def _programmed_stage(plan: Plan, past: Sequence[Past]) -> Stage:
     content = [[each.trajectory.to_json(), each.correction.to_json()] for each in space.candidates]
     name = f"levels {fingerprint({'candidates': content})[:8]}"
     return Stage(name, space, len(space.candidates), fixed=space.points)
+
+
+def _level_space(plan: Plan, centre: Candidate) -> LevelSpace:
+    return LevelSpace(centre, plan.lowest, plan.low, plan.high, plan.ends)
+
+
+def _level_stage(sampler: str) -> StageBuilder:
+    """Noise levels and ramp, from the scheduler's own levels on."""
+
+    def build(plan: Plan, past: Sequence[Past]) -> Stage:
+        space = _level_space(plan, Candidate.identity(plan.trajectory))
+        design = sobol_points(space, min(LEVEL_DESIGN, plan.budget), plan.seed)
+        return Stage("levels", space, 1 + plan.budget, sampler, fixed=(space.start, *design))
+
+    return build
+
+
+def _refined_stage(sampler: str) -> StageBuilder:
+    """Noise levels and ramp, around the best of what dynamic programming proposed."""
+
+    def build(plan: Plan, past: Sequence[Past]) -> Stage:
+        best = max(past, key=lambda p: p.value)
+        space = _level_space(plan, best.candidate)
+        trials = 1 + plan.budget - _programmed_stage(plan, ()).trials
+        history = ((space.start, best.value),)
+        return Stage(f"{sampler} around it", space, trials, sampler, history=history)
+
+    return build
 
 
 def _side(points: int, dimensions: int) -> int:
@@ -212,6 +245,31 @@ def _levels_dp() -> Strategy:
     )
 
 
+def _levels(sampler: str) -> Strategy:
+    return Strategy(
+        f"levels-{sampler}",
+        f"{SAMPLERS[sampler].summary}, over noise levels and ramp, from the scheduler's levels on",
+        60,
+        1,
+        lambda plan: (_level_stage(sampler),),
+        sampler,
+        searches_levels=True,
+    )
+
+
+def _levels_dp_and(sampler: str) -> Strategy:
+    return Strategy(
+        f"levels-dp+{sampler}",
+        f"levels-dp, then {SAMPLERS[sampler].summary} over noise levels and ramp around its best",
+        60,
+        4,
+        lambda plan: (_programmed_stage, _refined_stage(sampler)),
+        sampler,
+        levels=True,
+        searches_levels=True,
+    )
+
+
 def _ramp(sampler: str) -> Strategy:
     return Strategy(
         sampler,
@@ -254,6 +312,8 @@ STRATEGIES: dict[str, Strategy] = {
         *(_steps(name) for name in SAMPLERS),
         _grid(),
         _levels_dp(),
+        *(_levels(name) for name in SAMPLERS),
+        *(_levels_dp_and(name) for name in SAMPLERS),
     )
 }
 

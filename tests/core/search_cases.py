@@ -20,6 +20,8 @@ PROMPTS = CalibrationPrompts.of(
 SMALL = {name: 16 if name == "grid" else 30 if "+" in name else 20 for name in STRATEGIES}
 SMALL |= {"tpe": 40, "tpe+steps": 60}  # it learns slowest
 SMALL["levels-dp"] = 3  # it proposes no more
+SMALL["levels-tpe"] = SMALL["levels-dp+tpe"] = 40
+SMALL["levels-dp+gp"] = 20
 
 
 class World(Planted):

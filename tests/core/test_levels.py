@@ -214,7 +214,8 @@ def test_the_mixtures_denoiser_is_the_mean_of_the_posterior():
 # The search
 
 
-LEVELS = CalibrationSettings("levels-dp", guard=True)
+LEVELS = CalibrationSettings("levels-dp")
+SEARCHED = CalibrationSettings("levels-dp+gp", 9, together=1)
 
 
 def searched(folder, settings=LEVELS, source=None, reference=None):
@@ -266,23 +267,26 @@ import os, signal, sys
 sys.path[:0] = [{str(repo_root)!r}, {os.path.dirname(__file__)!r}]
 import test_levels as t
 class Killed(t.MixtureSource):
+    left = int(sys.argv[2])
     def observed(self, *args, **more):
-        if sys.argv[2] == "walk":
+        if self.left == 0:  # in the walk
             os.kill(os.getpid(), signal.SIGKILL)
         return super().observed(*args, **more)
     def images(self, *args, **more):
-        if self.nfe > 12 * 36 and sys.argv[2] == "trials":
+        self.left -= 1
+        if self.left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().images(*args, **more)
-t.searched(sys.argv[1], t.replace(t.LEVELS, together=1), Killed(t.EVEN))
+t.searched(sys.argv[1], t.SEARCHED, Killed(t.EVEN))
 """
-    for moment in ("walk", "trials"):
-        command = [sys.executable, "-c", script, str(tmp_path / "killed"), moment]
+    for pictures in (0, 3, 5):  # in the walk, between proposals, between trials around the best
+        command = [sys.executable, "-c", script, str(tmp_path / "killed"), str(pictures)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == -signal.SIGKILL, done.stderr
     source = MixtureSource(EVEN)
-    result = searched(tmp_path / "killed", source=source)
-    whole = searched(tmp_path / "whole")
+    result = searched(tmp_path / "killed", SEARCHED, source)
+    whole = searched(tmp_path / "whole", SEARCHED)
+    assert result.new_trials < len(result.trials) - 5
     assert outcome(result) == outcome(whole)
     assert source.nfe < whole.nfe - 12 * 36  # the walk was kept
 

@@ -117,7 +117,8 @@ def test_the_smallest_grid_with_free_ends_runs(tmp_path):
     assert len(result.trials) == 1 + 16
 
 
-@pytest.mark.parametrize("name", list(STRATEGIES))
+# what dynamic programming proposes is not searched for, and this model does not see noise levels
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "levels-dp"])
 def test_a_strategy_makes_its_budget_of_trials_from_1_on_and_helps(name, tmp_path):
     seen = []
     world = World()
