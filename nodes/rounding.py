@@ -160,6 +160,7 @@ class QSchedCalibrateWeights(io.ComfyNode):
             samples=True,
             on_block=live.block,
             on_part=live.part,
+            limits=subject.limits(live.within),
         )
         made = subject.with_weights(result.weights)
         title = f"{model_info(model)['source'] or 'model'}: {weight_format}"

@@ -12,7 +12,7 @@ from comfy_execution.utils import get_executing_context
 
 from ...qsched_core.evaluation import Arm
 from ...qsched_core.evaluation import Progress as EvaluationProgress
-from ...qsched_core.rounding import PROVING, SAMPLING, BlockDone
+from ...qsched_core.rounding import PROVING, SAMPLING, BlockDone, Progress
 from ...qsched_core.text import markup_free, plain
 
 BLOCKS = "blocks"
@@ -78,6 +78,13 @@ class RoundingLive:
         elif done.index + 1 < done.total:
             text += f", about {_duration(done.seconds_left)} left"
         self._moved(BLOCKS, (done.index + 1) / done.total, text)
+
+    def within(self, progress: Progress) -> None:
+        """Inside a long block."""
+        share = (progress.index + progress.done) / progress.total
+        text = f"{progress.name}: block {progress.index + 1} of {progress.total}"
+        text += f", about {_duration(progress.seconds_left)} left"
+        self._moved(BLOCKS, share, text)
 
     def _moved(self, part: str, share: float, text: str) -> None:
         start, end = self.SHARES[part]

@@ -11,12 +11,13 @@ import comfy.model_management
 import torch
 
 from ....qsched_core.prompts import PromptSet
-from ....qsched_core.rounding import RecordedStates, RoundedWeights, Subject
+from ....qsched_core.rounding import Limits, Progress, RecordedStates, RoundedWeights, Subject
 from ....qsched_core.source import ModelSource
 from ..source import ComfySource
 from .loading import Request, check_model, quantize_model
 from .provenance import unpatched_state
 
+MOST_MEMORY = 6 << 30  # bytes of the device for sums and their rounding: FLUX's largest layers
 # Arguments of ComfyUI's models that belong to a call, not to its rows.
 CALL_ARGUMENTS = ("transformer_options", "control")
 
@@ -48,10 +49,24 @@ class ComfySubject(Subject):
         on_prompts: Callable[[int, int], None] = lambda done, total: None,
     ) -> RecordedStates:
         found = super().states(prompts, per_prompt, seed, on_prompts)
-        # The walk runs the module itself, which ComfyUI's sampling has brought to the device.
-        comfy.model_management.load_models_gpu([self.model])
+        # The walk runs the module itself.  What does not fit beside its sums stays in the host's
+        # memory, and comes to the device layer by layer.
+        room = min(MOST_MEMORY, self._total_memory() // 2)
+        comfy.model_management.load_models_gpu([self.model], memory_required=room)
         self._unpatched = unpatched_state(self.model)
         return found
+
+    def _total_memory(self) -> int:
+        return int(comfy.model_management.get_total_memory(self.model.load_device))
+
+    def limits(self, on_progress: Callable[[Progress], None]) -> Limits:
+        """What a walk may take here; the user's interrupt is raised inside it."""
+        return Limits(
+            memory=min(MOST_MEMORY, self._total_memory() // 2),
+            out_of_memory=(comfy.model_management.OOM_EXCEPTION,),
+            check=comfy.model_management.throw_exception_if_processing_interrupted,
+            on_progress=on_progress,
+        )
 
     def of_call(self, named: Mapping[str, Any]) -> dict[str, Any]:
         found = {key: named[key] for key in CALL_ARGUMENTS if key in named}
