@@ -112,6 +112,7 @@ def calibrate_weights(
     made = shelf.weights()
     if made is None:
         check_folder(folder, 2 * packed_bytes(model, chosen))
+        shelf.begin()
         began = time.monotonic()
         states = subject.states(
             prompts.calibration, states_per_prompt, seed, partial(on_part, SAMPLING)

@@ -6,7 +6,9 @@ import hashlib
 import json
 import logging
 import shutil
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ from .proof import Proof
 logger = logging.getLogger(__name__)
 
 KEY, PICTURES = "qsched_proof", "pictures"
+PREFIX = "rounding-"
+KEPT, OLD_SECONDS = 3, 24 * 3600  # other walks that stay, and the age below which all do
 
 
 class Shelf:
@@ -35,7 +39,7 @@ class Shelf:
     """
 
     def __init__(self, folder: Path, key: str, chosen: Mapping[str, Choice]):
-        self.folder, self.chosen = folder / f"rounding-{key[:32]}", chosen
+        self.folder, self.chosen = folder / f"{PREFIX}{key[:32]}", chosen
         self.path = self.folder / "weights.safetensors"
 
     def _block(self, name: str) -> Path:
@@ -51,6 +55,15 @@ class Shelf:
     def weights(self) -> RoundedWeights | None:
         """What :meth:`keep` kept."""
         return _intact(self.path, "the weights are rounded again")
+
+    def begin(self) -> None:
+        """Let go of walks that were not touched for a day, but for the last few."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        others = [p for p in self.folder.parent.glob(f"{PREFIX}*") if p != self.folder]
+        ages = {path: time.time() - _touched(path) for path in others if path.is_dir()}
+        for path in sorted(ages, key=ages.__getitem__)[KEPT:]:
+            if ages[path] > OLD_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
 
     def keep(self, weights: RoundedWeights) -> None:
         """Keep a walk's result, and let go of its blocks."""
@@ -83,6 +96,15 @@ class Shelf:
 
     def _proof(self, judged_by: Mapping[str, Any]) -> Path:
         return self.folder / f"proof-{fingerprint(judged_by)[:32]}.safetensors"
+
+
+def _touched(folder: Path) -> float:
+    """When something in it was last written."""
+    times = [folder.stat().st_mtime]
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # it went meanwhile
+            times.append(path.stat().st_mtime)
+    return max(times)
 
 
 def _intact(path: Path, otherwise: str) -> RoundedWeights | None:

@@ -269,6 +269,25 @@ def test_a_finished_walk_is_not_repeated(tmp_path, task, monkeypatch, caplog):
     assert len(told) == 3 and "the weights are rounded again" in caplog.text
 
 
+def test_old_walks_go_when_another_begins(tmp_path, task):
+    def walk(name, days):
+        folder = tmp_path / name
+        (folder / "blocks").mkdir(parents=True)
+        then = time.time() - 24 * 3600 * days
+        for path in (folder / "weights.safetensors", folder / "blocks" / "a"):
+            path.write_text("")
+            os.utime(path, (then, then))
+        for path in (folder / "blocks", folder):
+            os.utime(path, (then, then))
+
+    for days in range(5):
+        walk(f"rounding-{days}", days + 0.5)
+    walk("studies", 9)
+    stopped_at(0, task, tmp_path)
+    left = sorted(path.name for path in tmp_path.iterdir() if len(path.name) < 12)
+    assert left == ["rounding-0", "rounding-1", "rounding-2", "studies"]
+
+
 def test_samples_are_the_worst_the_median_and_the_best_prompt(tmp_path, task):
     found = calibrate_weights(TaskSubject(task), PROMPTS, INT2, tmp_path, samples=True)
     changes = [sample.change for sample in found.samples]

@@ -13,7 +13,7 @@ import torch
 from families import FLUX_SCHNELL as WHOLE
 from families import FLUX_WIDTH, SD15
 from graphs import conditioning, drawing
-from inside import Request, loading, relative, same_state, state_bytes, with_lora
+from inside import Request, comfy_sd, loading, relative, same_state, state_bytes, with_lora
 from torch import nn
 
 from benchmarks import _families as real
@@ -268,3 +268,18 @@ def test_a_quantized_model_is_refused(files):
     model = loading.quantize_model(files(SD15), Request("int8"))
     with pytest.raises(inside.formats.FormatError, match="model is quantized already"):
         subject_of(model, SD15)
+
+
+@pytest.mark.parametrize("name", ["int8_convrot", pytest.param("w4a4", marks=pytest.mark.full)])
+def test_a_native_file_opens_in_plain_comfyui(name, files, tmp_path):
+    _, result, model = made(files(FLUX_SCHNELL), FLUX_SCHNELL, tmp_path / "walk", name)
+    path, told = saving.save_model(model, tmp_path / "saved.safetensors")
+    assert told["kind"] == "native" and result.bits < 8.5
+    core = comfy_sd.load_diffusion_model(str(path))
+    bound = {"int8_convrot": 0.02, "w4a4": 0.3}[name]
+    assert relative(sampled(core), sampled(model)) < bound
+    reference = sampled(files(FLUX_SCHNELL))
+    plain = sampled(loading.quantize_model(files(FLUX_SCHNELL), Request(name)))
+    if name == "w4a4":
+        assert result.calibrated
+        assert relative(sampled(core), reference) < relative(plain, reference)
