@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 
@@ -11,6 +12,8 @@ from .prompts import PromptSet
 from .trajectory import Candidate
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 # Makes pictures [candidates, prompts, height, width, 3] of one batch.
 Make = Callable[[PromptSet, Sequence[Candidate]], torch.Tensor]
@@ -54,15 +57,32 @@ class Batches:
                     make(part, candidates[k : k + group]) for k in range(0, len(candidates), group)
                 ]
             except self.out_of_memory:
-                if self.max_batch == 1:
-                    raise
-                self.max_batch = max(1, self.max_batch // 2)
-                logger.warning(
-                    "out of memory; continuing with batches of %d latents", self.max_batch
-                )
-                self.relieve()
+                self._halve()
                 continue
             for candidate, pictures in enumerate(torch.cat(made)):
                 out[candidate].append(pictures)
             start += size
         return torch.stack([torch.cat(parts) for parts in out])
+
+    def each(
+        self, work: Callable[[PromptSet, int], Result], prompts: PromptSet
+    ) -> Iterator[tuple[int, Result]]:
+        """What ``work`` gives for each batch of prompts and the number of its first; and that number."""
+        start = 0
+        while start < len(prompts):
+            part = prompts.part(start, start + self.max_batch)
+            try:
+                found = work(part, start)
+            except self.out_of_memory:
+                self._halve()
+                continue
+            yield start, found
+            start += len(part)
+
+    def _halve(self) -> None:
+        """Smaller batches from now on; inside a handler, whose exception goes on from a single one."""
+        if self.max_batch == 1:
+            raise
+        self.max_batch = max(1, self.max_batch // 2)
+        logger.warning("out of memory; continuing with batches of %d latents", self.max_batch)
+        self.relieve()

@@ -182,11 +182,9 @@ def final_latents(
     ``on_prompts(done)`` is called after each batch.
     """
     candidate = Candidate.identity(source.trajectory)
-    found = []
-    for start in range(0, len(prompts), source.max_batch):
-        part = prompts.part(start, start + source.max_batch)
 
-        def run(model, x, sigmas, extra_args=None, part=part):
+    def sampled(part: PromptSet, start: int) -> torch.Tensor:
+        def run(model, x, sigmas, extra_args=None):
             result = rollout(
                 model,
                 x,
@@ -199,8 +197,12 @@ def final_latents(
             )
             return result.latents.flatten(0, 1)
 
-        found.append(source.sample(part, source.trajectory, 1, run).float().cpu())
-        on_prompts(start + len(part))
+        return source.sample(part, source.trajectory, 1, run).float().cpu()
+
+    found: list[torch.Tensor] = []
+    for _, latents in source.batches.each(sampled, prompts):
+        found.append(latents)
+        on_prompts(sum(map(len, found)))
     return torch.cat(found)
 
 

@@ -65,15 +65,17 @@ class RecordedStates:
         self.device = torch.device("cpu")
         before, order = source.nfe, torch.Generator().manual_seed(seed)
         states: list[tuple[int, State]] = []  # with the prompt's number
-        for start in range(0, len(prompts), source.max_batch):
-            part = prompts.part(start, start + source.max_batch)
-            wanted = [
-                set(torch.randperm(steps, generator=order)[: per_prompt or None].tolist())
-                for _ in part.prompts
-            ]
-            found = self._recorded(source, part, wanted, of_call)
+        wanted = [
+            set(torch.randperm(steps, generator=order)[: per_prompt or None].tolist())
+            for _ in prompts.prompts
+        ]
+
+        def recorded(part: PromptSet, start: int) -> list[tuple[int, State]]:
+            return self._recorded(source, part, wanted[start:], of_call)
+
+        for start, found in source.batches.each(recorded, prompts):
             states += [(start + row, state) for row, state in found]
-            on_prompts(start + len(part), len(prompts))
+            on_prompts(1 + max((prompt for prompt, _ in states), default=start), len(prompts))
         if not states:
             raise RoundingError(
                 "the module does not run while the model samples; give the module that the source runs"

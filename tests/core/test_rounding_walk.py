@@ -269,6 +269,29 @@ def test_a_finished_walk_is_not_repeated(tmp_path, task, monkeypatch, caplog):
     assert len(told) == 3 and "the weights are rounded again" in caplog.text
 
 
+def test_sampling_goes_on_in_smaller_batches_where_memory_runs_out(tmp_path, task):
+    """The same states and the same proof, up to the rounding of batched products."""
+    whole = calibrate_weights(TaskSubject(task), PROMPTS, INT2, tmp_path / "whole")
+    real = task.denoise
+
+    def scarce(x, sigma, **extra):
+        if len(x) > 3:
+            raise torch.OutOfMemoryError("no memory")
+        return real(x, sigma, **extra)
+
+    found = calibrate_weights(
+        TaskSubject(replace(task, denoise=scarce)), PROMPTS, INT2, tmp_path / "scarce"
+    )
+    assert found.weights.provenance["states"] == whole.weights.provenance["states"]
+    assert found.proof.plain.distance == pytest.approx(whole.proof.plain.distance, rel=1e-3)
+    assert found.proof.calibrated.mean == pytest.approx(whole.proof.calibrated.mean, rel=0.2)
+    one = replace(
+        task, denoise=lambda x, sigma, cond: (_ for _ in ()).throw(torch.OutOfMemoryError)
+    )
+    with pytest.raises(torch.OutOfMemoryError):
+        calibrate_weights(TaskSubject(one), PROMPTS, INT2, tmp_path / "none")
+
+
 def test_old_walks_go_when_another_begins(tmp_path, task):
     def walk(name, days):
         folder = tmp_path / name
