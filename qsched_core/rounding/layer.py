@@ -114,12 +114,11 @@ def calibrate_layer(
     """weight [out, in] and bias [out] rounded so that the layer's output errs least.
 
     ``moments`` are of what ``grid.pair`` gives.  The weight that comes nearest to the unquantized
-    output on the quantized model's inputs
-    (QEP, arXiv 2504.09629) is rounded by GPTQ, then tables and levels are improved in turn as long as
-    the output error falls; a bias, where there is one, takes up what is left of the mean.  ``shift``
-    [in] was taken off the quantized model's inputs: the bias gives its product back.  Rounded
-    plainly, with a note, are layers whose inputs are all zero or singular beyond damping, and those
-    that would not gain.
+    output on the quantized model's inputs (QEP, arXiv 2504.09629) is rounded by GPTQ, then tables
+    and levels are improved in turn as long as the output error falls; a bias, where there is one,
+    takes up what is left of the mean.  ``shift`` [in] was taken off the quantized model's inputs:
+    the bias gives its product back.  Rounded plainly, with a note, are layers whose inputs are all
+    zero or singular beyond damping, and those that would not gain.
 
     Several ``moments`` are of consecutive columns, which then are rounded as if no input of one
     went with one of another.  With ``spend`` their memory is worked in, and their values are gone.
@@ -141,9 +140,8 @@ def calibrate_layer(
     if bias is not None:
         for part in parts:
             part.centre()
-    noise = (
-        8 * torch.finfo(parts[0].h.dtype).eps * before
-    )  # of sums, where all inputs are one value
+    # Of sums, where all inputs are one value.
+    noise = 8 * torch.finfo(parts[0].h.dtype).eps * before
     if before <= 0 or sum(_trace(part.h) for part in parts) <= noise:
         return plain(grid, weight, bias, "its inputs never change", shift=shift)
     matrix = weight.detach().float().flatten(1)

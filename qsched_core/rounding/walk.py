@@ -249,6 +249,7 @@ class _Walk:
         wanted = [name for name in ran if self.grid(name).looks]
 
         def run() -> None:
+            self.limits.check()
             with ExitStack() as stack:
                 stack.callback(block.module.register_forward_hook(_enough).remove)
                 self.passes.to_block(k, self.passes.parts[0], FP, {})
@@ -282,8 +283,8 @@ class _Walk:
         rows: dict[str, list[torch.Tensor]] = {name: [] for name in names}
         for part in parts[:: max(1, len(parts) // SAMPLE_BATCHES)]:
             for name, calls in self.inputs(k, part, Q, names, found).items():
-                x = torch.cat([call.reshape(-1, call.shape[-1]) for call in calls]).float()
-                rows[name].append(x[:: max(1, len(x) // SAMPLE_ROWS)])
+                x = torch.cat([call.reshape(-1, call.shape[-1]) for call in calls])
+                rows[name].append(x[:: max(1, len(x) // SAMPLE_ROWS)].float())
         return {name: torch.cat(parts) for name, parts in rows.items()}
 
     def group(self, k: int, names: Mapping[str, int], done, grids, shifts) -> dict[str, Calibrated]:

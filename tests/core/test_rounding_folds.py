@@ -76,12 +76,14 @@ class Joint(nn.Module):
 
 
 class Net(nn.Module):
-    def __init__(self, **options):
+    def __init__(self, depth=1, **options):
         super().__init__()
-        self.blocks = nn.ModuleList([Joint(**options)])
+        self.blocks = nn.ModuleList(Joint(**options) for _ in range(depth))
 
     def forward(self, text, image, cond):
-        return self.blocks[0](text, image, cond)
+        for block in self.blocks:
+            text, image = block(text, image, cond)
+        return text, image
 
 
 def net(dtype=torch.float32, **options):
@@ -199,9 +201,9 @@ class States:
 
 def test_the_walk_takes_means_off_and_gives_them_back():
     """What the producers' biases lose comes out of the consumers again."""
-    model = net()
+    model = net(depth=2)
     rounded = calibrate_module(model, States(model), "w4a4", RoundingSettings(rounds=1))
-    mod = rounded["blocks.0.image.mod"].bias - model.blocks[0].image.mod.bias
+    mod = rounded["blocks.1.image.mod"].bias - model.blocks[1].image.mod.bias
     part = mod.view(6, WIDTH).abs().mean(1)
     assert (part[[0, 3]] > 5 * part[[1, 2, 4, 5]].max()).all()
     value = rounded["blocks.0.text.qkv"].bias - model.blocks[0].text.qkv.bias
