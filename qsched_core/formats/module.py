@@ -43,10 +43,10 @@ class QuantizedLinear(_Quantized):
 
 
 class QuantizedConv2d(_Quantized):
-    """A convolution on packed weights, dequantized when it runs."""
+    """A convolution like ``conv`` on packed weights, dequantized when it runs."""
 
-    def __init__(self, conv: nn.Conv2d, packed: Packed, choice: Choice):
-        super().__init__(packed, conv.bias, choice)
+    def __init__(self, conv: nn.Conv2d, packed: Packed, choice: Choice, bias: torch.Tensor | None):
+        super().__init__(packed, bias, choice)
         self.stride, self.padding = conv.stride, conv.padding
         self.dilation, self.groups = conv.dilation, conv.groups
 
@@ -89,5 +89,5 @@ def quantize_module(
         if kind == "linear":
             setattr(module, name, QuantizedLinear(packed, child.bias, choice))
         else:
-            setattr(module, name, QuantizedConv2d(child, packed, choice))
+            setattr(module, name, QuantizedConv2d(child, packed, choice, child.bias))
     return module

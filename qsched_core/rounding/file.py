@@ -18,10 +18,10 @@ from ..formats import get
 from ..formats.base import FormatError, Packed
 from ..formats.files import MappedFile
 from ..formats.layer_entry import check_tables, is_error, is_options, is_shape
-from ..formats.module import QuantizedLinear
 from ..formats.policy import Choice
 from ..text import plain, shown
 from .layer import Calibrated
+from .layers import packed_layer
 
 KEY, VERSION = "qsched_rounding", 1
 
@@ -131,9 +131,7 @@ class RoundedWeights:
                     "file; give the file's own model"
                 )
             device = old.weight.device
-            bias = None if layer.bias is None else layer.bias.to(device)
-            made = QuantizedLinear(layer.packed.to(device), bias, self.chosen[name])
-            new.append((parent, child, made))
+            new.append((parent, child, packed_layer(old, layer.to(device), self.chosen[name])))
         for parent, child, made in new:  # all of them, or none
             setattr(parent, child, made)
         return model

@@ -60,12 +60,12 @@ def folds_of(
 ) -> list[Fold]:
     """The folds for the layers ``wanted``, of those (``layers``) whose biases may be changed.
 
-    ``stages`` as from :func:`.blocks.stages_of`, of all linear layers of ``block``; ``run`` runs the
+    ``stages`` as from :func:`.blocks.stages_of`, of those layers of ``block``; ``run`` runs the
     block once, always on the same inputs.  One producer of a consumer's whole input is looked for,
     then two whose effects add up, as those of the two streams of a joint attention.
     """
     stage = {name: k for k, names in enumerate(stages) for name in names if names[name] == 1}
-    able = [n for n in stage if n in layers and layers[n].bias is not None]
+    able = [n for n in stage if isinstance(layers.get(n), nn.Linear) and layers[n].bias is not None]
     wanted = [n for n in wanted if n in able and stage[n] > 0]
     found: list[Fold] = []
     for width in sorted({layers[n].in_features for n in wanted}):
@@ -108,7 +108,7 @@ class _Probe:
         self.tolerance = max(2 * torch.finfo(sample.dtype).eps, 1e-5)
 
     def reads(self, name: str) -> bool:
-        return self.layers[name].in_features == self.width
+        return getattr(self.layers[name], "in_features", None) == self.width
 
     def is_constant(self, change: torch.Tensor) -> bool:
         """Whether change [..., width] is the constant everywhere, but for rounding."""

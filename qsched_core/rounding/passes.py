@@ -13,11 +13,11 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import nn
 
-from ..formats.module import QuantizedLinear
 from ..formats.policy import Choice
 from .blocks import Block, Enough, forward_of
 from .errors import RoundingError
 from .layer import Calibrated
+from .layers import packed_layer
 from .pace import Progress
 from .plan import stored_bytes
 from .solve import Check, nothing
@@ -93,9 +93,10 @@ def quantized(
     """
     with ExitStack() as stack:
         for name, layer in layers.items():
+            module = model.get_submodule(name)
             placed = layer if device is None else layer.to(device)
-            form = QuantizedLinear(placed.packed, placed.bias, chosen[name])
-            stack.enter_context(forward_of(model.get_submodule(name), form.forward))
+            form = packed_layer(module, placed, chosen[name])
+            stack.enter_context(forward_of(module, form.forward))
         yield
 
 

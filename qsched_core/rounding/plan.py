@@ -13,6 +13,7 @@ from torch import nn
 from ..files import size_text
 from .blocks import Block
 from .errors import RoundingError
+from .layers import count_of
 from .moments import FINE_WIDTH
 from .solve import BLOCK
 
@@ -35,7 +36,7 @@ def survey(layers: Mapping[str, nn.Module], run: Callable[[], object]) -> dict[s
     with ExitStack() as hooks:
         for name, layer in layers.items():
 
-            def watch(module, arguments, name=name):
+            def watch(module, arguments, name=name, layer=layer):
                 x = arguments[0]
                 if not torch.isfinite(x.sum(dtype=torch.float32)) and not torch.isfinite(x).all():
                     raise RoundingError(
@@ -43,7 +44,7 @@ def survey(layers: Mapping[str, nn.Module], run: Callable[[], object]) -> dict[s
                         "the model in bf16 or fp32, or use a sound copy of it"
                     )
                 old = found.get(name, Seen(0, 0))
-                found[name] = Seen(old.rows + x.numel() // x.shape[-1], old.calls + 1)
+                found[name] = Seen(old.rows + count_of(layer, x), old.calls + 1)
 
             hooks.callback(layer.register_forward_pre_hook(watch).remove)
         run()

@@ -25,6 +25,7 @@ from .folds import Fold, folds_of
 from .grid import Grid
 from .grids import grid_of, refusal
 from .layer import Calibrated, RoundingSettings, calibrate_layer, plain
+from .layers import columns_of, keeps_inputs, kind_of, rows_of, unable
 from .moments import Gathering
 from .pace import Pace, Progress
 from .passes import FP, ONE_STATE, Limits, Passes, Q, States, quantized
@@ -63,11 +64,12 @@ def parameters_in(model: nn.Module, name: str) -> tuple[torch.Tensor, torch.Tens
 
 
 def choices(model: nn.Module, policy: Policy) -> dict[str, Choice]:
-    """What ``policy`` chooses for each linear layer that it quantizes, in the model's order."""
+    """What ``policy`` chooses for each layer that it quantizes, in the model's order."""
+    kinds = {name: (layer, kind_of(layer)) for name, layer in model.named_modules()}
     chosen = {
-        name: policy(name, tuple(layer.weight.shape), "linear")
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear)
+        name: policy(name, tuple(layer.weight.shape), kind)
+        for name, (layer, kind) in kinds.items()
+        if kind is not None
     }
     return {name: choice for name, choice in chosen.items() if choice.format is not None}
 
@@ -83,7 +85,7 @@ def calibrate_module(
     parameters_of: ParametersOf | None = None,
     limits: Limits | None = None,
 ) -> dict[str, Calibrated]:
-    """Every linear layer that ``policy`` quantizes, rounded for the inputs that ``states`` give it.
+    """Every layer that ``policy`` quantizes, rounded for the inputs that ``states`` give it.
 
     ``policy`` may be the choices themselves, by layer.  ``model`` is unquantized and stays so.
     ``parameters_of(name)`` gives a layer's weight and bias on the device where they are to be worked
@@ -98,7 +100,7 @@ def calibrate_module(
     chosen = choices(model, policy) if isinstance(policy, Policy) else dict(policy)
     if not chosen:
         asked = f"format={policy.format!r}" if isinstance(policy, Policy) else "the choice"
-        raise RoundingError(f"{asked} chooses no linear layer of the model")
+        raise RoundingError(f"{asked} chooses no layer of the model")
     if all(refusal(choice.format) for choice in chosen.values()):
         worst = policy.format if isinstance(policy, Policy) else next(iter(chosen.values())).format
         grid_of(worst)  # says why
@@ -136,10 +138,9 @@ class _Walk:
         self.passes = Passes(model, states, self.blocks, chosen, self.done, (FP, Q), limits)
         self.layers_in = self.passes.layers_in
         inside = [name for name in chosen if name not in self.passes.outside]
-        wanted = [name for name in inside if refusal(chosen[name].format) is None]
-        modules = {name: model.get_submodule(name) for name in wanted}
+        modules = {n: model.get_submodule(n) for n in inside if self.refusal(n) is None}
         self.seen = survey(modules, self.first_state)
-        shapes = {name: tuple(layer.weight.shape) for name, layer in modules.items()}
+        shapes = {n: (len(layer.weight), columns_of(layer)) for n, layer in modules.items()}
         self.need: dict[str, Need] = needs(shapes, limits.memory)
         remark = check_rows(self.seen, {n: s[1] for n, s in shapes.items()}, len(states))
         if remark:
@@ -219,7 +220,7 @@ class _Walk:
         stages = stages_of(modules, self.first_state)
         ran = {name for stage in stages for name in stage}
         for name in names:
-            reason = refusal(self.chosen[name].format)
+            reason = self.refusal(name)
             if name not in ran:
                 found[name] = self.plainly(name, "it does not run")
             elif reason is not None:
@@ -239,9 +240,13 @@ class _Walk:
                 found.update(self.group(k, names, done, grids, shifts))
         return found
 
+    def refusal(self, name: str) -> str | None:
+        """Why a layer can't be calibrated, or None."""
+        return refusal(self.chosen[name].format) or unable(self.model.get_submodule(name))
+
     def grid(self, name: str) -> Grid:
-        choice = self.chosen[name]
-        return grid_of(choice.format, choice.weight_only)
+        choice, layer = self.chosen[name], self.model.get_submodule(name)
+        return grid_of(choice.format, choice.weight_only or keeps_inputs(layer))
 
     def folds(self, k: int, block: Block, modules, stages, found) -> list[Fold]:
         """Where the mean of inputs of block ``k`` may be taken off, for layers that are not ``found``."""
@@ -335,12 +340,14 @@ class _Walk:
                 for stream in (FP, Q)
             }
             for name in names:
+                layer = self.model.get_submodule(name)
                 pairs = [inputs[stream].pop(name) for stream in (FP, Q)]
                 try:
                     if len(pairs[0]) != len(pairs[1]):
                         raise RoundingError("it runs more often in one model than in the other")
-                    for fp, q in zip(*pairs, strict=True):
-                        sums[name].add(*grids[name].pair(q, fp))
+                    for one in zip(*pairs, strict=True):
+                        for fp, q in zip(*(rows_of(layer, x) for x in one), strict=True):
+                            sums[name].add(*grids[name].pair(q, fp))
                 except RoundingError as error:
                     raise RoundingError(f"layer {name}: {error}") from None
             self.step(cost * (part.stop - part.start))
