@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
 
 from qsched_core.formats import get, names
 from qsched_core.formats.base import FormatError
@@ -263,3 +266,52 @@ def test_every_format_is_calibrated_or_says_why_not():
 def test_settings_check_themselves(wrong):
     with pytest.raises(RoundingError, match=next(iter(wrong))):
         RoundingSettings(**wrong)
+
+
+GROUP = 64
+
+
+@examples(max_examples=40, deadline=None)
+@given(st.sampled_from(NAMES), st.integers(0, 10**6), st.floats(1e-3, 1e3))
+def test_the_nearest_level_is_nearest_and_stored_tables_stay_as_they_are(name, seed, size):
+    form, random = get(name), torch.Generator().manual_seed(seed)
+    grid = grid_of(name)
+    levels = torch.tensor(grid.levels)
+    values = torch.randn(3, GROUP, generator=random) * levels.abs().max()
+    found = grid.nearest(values)
+    away = (values.unsqueeze(2) - levels).abs().amin(2)
+    torch.testing.assert_close((found - values).abs(), away, rtol=1e-5, atol=1e-5)
+    weight = torch.randn(4, GROUP, generator=random) * size
+    common = grid.common(weight)
+    tables = grid.fit(weight.unsqueeze(1), torch.ones(1, GROUP), common)
+    scale, zero = grid.stored(tables, common)
+    again = grid.stored(grid.store(scale, zero, common), common)
+    for one, other in zip(again, (scale, zero), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=0)
+    assert all(len(table) == 4 for table in tables.values()), form.name
+
+
+@examples(max_examples=30, deadline=None)
+@given(st.sampled_from(NAMES), st.integers(0, 10**6), st.sampled_from([64, 192, 256]))
+def test_turning_weights_and_inputs_changes_no_product(name, seed, columns):
+    random = torch.Generator().manual_seed(seed)
+    grid = grid_of(name)
+    weight, x = (torch.randn(rows, columns, generator=random) for rows in (5, 7))
+    found = grid.turned(x) @ grid.turned(weight).t()
+    torch.testing.assert_close(found, x @ weight.t(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if get(n).low_bit_activations])
+def test_the_statistics_see_the_inputs_that_the_kernels_multiply(name):
+    """The format's product is that of its dequantized weight and the inputs as they are seen."""
+    form, x = get(name), correlated(60)
+    weight = layer()[0]
+    packed = form.quantize(weight)
+    grid = grid_of(name).fitted(weight)
+    codes = left_to_codes(grid, form.dequantize(packed))
+    wanted = grid.seen(x) @ codes.t()
+    if grid.apart is not None:
+        wanted += x @ grid.apart.t()
+    error = (form.linear(x, packed) - wanted).norm() / wanted.norm()
+    bound = 0.01 if name == "svdquant_w4a4" else 1e-4  # comfy-kitchen's product there is in bf16
+    assert error < bound
