@@ -223,7 +223,7 @@ def _improved(grid: Grid, goal, parts, settings: RoundingSettings, check: Check)
     if len(parts) == 1:
         return _improved_block(grid, goal, parts[0].h, settings, check)
     common, tables = grid.common(goal), None
-    if grid.group_size(goal.shape[1]) > min(len(part.mean_q) for part in parts):
+    if grid.group_size(goal.shape[1]) > max(len(part.mean_q) for part in parts):
         energy = torch.cat([part.h.diagonal().float() for part in parts])
         tables = fitted_rows(grid, goal, energy, common)  # of whole rows: no block may change them
     made = [

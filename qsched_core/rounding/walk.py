@@ -91,7 +91,7 @@ def calibrate_module(
     ``parameters_of(name)`` gives a layer's weight and bias on the device where they are to be worked
     on; None: the module's own, where they lie.  The result is on the CPU.  Layers outside of blocks
     are rounded plainly.  Blocks that ``kept`` has are not done again.  Where the device has too little memory for a batch, the batches
-    are halved; no result depends on that but by the order of sums.  RoundingError, FormatError or
+    are halved; then sums are in another order, and grids that look at inputs first look at others.  RoundingError, FormatError or
     DiskError before the walk for what can't be rounded, on the way naming the layer.
     """
     policy = Policy(policy) if isinstance(policy, str) else policy
@@ -290,6 +290,7 @@ class _Walk:
             for name, calls in self.inputs(k, part, Q, names, found).items():
                 x = torch.cat([call.reshape(-1, call.shape[-1]) for call in calls])
                 rows[name].append(x[:: max(1, len(x) // SAMPLE_ROWS)].float())
+            self.step(self.pass_of(self.blocks[k]) * (part.stop - part.start))
         return {name: torch.cat(parts) for name, parts in rows.items()}
 
     def group(self, k: int, names: Mapping[str, int], done, grids, shifts) -> dict[str, Calibrated]:

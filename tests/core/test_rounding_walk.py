@@ -134,7 +134,7 @@ def test_the_model_comes_nearer_to_the_unquantized_one(tmp_path, task, name):
     result = calibrate_weights(TaskSubject(task), PROMPTS, policy, tmp_path)
     fine = name in ("int8", "int8_convrot")
     # A millionth of the weights moves int8's by a tenth; half of svdquant's rank is the whole here.
-    bound = 1.15 if fine else 0.8 if name == "svdquant_w4a4" else 0.7
+    bound = {"int8": 1.15, "int8_convrot": 1.02, "svdquant_w4a4": 0.8}.get(name, 0.7)
     assert result.proof.calibrated.mean < bound * result.proof.plain.mean
     if not fine:
         assert result.calibrated and result.proof.holds
