@@ -90,8 +90,10 @@ def calibrate_module(
     ``policy`` may be the choices themselves, by layer.  ``model`` is unquantized and stays so.
     ``parameters_of(name)`` gives a layer's weight and bias on the device where they are to be worked
     on; None: the module's own, where they lie.  The result is on the CPU.  Layers outside of blocks
-    are rounded plainly.  Blocks that ``kept`` has are not done again.  Where the device has too little memory for a batch, the batches
-    are halved; then sums are in another order, and grids that look at inputs first look at others.  RoundingError, FormatError or
+    are rounded plainly.  Blocks that ``kept`` has are not done again.
+
+    Where the device has too little memory for a batch, batches are halved; then sums are in another
+    order, and grids that look at inputs first look at others.  RoundingError, FormatError or
     DiskError before the walk for what can't be rounded, on the way naming the layer.
     """
     policy = Policy(policy) if isinstance(policy, str) else policy
