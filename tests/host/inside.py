@@ -41,6 +41,7 @@ NAMES = [n for n in formats.names() if formats.get(n).available(DEVICE) is None]
 DISTANCE = {
     "nf4": 0.17, "fp4": 0.2, "llm_int8": 0.015, "int8": 0.015, "int8_convrot": 0.02, "w4a8": 0.12,
     "w4a8_convrot": 0.12, "w4a4": 0.4, "svdquant_w4a4": 0.3, "int3": 0.16, "int2": 0.27,
+    "fp8_e4m3": 0.05, "nvfp4": 0.21, "mxfp8": 0.055,
 }  # fmt: skip
 QUICK = ("nf4", "int8", "int2", "w4a8")  # one of each kind of arithmetic; --full has them all
 ALL = pytest.mark.parametrize(
@@ -69,6 +70,7 @@ def with_lora(model, lora, strength=1.0):
 
 
 def relative(found, wanted) -> float:
+    found, wanted = found.detach().cpu().float(), wanted.detach().cpu().float()
     return ((found - wanted).norm() / wanted.norm()).item()
 
 

@@ -9,6 +9,7 @@ import json
 import pytest
 import torch
 from inside import (
+    LOAD_DEVICE,
     REPO,
     Request,
     comfy_sample,
@@ -63,6 +64,7 @@ def test_every_stored_byte_and_every_weight_is_what_it_was(name):
     assert digest({k: sha256(v) for k, v in state_bytes(model).items()}) == wanted["stored"]
     parameters = {k: p.data for k, p in model.model.diffusion_model.named_parameters()}
     packed = {k: v for k, v in parameters.items() if isinstance(v, loading.QuantizedTensor)}
+    packed = {k: v.to("cpu") for k, v in packed.items()}
     assert {k: sha256(v.dequantize()) for k, v in packed.items()} == wanted["dequantized"]
     kept = {k: sha256(v) for k, v in parameters.items() if k not in packed}
     assert digest(kept) == wanted["kept"]
@@ -78,7 +80,8 @@ def test_what_the_file_says_of_itself_is_still_read(name):
 def test_it_samples_what_it_sampled(name):
     # the arithmetic's precision is the processor's; a wrong scale is ten times this
     wanted = torch.tensor(EXPECTED[name]["sample"])
-    assert relative(sample(opened(name)).flatten()[::16], wanted) < 0.015
+    bound = 0.015 if LOAD_DEVICE.type == "cpu" else 0.03
+    assert relative(sample(opened(name)).flatten()[::16], wanted) < bound
 
 
 @EVERY

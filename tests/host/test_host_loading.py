@@ -81,16 +81,23 @@ def test_lora_baked_and_removed(name, loaded, plain, sample, lora):
     assert same_state(state_bytes(model), stored)
 
 
+@torch.no_grad()
+def once(model, conditioning) -> torch.Tensor:
+    """One evaluation of a model that is loaded, on inputs that are where it computes."""
+    ((context, extra),) = conditioning
+    x = torch.randn(1, 16, 12, 12, generator=torch.Generator().manual_seed(4))
+    x, sigma, context, pooled = (
+        t.to(LOAD_DEVICE) for t in (x, torch.full((1,), 0.8), context, extra["pooled_output"])
+    )
+    return model.model.apply_model(x, sigma, c_crossattn=context, y=pooled)
+
+
 @ALL
 def test_lora_at_run_time(name, file, plain, conditioning, lora):
     """With weights offloaded the host adds the LoRA to the dequantized weight in each forward."""
-    x, ((context, extra),) = torch.randn(1, 16, 12, 12), conditioning
 
     def forward(model):
-        with torch.no_grad():
-            return model.model.apply_model(
-                x, torch.full((1,), 0.8), c_crossattn=context, y=extra["pooled_output"]
-            )
+        return once(model, conditioning)
 
     management.unload_all_models()
     model = with_lora(loading.load_diffusion_model(file, Request(name)), lora)
@@ -147,13 +154,9 @@ def test_two_quantized_models_do_not_disturb_each_other(file, sample):
 def test_a_partly_offloaded_model_samples_the_same(name, file, sample, conditioning):
     """Half of the weights stay behind and are cast in each forward (--lowvram)."""
     model = loading.load_diffusion_model(file, Request(name))
-    x, ((context, extra),) = torch.randn(1, 16, 12, 12), conditioning
 
     def forward():
-        with torch.no_grad():
-            return model.model.apply_model(
-                x, torch.full((1,), 0.8), c_crossattn=context, y=extra["pooled_output"]
-            )
+        return once(model, conditioning)
 
     management.unload_all_models()
     model.patch_model(device_to=LOAD_DEVICE)
@@ -183,7 +186,8 @@ def test_dynamic_vram_moves_every_table_through_one_buffer(name, loaded):
         if not isinstance(weight, loading.QuantizedTensor):
             continue
         tensors = [weight, layer.bias]
-        buffer = torch.zeros(memory.vram_aligned_size(tensors), dtype=torch.uint8)
+        size = memory.vram_aligned_size(tensors)
+        buffer = torch.zeros(size, dtype=torch.uint8, device=weight.device)
         assert buffer.numel() >= sum(
             t.nbytes for k, t in layer.state_dict().items() if k != "comfy_quant"
         )
@@ -217,7 +221,8 @@ def test_quantize_model_leaves_its_input_alone(name, file, plain, sample):
     assert "qsched" not in plain.model_options
     assert model.parent is None and model.model is not plain.model
     assert loading.model_info(model)["source_hash"] == loading.model_info(plain)["source_hash"]
-    assert model.model_size() < 0.6 * plain.model_size()
+    # A GPU keeps the unquantized weights in 16 bits, a CPU in 32.
+    assert model.model_size() < (0.6 if LOAD_DEVICE.type == "cpu" else 0.65) * plain.model_size()
 
 
 def test_quantize_model_merges_loras_before_rounding(plain, sample, lora):

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from device import SERVER_ARGS
 from filelock import FileLock
 from hostpath import comfyui_folder
 
 from demo.build import build_models
 from devtools import imports
-from devtools.server import ComfyServer, device_args
+from devtools.server import ComfyServer
 
 
 @pytest.fixture(scope="session")
@@ -60,13 +61,8 @@ def _place(source: Path, target: Path) -> None:
 
 @pytest.fixture(scope="session")
 def server_args() -> tuple[str, ...]:
-    """How every server here is started.
-
-    On a CPU the pack computes in bf16 where that is fast: asked for fp32, all processors give the
-    same pictures, and those of a plain-torch task.  tests/host has the other precision.
-    """
-    found = device_args()
-    return (*found, "--fp32-unet") if "--cpu" in found else found
+    """How every server here is started: see device.py."""
+    return SERVER_ARGS
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from device import nearly
 
 from demo.shapes import sample_scenes
 from devtools.server import ComfyServer, ServerError
@@ -91,13 +92,11 @@ def test_a_calibration_reports_schedule_scores_and_cost(calibrated):
 def test_evaluation_and_score_agree_with_the_calibrators_held_out_scores(calibrated):
     entry, report = calibrated
     evaluated, scored = (json.loads(entry["outputs"][k]["text"][0]) for k in "56")
-    assert evaluated["scores"]["jaq"] == pytest.approx(
-        report["heldout"]["scores_after"]["jaq"], abs=1e-3
+    assert evaluated["scores"]["jaq"] == nearly(report["heldout"]["scores_after"]["jaq"], 1e-3)
+    assert evaluated["base"]["scores"]["jaq"] == nearly(
+        report["heldout"]["scores_before"]["jaq"], 1e-3
     )
-    assert evaluated["base"]["scores"]["jaq"] == pytest.approx(
-        report["heldout"]["scores_before"]["jaq"], abs=1e-3
-    )
-    assert scored["scores"]["jaq"] == pytest.approx(evaluated["scores"]["jaq"], abs=1e-4)
+    assert scored["scores"]["jaq"] == nearly(evaluated["scores"]["jaq"], 1e-4)
     assert evaluated["prompts"] == HELDOUT
 
 
@@ -127,8 +126,8 @@ def test_a_calibration_killed_half_way_continues_to_the_same_result(
         repeated = report_of(second.run(again))
     assert 0 < report["new_trials"] <= 5 - min(done, 4)
     assert coefficients(report) == coefficients(calibrated[1])
-    assert [t["jaq"] for t in report["trials"]] == pytest.approx(
-        [t["jaq"] for t in calibrated[1]["trials"]], abs=1e-5
+    assert [t["jaq"] for t in report["trials"]] == nearly(
+        [t["jaq"] for t in calibrated[1]["trials"]], 1e-5
     )
     assert repeated["new_trials"] == 0
 
@@ -199,7 +198,7 @@ def test_as_many_prompts_as_images_are_needed(server, calibrated):
     prompt["6"]["inputs"]["prompts"] = "a red circle"
     scores = json.loads(server.run(prompt)["outputs"]["6"]["text"][0])
     assert len(scores["scores"]["jaq"]) == 3
-    assert scores["scores"]["jaq"] == pytest.approx([scores["means"]["jaq"]] * 3, abs=1e-5)
+    assert scores["scores"]["jaq"] == nearly([scores["means"]["jaq"]] * 3, 1e-5)
 
 
 def test_learned_noise_levels_go_from_the_search_to_the_picture(server):

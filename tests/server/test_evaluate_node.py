@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from device import nearly
 from PIL import Image
 from test_calibration import captions, node
 
@@ -111,13 +112,13 @@ def test_the_plain_torch_task_has_the_nodes_scores(evaluated, repo_root, arm, we
     pictures = TaskSource(task).images(prompts, [Candidate.identity(task.trajectory)])
     objective = Objective(load_file(repo_root / "demo" / "weights" / "scorer.safetensors"))
     scores = objective.score(pictures[0], prompts.prompts)
-    assert scores.jaq == pytest.approx(report["arms"][arm]["scores"]["jaq"], abs=1e-3)
+    assert scores.jaq == nearly(report["arms"][arm]["scores"]["jaq"], 1e-3)
 
 
 def test_the_pictures_that_come_out_are_those_that_were_scored(evaluated):
     entry, report = evaluated
     scored = json.loads(entry["outputs"]["7"]["text"][0])["scores"]
-    assert scored["jaq"] == pytest.approx(report["scores"]["jaq"], abs=1e-5)
+    assert scored["jaq"] == nearly(report["scores"]["jaq"], 1e-5)
 
 
 def test_report_and_files_have_the_numbers(server, evaluated):
@@ -191,7 +192,7 @@ def test_what_a_killed_server_left_another_continues_to_the_same_result(
     assert whole["new_images"] == 2 * 17
     for name in NAMES[1:]:
         ours, theirs = (report["arms"][name]["scores"]["jaq"] for report in (resumed, whole))
-        assert ours == pytest.approx(theirs, abs=1e-5)
+        assert ours == nearly(theirs, 1e-5)
 
 
 def test_an_interrupt_stops_it_within_a_step_and_keeps_its_parts(server):

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from device import nearly
 from test_calibration import coefficients, graph, node, report_of
 
 from devtools.server import ComfyServer, ServerError
@@ -90,7 +91,7 @@ def test_two_servers_share_a_search_and_one_may_be_killed(start, storage, server
     assert repeated["heldout"] == report["heldout"]
     assert PASSWORD not in json.dumps(report) + log
     alone = report_of(server.run(graph(budget=10, search="gp")))
-    assert report["trials"][0]["jaq"] == pytest.approx(alone["trials"][0]["jaq"], abs=1e-4)
+    assert report["trials"][0]["jaq"] == nearly(alone["trials"][0]["jaq"], 1e-4)
 
 
 @pytest.mark.parametrize(
