@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..formats import get
 from ..formats.base import FormatError, check_finite
@@ -62,12 +63,22 @@ def parameters_in(model: nn.Module, name: str) -> tuple[torch.Tensor, torch.Tens
     return layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
 
 
+def is_linear(layer: nn.Module) -> bool:
+    """Whether ``layer`` is a linear layer of floats that runs by its own forward.
+
+    A loader's own kind of nn.Linear is one; the projection inside of nn.MultiheadAttention is not.
+    """
+    if not isinstance(layer, nn.Linear) or isinstance(layer, NonDynamicallyQuantizableLinear):
+        return False
+    return isinstance(layer.weight, torch.Tensor) and layer.weight.is_floating_point()
+
+
 def choices(model: nn.Module, policy: Policy) -> dict[str, Choice]:
     """What ``policy`` chooses for each linear layer that it quantizes, in the model's order."""
     chosen = {
         name: policy(name, tuple(layer.weight.shape), "linear")
         for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear)
+        if is_linear(layer)
     }
     return {name: choice for name, choice in chosen.items() if choice.format is not None}
 
