@@ -5,7 +5,8 @@
 plain; the ratio is of the two.  ``calibrated.FORMAT.change``: ends of the paired 95 % interval of the
 distances' difference, over plain's mean; below 0 is nearer.  ``calibrated.FORMAT.jaq`` (not with ``--no-jaq``):
 held-out JAQ of both; the ratio is the lower end of the interval of the gain.  ``calibrated.FORMAT.bits``: bits a
-weight as stored, of all quantized layers.  ``calibrate.FORMAT.seconds``: the walk, on one thread.
+weight as stored, of all quantized layers.  ``calibrated.FORMAT.step``: a step's time, calibrated and
+plain, in turn.  ``calibrate.FORMAT.seconds``: the walk, on one thread.
 
 Then llama.cpp's own quantizers on the same prompts (not with ``--no-ggml``), with an importance matrix and
 without.  ``bits.int2_vs_iq2_s`` and ``bits.int3_vs_q4_k``: our calibrated distance over theirs, at no
@@ -16,6 +17,7 @@ calibrated format of this run that is nearest at no more bits, or the smallest w
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -26,14 +28,14 @@ import torch
 from demo.build import weights_dir
 from demo.prompts import demo_prompts
 from demo.shapes import sample_scenes
-from demo.task import full
+from demo.task import full, make
 from qsched_core.formats.policy import Policy
 from qsched_core.objective import Objective
 from qsched_core.prompts import CalibrationPrompts
 from qsched_core.rounding import TaskSubject, WeightsResult, calibrate_weights
 from qsched_core.scorers.open_clip import load_file
 
-from ._common import BenchRow, machine, report
+from ._common import BenchRow, machine, report, timings
 from ._llama_cpp import compare
 
 FORMATS = ("int2", "int3", "nf4", "fp4", "w4a8", "w4a4", "svdquant_w4a4", "int8", "int8_convrot")
@@ -42,6 +44,7 @@ BOUNDS = {
     "w4a8": "<= 0.25", "w4a4": "<= 0.45", "svdquant_w4a4": "<= 0.55",
 }  # fmt: skip
 SECONDS = 60.0  # what the demo model may take
+STEPS, BATCH = 60, 4  # steps that are timed, and latents in each
 SCENES, SEED = 2500, 20251126
 
 
@@ -96,6 +99,26 @@ def rows_of(name: str, result: WeightsResult, seconds: float) -> list[BenchRow]:
     return rows
 
 
+@torch.no_grad()
+def step_row(name: str, result: WeightsResult, prompts: CalibrationPrompts) -> BenchRow:
+    """A step of the calibrated model beside one of the plainly rounded, in turn."""
+    part = prompts.heldout.part(0, BATCH)
+
+    def step_of(task):
+        x, extra = task.initial(part.seeds), task.condition(part.prompts)
+        sigma = torch.full((len(x),), 0.75)
+        return lambda: task.denoise(x, sigma, **extra)
+
+    cpu = torch.device("cpu")
+    calibrated = step_of(make(name, cpu, rounded=result.weights))
+    ours, other = timings(calibrated, step_of(make(name, cpu)), STEPS)
+    ratio = statistics.median(a / b for a, b in zip(ours, other, strict=True))
+    return BenchRow(
+        f"calibrated.{name}.step", f"{name}: a step of {BATCH} latents, calibrated and plain; the ratio is the median of pairs",
+        statistics.median(ours), statistics.median(other), ratio, "s", STEPS, machine(), "<= 1.01",
+    )  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write the rows here")
@@ -125,6 +148,7 @@ def main() -> None:
                 measure=measure, on_block=done,
             )  # fmt: skip
         rows += rows_of(name, result, spent[-1] - spent[0])
+        rows.append(step_row(name, result, prompts))
         report(rows, options.json)
     if options.ggml:
         rows += compare(results, prompts, measure)

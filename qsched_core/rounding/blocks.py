@@ -6,7 +6,7 @@ and layers are given, so no architecture is known here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -117,14 +117,39 @@ class Block:
     nbytes: int
 
 
-def _candidates(model: nn.Module) -> dict[str, nn.Module]:
-    """Children of the outermost module lists."""
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+def _candidates(model: nn.Module, ran: Collection[nn.Module]) -> dict[str, nn.Module]:
+    """The outermost modules that run and are items of a list.
+
+    A sequence whose items the model runs one by one, as a UNet's are, is such a list too.
+    """
     found: dict[str, nn.Module] = {}
-    lists = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-    for name in lists:
-        if not any(name.startswith(f"{outer}.") for outer in lists if outer != name):
-            children = model.get_submodule(name).named_children()
-            found.update({f"{name}.{key}": child for key, child in children})
+
+    def look(path: str, module: nn.Module, listed: bool) -> None:
+        for key, child in module.named_children():
+            name = f"{path}{key}"
+            if listed and child in ran:
+                found[name] = child
+            else:
+                is_list = isinstance(child, CONTAINERS) and child not in ran
+                look(f"{name}.", child, listed or is_list)
+
+    look("", model, False)
+    return found
+
+
+def _ran(model: nn.Module, run: Run) -> set[nn.Module]:
+    found: set[nn.Module] = set()
+    with ExitStack() as hooks:
+        for module in model.modules():
+
+            def ran(module, arguments):
+                found.add(module)
+
+            hooks.callback(module.register_forward_pre_hook(ran).remove)
+        run()
     return found
 
 
@@ -133,7 +158,7 @@ def blocks_of(model: nn.Module, run: Run) -> list[Block]:
 
     RoundingError where there are none, or where one runs more than once.
     """
-    names = {child: name for name, child in _candidates(model).items()}
+    names = {child: name for name, child in _candidates(model, _ran(model, run)).items()}
     order: list[nn.Module] = []
     outputs: dict[nn.Module, _OnHost] = {}
 
@@ -152,7 +177,7 @@ def blocks_of(model: nn.Module, run: Run) -> list[Block]:
         run()
     if not order:
         raise RoundingError(
-            "the model has no blocks: no child of a ModuleList ran; calibrated rounding goes through "
+            "the model has no blocks: no item of a ModuleList ran; calibrated rounding goes through "
             "a model block after block"
         )
     uses = _last_uses(order, outputs, run)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..formats.module import QuantizedConv2d, QuantizedLinear
 from ..formats.policy import Choice
@@ -15,9 +16,16 @@ from .layer import Calibrated
 
 
 def kind_of(layer: nn.Module) -> str | None:
-    """ "linear" or "conv2d", as a policy calls it; None for a layer that is never rounded."""
+    """ "linear" or "conv2d", as a policy calls it; None for a layer that is never rounded.
+
+    A loader's own kind of nn.Linear is one; the projection inside of nn.MultiheadAttention, which
+    does not run by its own forward, is not, and neither is a weight that is no plain tensor of floats.
+    """
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+        return None
     if isinstance(layer, nn.Linear):
-        return "linear"
+        return None if isinstance(layer, NonDynamicallyQuantizableLinear) else "linear"
     if isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros":
         return "conv2d"
     return None
