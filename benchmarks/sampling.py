@@ -33,7 +33,11 @@ SIGMAS = torch.tensor([1.0, 0.9, 0.75, 0.5, 0.0])
 STEPS = len(SIGMAS) - 1
 CORRECTION = ScalarCorrection((0.97, 0.98, 1.01, 1.0), (1.03, 1.02, 1.0, 0.99))
 LATENT = (1, 16, 128, 128)
-NAMED_IN_CORE = {"ddim": "euler", "tcd": "lcm"}  # what ComfyUI runs, or the nearest that it has
+NAMED_IN_CORE = {
+    "ddim": "euler",
+    "tcd": "lcm",
+    "dpm_2m": "dpmpp_2m",
+}  # what ComfyUI runs, or the nearest that it has
 
 
 class Denoiser:

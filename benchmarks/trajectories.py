@@ -10,6 +10,10 @@ at c = 1; ``dp.uncorrected.<K>``: levels that were chosen for c = 1.
 ``levels.mixture``: a search of levels and ramp that starts from the dynamic programming's best, by the
 distance on the 16 samples; over dynamic programming's own, on the 512; ``levels.scheduler`` starts
 from the evenly spaced levels instead.
+``solvers.mixture``: 4 steps at evenly spaced levels and c = 1, the best mix of solvers on the 16 samples
+over the single solver that is best on the 512; ``solvers.shifted`` at shift 2, where single solvers
+come nearest; ``solvers.ramp`` the search over solvers and ramp over that of Euler's ramp.
+``overhead``: step time of a trajectory with three solvers over Euler's, on the demo's generator.
 ``dp.evaluations``: of the walk that gives all K <= 16.  ``dp.optimal``: cost over that of brute force.
 """
 
@@ -18,18 +22,26 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import statistics
 import sys
 import tempfile
-from itertools import combinations, pairwise
+from dataclasses import replace
+from itertools import combinations, pairwise, product
 
 import torch
 
+from demo.build import weights_dir
+from demo.mmdit import MMDiT
+from demo.text import context_of, tokenize
+from demo.training import load_weights
 from qsched_core.search import CalibrationSettings, Search, best_of
 from qsched_core.search.levels import learned_levels
+from qsched_core.search.strategies import solver_menu
+from qsched_core.solvers import ModelInfo, sample_steps
 from qsched_core.study.journal import Journal
-from qsched_core.trajectory import Candidate, Trajectory, best_paths
+from qsched_core.trajectory import Candidate, StepSolver, Trajectory, best_paths
 
-from ._common import BenchRow, machine, options, report
+from ._common import BenchRow, machine, options, report, timings
 from ._mixture import MixtureSource, Nearness, prompts
 
 FITTED, JUDGED = prompts(16, 1000), prompts(512, 5000)
@@ -164,6 +176,69 @@ def level_rows(judge: Judge) -> list[BenchRow]:
     return rows
 
 
+def best_of_solvers(judge: Judge, sigmas) -> BenchRow:
+    """The mix that is best on the fitted samples, over the single solver that is best on the judged."""
+    trajectory, near = Trajectory.of(sigmas), Nearness()
+    menu = solver_menu(trajectory)
+    steps = len(sigmas) - 2  # to sigma 0 all are Euler's
+
+    def candidate(mix):
+        return Candidate.identity(replace(trajectory, solvers=(*mix, menu[0])))
+
+    source = MixtureSource(trajectory)
+    mixes = [candidate(mix) for mix in product(menu, repeat=steps)]
+    fitted = [
+        float(near.distances(ends, FITTED.seeds).mean()) for ends in source.images(FITTED, mixes)
+    ]
+    best = mixes[min(range(len(mixes)), key=fitted.__getitem__)]
+    single = min((judge(candidate((step,) * steps)), step.name) for step in menu)
+    names = "+".join(step.name for step in best.trajectory.solvers)
+    said = f"{names}, of {len(mixes)} mixes at c = 1; other: {single[1]}"
+    return row("solvers.mixture", said, judge(best), single[0], bound="<= 0.8")
+
+
+def solver_rows(judge: Judge) -> list[BenchRow]:
+    """At evenly spaced levels, and at those where a single solver comes nearest."""
+    even = [1 - k / 4 for k in range(5)]
+    shifted = [2 * sigma / (1 + sigma) for sigma in even]
+    rows = [best_of_solvers(judge, even)]
+    rows.append(replace(best_of_solvers(judge, shifted), id="solvers.shifted", bound=""))
+    found, other = searched("solvers", 60), searched("tpe", 60)
+    said = f"solvers, 60 trials: {found.candidate.trajectory.solver}; other: tpe over Euler's ramp"
+    rows.append(row("solvers.ramp", said, judge(found.candidate), judge(other.candidate)))
+    return rows
+
+
+def overhead(runs: int) -> BenchRow:
+    """A step of three solvers' trajectory, over one of Euler's, on the demo's generator."""
+    model = load_weights(MMDiT(), weights_dir() / "mmdit.safetensors").eval()
+    context = context_of(tokenize(["a red circle above a blue ring on a white background"] * 4))
+    x = torch.randn(4, 16, 12, 12, generator=torch.Generator().manual_seed(0))
+    sigmas, info = torch.tensor([1.0, 0.9, 0.75, 0.5, 0.0]), ModelInfo(True)
+
+    def denoise(x, sigma):
+        return x - sigma.reshape(-1, 1, 1, 1) * model(x, sigma, context)
+
+    def sampled(*names):
+        solvers = tuple(StepSolver(name) for name in names)
+        steps = Trajectory(sigmas.tolist(), True, solvers).bind(info)
+        return lambda: sample_steps(steps, denoise, x, sigmas)
+
+    ours, other = timings(sampled("euler", "dpmpp_2m", "dpm_2m", "euler"), sampled("euler"), runs)
+    ratio = statistics.median(a / b for a, b in zip(ours, other, strict=True))
+    return BenchRow(
+        "overhead",
+        "step time of euler, dpmpp_2m, dpm_2m, euler; other: euler alone",
+        statistics.median(ours) / 4,
+        statistics.median(other) / 4,
+        ratio,
+        "s/step",
+        runs,
+        machine(),
+        "<= 1.02",
+    )
+
+
 def comfyui() -> None:
     """ComfyUI's schedulers can be imported from here on."""
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
@@ -171,7 +246,7 @@ def comfyui() -> None:
 
 
 def main() -> None:
-    args = options(__doc__, groups=("dp", "levels"))
+    args = options(__doc__, groups=("dp", "levels", "solvers"))
     torch.set_num_threads(1)
     logging.getLogger("optuna").setLevel(logging.WARNING)
     comfyui()
@@ -181,6 +256,8 @@ def main() -> None:
         rows += [*dp_rows(judge), evaluations(), optimal()]
     if "levels" in args.only:
         rows += level_rows(judge)
+    if "solvers" in args.only:
+        rows += [*solver_rows(judge), overhead(args.runs)]
     report(rows, args.json)
 
 

@@ -12,11 +12,10 @@ import torch
 from ...qsched_core.correction import (
     AroundCorrection,
     CorrectedModel,
-    Correction,
     StepCorrection,
 )
-from ...qsched_core.schedule import QSchedule, ScheduleError
-from ...qsched_core.solvers import check_sigmas, get_solver
+from ...qsched_core.schedule import Match, QSchedule, ScheduleError
+from ...qsched_core.solvers import check_sigmas, get_solver, sample_steps
 from ...qsched_core.text import shown
 from ...qsched_core.trajectory import Trajectory
 from .progress import report
@@ -34,28 +33,37 @@ def make_sampler(
 ):
     """A SAMPLER that runs ``solver`` corrected by ``schedule``; ``note`` is shown with its own.
 
+    A schedule of several solvers runs those, each at the noise levels that are nearest to its own.
+
     The schedule is matched to the sigmas and to the model when sampling starts: ScheduleError if
     they do not fit (or, with ``mode`` "strict", if anything differs from what was learned).
     ``options`` are the solver's own (``get_solver(solver).options``): ValueError for one that it
     does not have, or that is out of its range.
     """
-    entry = get_solver(solver)
+    entry, several = get_solver(solver), not schedule.trajectory.is_uniform
     entry.check(options)
 
     def sample(model, x, sigmas, extra_args=None, callback=None, disable=None):
         guider = model.inner_model
-        correction = _matched(schedule, solver, options, guider, sigmas, mode, node_id, note)
+        match = _matched(schedule, solver, options, guider, sigmas, mode, node_id, note)
+        correction = match.correction
         function = guider.model_options.get("denoise_mask_function")
         if function is not None:
             correction = _ChangingMask(correction, guider, sigmas, function)
         base = guider.inner_model
         info = solver_info(base.model_sampling, base.model_config)
+        if several:
+            steps = [step.bind(info) for step in match.solvers]
+            return sample_steps(
+                steps, model, x, sigmas, extra_args, callback, correction=correction
+            )
         return entry.function(
             model, x, sigmas, extra_args, callback, disable,
             correction=correction, **entry.bind(info, **options),
         )  # fmt: skip
 
-    inpaint = {"random": True} if entry.new_inpaint_noise else {}
+    used = [step.solver for step in schedule.trajectory.solvers] if several else [entry]
+    inpaint = {"random": True} if any(each.new_inpaint_noise for each in used) else {}
     return comfy.samplers.KSAMPLER(sample, inpaint_options=inpaint)
 
 
@@ -79,8 +87,8 @@ class _AroundSampler(comfy.samplers.Sampler):
         solver = self._schedule.solver
         correction = _matched(
             self._schedule, solver, _options_of(self._sampler, solver), model_wrap, sigmas,
-            self._mode, self._node_id,
-        )  # fmt: skip
+            self._mode, self._node_id, own_solvers=False,
+        ).correction  # fmt: skip
         around = AroundCorrection.of(sigmas.tolist(), correction)
         return self._sampler.sample(CorrectedModel(model_wrap, around), sigmas, *args, **kwargs)
 
@@ -121,14 +129,16 @@ def _matched(
     mode: str,
     node_id,
     note: str = "",
-) -> Correction:
-    """The schedule's correction at ``sigmas``.
+    own_solvers: bool = True,
+) -> Match:
+    """The schedule at ``sigmas``; ``own_solvers``: several are run, not another sampler.
 
     What differs from what was learned is reported to the user; in mode "strict" it is a
     ScheduleError.  A ramp made by hand belongs to no noise levels: that its coefficients are
     interpolated is no difference.
     """
-    if not schedule.is_identity:
+    several = not schedule.trajectory.is_uniform
+    if several or not schedule.is_identity:
         schedule.check_flow(is_flow(guider.inner_model.model_sampling))
     differences = differences_of(schedule, solver, options, guider.model_patcher)
     if differences and mode == "strict":
@@ -142,9 +152,12 @@ def _matched(
             f"the noise levels of this schedule were learned too, and are not those here; set the "
             f"scheduler to {AS_LEARNED!r}, or take them from Q-Sched Sigmas"
         )
-    nothing_learned = schedule.is_identity and schedule.replaced_sigmas is None
-    report(node_id, [] if nothing_learned else found, note or f"{len(sigmas) - 1} steps")
-    return match.correction
+    nothing_learned = schedule.is_identity and schedule.replaced_sigmas is None and not several
+    said = note or f"{len(sigmas) - 1} steps"
+    if several and own_solvers:
+        said += f"; solvers as learned: {', '.join(step.name for step in match.solvers)}"
+    report(node_id, [] if nothing_learned else found, said)
+    return match
 
 
 def _options_of(sampler, solver: str) -> dict[str, float] | None:
@@ -160,9 +173,12 @@ def _options_of(sampler, solver: str) -> dict[str, float] | None:
 def differences_of(schedule: QSchedule, solver: str, options, model) -> str:
     """How this use differs from what the schedule was learned for, in words; empty if it does not.
 
-    ``options`` None: the solver's options are unknown and not compared.
+    ``options`` None: the solver's options are unknown and not compared.  A schedule of several solvers
+    runs its own.
     """
-    parts = [text for text in (schedule.trajectory.differences(solver, options),) if text]
+    parts = []
+    if schedule.trajectory.is_uniform:
+        parts += filter(None, [schedule.trajectory.differences(solver, options)])
     learned = schedule.provenance.get("model")
     if isinstance(learned, dict):
         found = model_info(model)

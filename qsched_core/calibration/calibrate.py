@@ -64,9 +64,9 @@ class CalibrationResult:
         return best_of(self.trials)
 
     @property
-    def learned_levels(self) -> bool:
-        """Whether the best candidate has noise levels of its own."""
-        return self.best.trajectory.sigmas != self.baseline.candidate.trajectory.sigmas
+    def learned_trajectory(self) -> bool:
+        """Whether the best candidate has noise levels or solvers of its own."""
+        return self.best.trajectory != self.baseline.candidate.trajectory
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON."""
@@ -76,7 +76,7 @@ class CalibrationResult:
             "guarded": self.verdict.keep_identity,
             "schedule": self.schedule.to_json(),
             "best": self.best.correction.to_json(),
-            "best_sigmas": list(self.best.trajectory.sigmas),
+            "best_trajectory": self.best.trajectory.to_json(),
             "calibration": {
                 "before": self.baseline.scores.means(),
                 "after": self.winner.scores.means(),
@@ -213,7 +213,7 @@ def calibrate(
         "verdict": verdict.kind,
         "guarded": verdict.keep_identity,
         "best": winner.candidate.correction.to_json(),
-        **_own_levels(winner.candidate, source),
+        **_own_trajectory(winner.candidate, source),
         "nfe": nfe,
         "seconds": round(seconds, 1),
     }
@@ -241,10 +241,10 @@ def calibrate(
     )
 
 
-def _own_levels(best: Candidate, source: Source) -> dict[str, Any]:
-    """What a best candidate with other noise levels than the source's adds to the provenance."""
-    sigmas = best.trajectory.sigmas
-    return {} if sigmas == source.trajectory.sigmas else {"best_sigmas": list(sigmas)}
+def _own_trajectory(best: Candidate, source: Source) -> dict[str, Any]:
+    """What a best candidate on another trajectory than the source's adds to the provenance."""
+    same = best.trajectory == source.trajectory
+    return {} if same else {"best_trajectory": best.trajectory.to_json()}
 
 
 def provenance_of(source: Source, measure: Measure) -> dict[str, Any]:

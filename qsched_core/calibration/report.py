@@ -79,15 +79,18 @@ def report_text(result: CalibrationResult) -> str:
     ]
     if result.winner.candidate != result.baseline.candidate:
         kept = " (not used: the guard keeps c = 1)" if result.verdict.keep_identity else ""
-        rows = result.best.correction.rows()
-        what = "best coefficients found"
-        if result.learned_levels:
-            rows = {"sigma": result.best.trajectory.sigmas, **rows}
-            what = "best noise levels and coefficients found"
+        rows, best = result.best.correction.rows(), result.best.trajectory
+        what, names = "best coefficients found", [""] * best.steps
+        if result.learned_trajectory:
+            rows, what = {"sigma": best.sigmas, **rows}, "best trajectory found"
+        if not best.is_uniform:
+            names = [f"  {step.name}" for step in best.solvers]
         lines += ["", f"{what}{kept}:"]
         lines += [
-            f"  step {i + 1}: " + "  ".join(f"{name} {row[i]:.4f}" for name, row in rows.items())
-            for i in range(result.best.correction.steps)
+            f"  step {i + 1}: "
+            + "  ".join(f"{name} {row[i]:.4f}" for name, row in rows.items())
+            + names[i]
+            for i in range(best.steps)
         ]
     lines += ["", *(f"warning: {plain(warning)}" for warning in result.warnings)]
     resumed = len(result.trials) - result.new_trials
@@ -110,7 +113,7 @@ def report_path(result: CalibrationResult, heldout: PromptSet) -> Path:
         "warnings": list(result.warnings),
         "trials": [[trial.value, trial.pruned] for trial in result.trials],
         "best": result.best.correction.to_json(),
-        **({"levels": result.best.trajectory.sigmas} if result.learned_levels else {}),
+        **({"trajectory": result.best.trajectory.to_json()} if result.learned_trajectory else {}),
         "heldout": heldout.hash,
         "scores": [list(s.jaq) for s in (result.heldout_before, result.heldout_after)],
     }

@@ -63,7 +63,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     scheduled, note, differences = None, "", ""
     if schedule is not None:
         scheduled, note = schedule.over(source.trajectory)
-        if not schedule.is_identity:
+        if schedule.trajectory.is_uniform and not schedule.is_identity:
             differences = schedule.trajectory.differences(task.solver, task.options)
     arms = arms_of(source, scheduled)
     if arguments.reference_task is not None:

@@ -20,6 +20,7 @@ SIGMA, GOOD = "#b9c0c9", GREEN
 CURVES = (BLUE, ORANGE, PURPLE, GREEN)  # one for each parameter, in turn
 PLOT, BARS, ROW, DOT = 380, 90, 34, 7
 MAX_COLUMNS = 16
+MAX_NAMED = 6  # columns that are wide enough for the names of solvers
 
 
 def draw(schedule: QSchedule) -> Image.Image:
@@ -158,6 +159,8 @@ def _table(pen: Canvas, top: float, schedule: QSchedule) -> float:
             for name, values, color, _ in _curves(schedule)
         ),
     )
+    if not schedule.trajectory.is_uniform and schedule.steps <= MAX_NAMED:
+        rows += (("solver", INK, [step.name for step in schedule.trajectory.solvers]),)
     y = base + 26
     for name, color, cells in rows:
         pen.text(LEFT - 14, y, name, color, 20, "rm")

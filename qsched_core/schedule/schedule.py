@@ -27,10 +27,14 @@ EDITS = ("add", "multiply", "set")
 
 @dataclass(frozen=True)
 class Match:
-    """A schedule brought to the sigmas that are being sampled."""
+    """A schedule brought to the sigmas that are being sampled, one solver a step.
+
+    ``note`` is empty where every sigma was learned, and else says what was done instead.
+    """
 
     correction: Correction
-    note: str = ""  # empty where every sigma was learned; else what was done instead
+    solvers: tuple[StepSolver, ...]
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,17 +104,17 @@ class QSchedule:
     def over(self, trajectory: Trajectory) -> tuple[Candidate, str]:
         """What the schedule makes of ``trajectory`` (one solver), and a note on what was not learned.
 
-        Learned noise levels take the place of the trajectory's; else the coefficients are matched to
-        its own.  ScheduleError for a model of the other kind, unless this changes nothing.
+        Learned noise levels take the place of the trajectory's, and so do several solvers; else the
+        coefficients are matched to its own.  ScheduleError for a model of the other kind, unless this
+        changes nothing.
         """
-        if self.replaced_sigmas is None:
-            if not self.is_identity:
-                self.check_flow(trajectory.flow)
-            match = self.at(trajectory.sigmas)
-            return Candidate(trajectory, match.correction), match.note
-        self.check_flow(trajectory.flow)
-        learned = Trajectory(self.sigmas, self.flow, trajectory.solvers[:1])
-        return Candidate(learned, self.correction), ""
+        uniform = self.trajectory.is_uniform
+        if self.replaced_sigmas is not None or not uniform or not self.is_identity:
+            self.check_flow(trajectory.flow)
+        sigmas = trajectory.sigmas if self.replaced_sigmas is None else self.sigmas
+        match = self.at(sigmas)
+        solvers = trajectory.solvers[:1] if uniform else match.solvers
+        return Candidate(Trajectory(sigmas, trajectory.flow, solvers), match.correction), match.note
 
     def check_flow(self, flow: bool) -> None:
         """ScheduleError unless a model's sigmas (``flow`` or not) are of the kind that was learned."""
@@ -138,7 +142,9 @@ class QSchedule:
         note = self._foreign(sigmas, found) or self._other_steps(sigmas, found)
         if note and mode == "strict":
             raise ScheduleError(f"{note}; calibrate for these sigmas, or set mode to 'interpolate'")
-        return Match(self.correction.at(found), note)
+        solvers = self.trajectory.solvers
+        nearest = (solvers[match.index + (match.share > 0.5)] for match in found)
+        return Match(self.correction.at(found), tuple(nearest), note)
 
     def _foreign(self, sigmas: Sequence[float], found: Sequence[SigmaMatch]) -> str:
         """The note on sigmas that were not learned; empty if all were."""

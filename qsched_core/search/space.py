@@ -14,9 +14,9 @@ import torch
 from ..correction.scalar import MAX_COEFFICIENT, MIN_COEFFICIENT, ScalarCorrection
 from ..sigmas import log_snr, sigma_of
 from ..study.errors import CalibrationError
-from ..study.store import Point, Range
+from ..study.store import Point, Range, choices_of
 from ..text import shown
-from ..trajectory import Candidate, Trajectory
+from ..trajectory import Candidate, StepSolver, Trajectory
 
 
 class Space(Protocol):
@@ -205,6 +205,51 @@ class LevelSpace:
 
 
 @dataclass(frozen=True)
+class SolverSpace:
+    """A solver of ``menu`` for every step of a trajectory, and a ramp (USF, arXiv 2312.07243).
+
+    The first of the menu is the trajectory's own.  A step to sigma 0 keeps it: there all of them
+    return the prediction.
+    """
+
+    trajectory: Trajectory
+    menu: tuple[StepSolver, ...]
+    low: float = 0.8
+    high: float = 1.2
+    ends: bool = False
+
+    def __post_init__(self):
+        check_range(self.low, self.high)
+
+    @property
+    def _ramp(self) -> RampSpace:
+        return RampSpace(self.trajectory, self.low, self.high, self.ends)
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        steps = self.trajectory.steps - (self.trajectory.sigmas[-1] == 0)
+        return tuple(f"solver {i + 1}" for i in range(steps))
+
+    @property
+    def bounds(self):
+        return dict.fromkeys(self.choices, (0.0, len(self.menu) - 1.0)) | self._ramp.bounds
+
+    @property
+    def start(self):
+        return self.single(0)
+
+    def single(self, place: int) -> dict[str, float]:
+        """The menu's solver at ``place`` in every step, uncorrected."""
+        return dict.fromkeys(self.choices, float(place)) | self._ramp.start
+
+    def candidate(self, point):
+        own, correction = self.trajectory, self._ramp.candidate(point).correction
+        chosen = tuple(self.menu[round(point[name])] for name in self.choices)
+        kept = own.solvers[len(chosen) :]
+        return Candidate(replace(own, solvers=(*chosen, *kept)), correction)
+
+
+@dataclass(frozen=True)
 class ListSpace:
     """Candidates that were computed before: the one coordinate is a place among them.
 
@@ -247,7 +292,8 @@ def on_edge(space: Space, point: Point, share: float = 0.01) -> list[str]:
     return [
         name
         for name, (low, high) in space.bounds.items()
-        if min(point[name] - low, high - point[name]) <= share * (high - low)
+        if name not in choices_of(space)
+        and min(point[name] - low, high - point[name]) <= share * (high - low)
     ]
 
 

@@ -10,18 +10,30 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..optional import missing
+from ..solvers import get_solver
 from ..study.errors import CalibrationError
 from ..study.journal import fingerprint
 from ..study.store import Point
 from ..text import shown
-from ..trajectory import Candidate, Trajectory
+from ..trajectory import Candidate, StepSolver, Trajectory
 from .levels import LearnedLevels
 from .samplers import SAMPLERS
-from .space import LevelSpace, ListSpace, RampSpace, Space, StepSpace, grid_points, sobol_points
+from .space import (
+    LevelSpace,
+    ListSpace,
+    RampSpace,
+    SolverSpace,
+    Space,
+    StepSpace,
+    grid_points,
+    sobol_points,
+)
 
 RAMP_DESIGN = 4  # points spread over the ramp's box before the sampler takes over
 LEVEL_DESIGN = 8  # the same for levels and ramp, which have more dimensions
 RAMP_SHARE = 24 / 64  # the ramp's share of the budget, where single steps are refined after it
+# what a step may have in its solver's place; Euler's order 1, and order 2 for data and for noise
+MIXED = ("euler", "dpmpp_2m", "dpm_2m", "euler_ancestral", "lcm")
 PAPER, WIDE = (0.8, 1.2), (0.6, 1.6)  # boxes of the ramp; the demo's best lies outside the paper's
 
 
@@ -168,6 +180,27 @@ def _refined_stage(sampler: str) -> StageBuilder:
     return build
 
 
+def solver_menu(trajectory: Trajectory) -> tuple[StepSolver, ...]:
+    """The trajectory's own solver, and those that a step may have in its place.
+
+    Each evaluates the model once a step, and none was made for models of one distillation alone.
+    """
+    others = (StepSolver(name, get_solver(name).check({})) for name in MIXED)
+    return tuple(dict.fromkeys((trajectory.solvers[0], *others)))
+
+
+def _solver_stage(sampler: str) -> StageBuilder:
+    """Every single solver at c = 1 first, then mixes and ramps."""
+
+    def build(plan: Plan, past: Sequence[Past]) -> Stage:
+        menu = solver_menu(plan.trajectory)
+        space = SolverSpace(plan.trajectory, menu, plan.low, plan.high, plan.ends)
+        singles = tuple(space.single(place) for place in range(len(menu)))
+        return Stage("solvers", space, 1 + plan.budget, sampler, fixed=singles)
+
+    return build
+
+
 def _side(points: int, dimensions: int) -> int:
     """The largest side of a grid of at most ``points``."""
     side = round(points ** (1 / dimensions))
@@ -270,6 +303,17 @@ def _levels_dp_and(sampler: str) -> Strategy:
     )
 
 
+def _solvers(sampler: str) -> Strategy:
+    return Strategy(
+        "solvers",
+        f"{SAMPLERS[sampler].summary}, over a solver for each step and the ramp",
+        60,
+        len(MIXED) + 1,
+        lambda plan: (_solver_stage(sampler),),
+        sampler,
+    )
+
+
 def _ramp(sampler: str) -> Strategy:
     return Strategy(
         sampler,
@@ -314,6 +358,7 @@ STRATEGIES: dict[str, Strategy] = {
         _levels_dp(),
         *(_levels(name) for name in SAMPLERS),
         *(_levels_dp_and(name) for name in SAMPLERS),
+        _solvers("tpe"),
     )
 }
 

@@ -5,13 +5,13 @@ Each is a factory of updates (one step from a corrected prediction) under one lo
 ``model(x, sigma * ones, **extra_args)`` returns the guided prediction D of the clean latent and
 ``correction`` is a :class:`~qsched_core.correction.StepCorrection` or None.  With None, or with one
 that changes nothing, each equals ComfyUI's sampler of the same name bit for bit (ComfyUI has no
-tcd).
+tcd and no dpm_2m).
 """
 
 from .ancestral import sample_euler_ancestral
 from .base import NoiseSampler, check_sigmas, default_noise_sampler
 from .ddim import sample_ddim
-from .dpmpp import sample_dpmpp_2m, sample_dpmpp_sde
+from .dpmpp import sample_dpm_2m, sample_dpmpp_2m, sample_dpmpp_sde
 from .euler import sample_euler
 from .lcm import sample_lcm
 from .registry import SOLVERS, ModelInfo, Option, Solver, get_solver
@@ -29,6 +29,7 @@ __all__ = [
     "default_noise_sampler",
     "get_solver",
     "sample_ddim",
+    "sample_dpm_2m",
     "sample_dpmpp_2m",
     "sample_dpmpp_sde",
     "sample_euler",

@@ -104,12 +104,24 @@ def check_latent(x: torch.Tensor) -> None:
         )
 
 
+class Before(NamedTuple):
+    """The step before, for multistep updates: its sigma, and what they ask for of it.
+
+    ``denoised`` is its D', ``eps`` its (x' - D') / sigma; None where no update of the run asks.
+    """
+
+    sigma: torch.Tensor
+    denoised: torch.Tensor | None
+    eps: torch.Tensor | None
+
+
 class Step(NamedTuple):
     """One corrected model evaluation, handed to a solver's update rule.
 
     ``x`` and ``denoised`` [n, ...] are x' and D'; they may be the model's or the caller's own
     tensors, so an update never writes to them.  ``predict(x, sigma)`` evaluates the model again
     inside the step and gives its corrected D' there.  ``mask`` is 0 where pixels are given.
+    ``before`` is the step before, whatever its solver; None at the first, and where nothing asks.
     """
 
     x: torch.Tensor
@@ -118,11 +130,21 @@ class Step(NamedTuple):
     sigma_next: torch.Tensor
     predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     mask: torch.Tensor | None
+    before: Before | None = None
 
 
-Update = Callable[
-    [Step], torch.Tensor
-]  # gives the latent at sigma_next; this is what one solver has of its own
+# gives the latent at sigma_next; this is what one solver has of its own
+Update = Callable[[Step], torch.Tensor]
+
+
+class Multistep(NamedTuple):
+    """An update that looks at the step before: ``asks`` names the fields of :class:`Before`."""
+
+    update: Update
+    asks: str
+
+    def __call__(self, step: Step) -> torch.Tensor:
+        return self.update(step)
 
 
 def integrate(
@@ -146,6 +168,8 @@ def integrate(
     mask = extra_args.get("denoise_mask")
     steps = len(sigmas) - 1
     updates = [update] * steps if callable(update) else update
+    asked = {each.asks for each in updates if isinstance(each, Multistep)}
+    before = None
 
     def evaluate(i: int, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         denoised = model(x, sigma * ones, **extra_args)
@@ -168,7 +192,12 @@ def integrate(
 
         if correction is not None:
             x, denoised = correction(i, x, denoised, mask)
-        x = updates[i](Step(x, denoised, sigma, sigmas[i + 1], predict, mask))
+        seen = None
+        if asked and i + 1 < steps:
+            eps = (x - denoised).div_(sigma) if "eps" in asked else None
+            seen = Before(sigma, denoised if "denoised" in asked else None, eps)
+        x = updates[i](Step(x, denoised, sigma, sigmas[i + 1], predict, mask, before))
+        before = seen
     return x
 
 

@@ -1,37 +1,65 @@
-"""DPM-Solver++: 2M (multistep) and SDE (two evaluations a step)."""
+"""DPM-Solver(++): 2M (multistep, for the predicted data or noise) and SDE (two evaluations a step)."""
 
 from __future__ import annotations
 
 import torch
 
-from .base import NoiseSampler, Step, Update, ancestral_step, brownian_noise, k_diffusion
+from .base import (
+    Multistep,
+    NoiseSampler,
+    Step,
+    Update,
+    ancestral_step,
+    brownian_noise,
+    euler_step,
+    k_diffusion,
+)
 
 
 def dpmpp_2m() -> Update:
     """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2) with lambda = -log(sigma).
 
     x_next = (sigma_next / sigma) * x' - (exp(-h) - 1) * ((1 + 1 / 2r) * D' - 1 / 2r * D'_before):
-    the history is the previous step's *corrected* prediction, and begins with this update's first
-    step.  As ComfyUI, flow models use the same lambda.
+    the history is the previous step's *corrected* prediction, whatever its solver.  As ComfyUI, flow
+    models use the same lambda.
     """
-    before: tuple[torch.Tensor, torch.Tensor] | None = None  # the last step's lambda and D'
 
     def update(step: Step) -> torch.Tensor:
-        nonlocal before
         now, following = step.sigma.log().neg(), step.sigma_next.log().neg()
         h = following - now
         denoised = step.denoised
-        if before is not None and step.sigma_next != 0:
-            half = 1 / (2 * ((now - before[0]) / h))
-            denoised = ((1 + half) * denoised).sub_(half * before[1])
-        before = now, step.denoised
+        if step.before is not None and step.sigma_next != 0:
+            half = 1 / (2 * ((now - step.before.sigma.log().neg()) / h))
+            denoised = ((1 + half) * denoised).sub_(half * step.before.denoised)
         moved = (following.neg().exp() / now.neg().exp()) * step.x
         return moved.sub_((-h).expm1() * denoised)
 
-    return update
+    return Multistep(update, "denoised")
 
 
 sample_dpmpp_2m = k_diffusion(dpmpp_2m)
+
+
+def dpm_2m() -> Update:
+    """DPM-Solver(2M), the same for the predicted noise (arXiv 2211.01095, eq. 8, with k = 2).
+
+    x_next = x' + (sigma_next - sigma) * ((1 + 1 / 2r) * eps' - 1 / 2r * eps'_before), with lambda =
+    -log(sigma) as in :func:`dpmpp_2m`; r is the ratio of the step before to this one in lambda.
+    """
+
+    def update(step: Step) -> torch.Tensor:
+        if step.before is None or step.sigma_next == 0:
+            return euler_step(step, step.sigma_next)
+        h = (step.sigma / step.sigma_next).log()
+        half = 1 / (2 * ((step.before.sigma / step.sigma).log() / h))
+        derivative = (step.x - step.denoised).div_(step.sigma).mul_(1 + half)
+        derivative.sub_(half * step.before.eps)
+        return derivative.mul_(step.sigma_next - step.sigma).add_(step.x)
+
+    return Multistep(update, "eps")
+
+
+sample_dpm_2m = k_diffusion(dpm_2m)
 
 
 def dpmpp_sde(

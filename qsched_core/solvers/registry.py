@@ -12,7 +12,7 @@ from ..text import shown
 from .ancestral import euler_ancestral
 from .base import NoiseSource, Update, brownian_noise, k_diffusion, white_noise
 from .ddim import ddim
-from .dpmpp import below_one, dpmpp_2m, dpmpp_sde
+from .dpmpp import below_one, dpm_2m, dpmpp_2m, dpmpp_sde
 from .euler import euler
 from .lcm import lcm
 from .tcd import tcd
@@ -61,7 +61,7 @@ class ModelInfo:
 class Solver:
     """A registry entry.
 
-    ``make`` gives an update.  A multistep solver keeps its history in it: a new one has none.
+    ``make`` gives an update; one that looks at the step before is a Multistep.
     ``noise`` makes the noise sampler of a stochastic solver from (x, sigmas, seed); None for the
     others.  ``needs`` are the fields of :class:`ModelInfo` that ``make`` takes as keywords,
     ``options`` what a user may set.  ``prepare`` changes the sigmas of a trajectory that begins
@@ -160,6 +160,7 @@ SOLVERS: dict[str, Solver] = {
             ("flow", "s_noise", "first_sigma"),
             prepare=below_one,
         ),
+        Solver(dpm_2m),
     )
 }
 

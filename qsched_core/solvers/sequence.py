@@ -24,7 +24,7 @@ class BoundSolver:
     settings: Mapping[str, Any]
 
     def update(self, noise: Noise) -> Update:
-        """A new update, without a history."""
+        """The update of one step."""
         draws = () if self.solver.noise is None else (noise(self.solver.noise),)
         return self.solver.make(*draws, **self.settings)
 
@@ -43,8 +43,9 @@ def sample_steps(
 ) -> torch.Tensor:
     """The latent [n, ...] at the last of ``sigmas`` from x at the first, each step by its solver.
 
-    With one solver this equals that solver's own function, bit for bit.  A multistep solver loses its
-    history where the solver changes.  ``noise`` gives the sampler of a noise source (by default for the seed in
+    With one solver this equals that solver's own function, bit for bit.  A multistep solver goes on from
+    the prediction of the step before, whatever its solver (USF, arXiv 2312.07243, section 4: solver,
+    order and prediction are chosen anew at every step).  ``noise`` gives the sampler of a noise source (by default for the seed in
     ``extra_args``); steps that draw from the same source share one, so that no noise comes twice.
     ValueError as :func:`~.base.integrate`, and where there is not one solver a step.
     """

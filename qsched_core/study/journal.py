@@ -21,7 +21,7 @@ from ..optional import require
 from ..workspace import remove_abandoned
 from .errors import CalibrationError
 from .seal import SEALED, VALUE, Reader, sealed
-from .store import Box, Point, Record
+from .store import Box, Point, Record, choices_of
 
 MIN_FREE_BYTES = 16 * 2**20  # a journal of 200 trials with 100 prompts is about 2 MiB
 LINE_BYTES = 2**16
@@ -39,8 +39,13 @@ def fingerprint(content: Mapping[str, Any]) -> str:
 
 def distributions(space: Box) -> dict:
     """The box as Optuna's distributions."""
-    optuna = _optuna()
-    return {n: optuna.distributions.FloatDistribution(*ends) for n, ends in space.bounds.items()}
+    made, choices = _optuna().distributions, choices_of(space)
+    return {
+        name: made.CategoricalDistribution([float(k) for k in range(int(ends[1]) + 1)])
+        if name in choices
+        else made.FloatDistribution(*ends)
+        for name, ends in space.bounds.items()
+    }
 
 
 def finished_trial(

@@ -13,10 +13,19 @@ Range = tuple[float, float]
 
 
 class Box(Protocol):
-    """What the points of a stage lie in."""
+    """What the points of a stage lie in.
+
+    A box may have ``choices``, names of coordinates that are places 0, 1, ... in a list: no place is
+    between two others.
+    """
 
     @property
     def bounds(self) -> Mapping[str, Range]: ...
+
+
+def choices_of(space: Box) -> tuple[str, ...]:
+    """The names of the coordinates of ``space`` that are places in a list."""
+    return getattr(space, "choices", ())
 
 
 @dataclass(frozen=True)

@@ -185,16 +185,19 @@ def test_a_trajectory_of_one_solver_is_that_solver_bit_for_bit(name, sigmas, flo
     assert torch.equal(made, alone)
 
 
-def test_a_multistep_solver_begins_anew_where_the_solver_changes():
-    """A first step of 2M is Euler's; later ones are not."""
+@pytest.mark.parametrize("name", ["dpmpp_2m", "dpm_2m"])
+def test_a_multistep_solver_goes_on_from_any_step_before_it(name):
+    """Its first step is Euler's, so is one to sigma 0; what Euler's step saw is history to the next."""
     x = noise()
-    mixed = rolled(x, VE, "dpmpp_2m", "dpmpp_2m", "euler", "dpmpp_2m", flow=False)
-    same = rolled(x, VE, "dpmpp_2m", "dpmpp_2m", "euler", "euler", flow=False)
-    torch.testing.assert_close(mixed, same)
     longer = torch.tensor([14.6146, 3.5, 1.2, 0.4, 0.2])  # a step to 0 is first order anyway
-    on = rolled(x, longer, *["dpmpp_2m"] * 4, flow=False)
-    anew = rolled(x, longer, *["dpmpp_2m"] * 2, "euler", "dpmpp_2m", flow=False)
-    assert not torch.allclose(on, anew)
+    whole = rolled(x, longer, *[name] * 4, flow=False)
+    begun = rolled(x, longer, "euler", *[name] * 3, flow=False)
+    torch.testing.assert_close(begun, whole)
+    last = rolled(x, VE, *[name] * 3, "euler", flow=False)
+    torch.testing.assert_close(last, rolled(x, VE, *[name] * 4, flow=False))
+    plain = rolled(x, longer, *["euler"] * 4, flow=False)
+    once = rolled(x, longer, *["euler"] * 3, name, flow=False)
+    assert not torch.allclose(once, plain)
 
 
 def test_solvers_that_draw_from_one_source_never_draw_the_same_noise_twice():

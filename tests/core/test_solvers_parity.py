@@ -15,6 +15,7 @@ import torch
 from qsched_core.correction import ScalarCorrection
 from qsched_core.solvers import (
     sample_ddim,
+    sample_dpm_2m,
     sample_dpmpp_2m,
     sample_dpmpp_sde,
     sample_euler,
@@ -325,6 +326,36 @@ def test_dpm_solver_2m_in_vp_space(timesteps):
         return sigma[t_prev] / sigma[t] * sample - alpha[t_prev] * math.expm1(-h) * mixed
 
     got = sample_dpmpp_2m(
+        denoiser,
+        noise(0) / math.sqrt(float(ABAR[timesteps[0]])),
+        sigmas_at(timesteps),
+        correction=CORRECTION,
+    )
+    close(got, published(timesteps, step, noise(0)))
+
+
+@pytest.mark.parametrize("timesteps", TIMESTEPS)
+def test_dpm_solver_2m_of_the_noise_in_vp_space(timesteps):
+    """DPM-Solver(2M), noise prediction: x_t = (alpha_t / alpha_s) x_s - sigma_t (exp(h) - 1) eps.
+
+    eps is extrapolated from the *corrected* noise of two steps.
+    """
+    alpha, sigma = ABAR.sqrt().tolist(), (1 - ABAR).sqrt().tolist()
+    level = [math.log(a / s) for a, s in zip(alpha, sigma, strict=True)]
+    history = []
+
+    def step(i, t, t_prev, sample, eps):
+        history.append(eps)
+        if i == 3:  # lower_order_final, to sigma 0
+            return (sample - sigma[t] * eps) / alpha[t]
+        h = level[t_prev] - level[t]
+        mixed = eps
+        if i:
+            r = (level[t] - level[timesteps[i - 1]]) / h
+            mixed = eps + (eps - history[-2]) / (2 * r)
+        return alpha[t_prev] / alpha[t] * sample - sigma[t_prev] * math.expm1(h) * mixed
+
+    got = sample_dpm_2m(
         denoiser,
         noise(0) / math.sqrt(float(ABAR[timesteps[0]])),
         sigmas_at(timesteps),

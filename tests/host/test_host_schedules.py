@@ -11,6 +11,7 @@ import pytest
 import torch
 from graphs import C_EPS, C_X, FLUX_SCHNELL, SD15, SEED, STEPS, conditioning, plain, with_cfg
 
+comfy_sample = importlib.import_module("comfy.sample")
 samplers = importlib.import_module("comfy.samplers")
 sampling = importlib.import_module("qsched_pack.nodes.host.sampling")
 evaluation = importlib.import_module("qsched_pack.nodes.host.evaluation")
@@ -34,30 +35,68 @@ def schedule_of(model, solvers, correction=None):
 
 
 def drawn(
-    model, schedule, small=SD15, scheduler="simple", solver="euler", mode="interpolate", **options
-):
+    model, schedule, small=SD15, scheduler="simple", solver="euler", mode="interpolate", steps=STEPS,
+    seed=SEED, **options,
+):  # fmt: skip
     positive = conditioning(small)
     return sampling.ksampler(
-        model, schedule, solver, mode, None, seed=SEED, steps=STEPS, cfg=1.0, scheduler=scheduler,
+        model, schedule, solver, mode, None, seed=seed, steps=steps, cfg=1.0, scheduler=scheduler,
         positive=positive, negative=positive, latent={"samples": torch.zeros(small.latent)},
         options=options,
     )["samples"]  # fmt: skip
 
 
-def test_a_schedule_of_several_solvers_runs_the_chosen_one_and_says_so(files, caplog):
-    model = plain(files, SD15)
-    found = drawn(model, schedule_of(model, MIXED), scheduler="as learned")
-    assert "solver 'euler+tcd+dpmpp_2m', not 'euler'" in caplog.text
-    assert torch.equal(found, drawn(model, schedule_of(model, (core.StepSolver("euler"),))))
-    with pytest.raises(schedules.ScheduleError, match=r"euler\+tcd\+dpmpp_2m"):
-        drawn(model, schedule_of(model, MIXED), mode="strict")
+def named(*names):
+    return tuple(core.StepSolver(name) for name in names)
 
 
-def test_options_that_changed_on_the_way_are_a_difference(files, caplog):
+@pytest.mark.parametrize("small", [SD15, FLUX_SCHNELL], ids=lambda small: small.name)
+def test_a_schedule_of_several_solvers_runs_them_whatever_the_widget_says(small, files, caplog):
+    """The last step goes to 0, where 2M is Euler: ComfyUI's own 2M is the picture of both."""
+    model, positive = plain(files, small), conditioning(small)
+    ones = corrections.ScalarCorrection.identity(STEPS)
+    mixed = schedule_of(model, named(*["dpmpp_2m"] * (STEPS - 1), "euler"), ones)
+    latent = torch.zeros(small.latent)
+    wanted = comfy_sample.sample_custom(
+        model, comfy_sample.prepare_noise(latent, SEED), 1.0, samplers.sampler_object("dpmpp_2m"),
+        torch.tensor(mixed.sigmas), positive, positive, latent, disable_pbar=True, seed=SEED,
+    )  # fmt: skip
+    for scheduler, mode in (("as learned", "strict"), ("simple", "interpolate")):
+        found = drawn(model, mixed, small, scheduler, solver="lcm", mode=mode)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert not caplog.text
+    other = drawn(
+        model, schedule_of(model, named("euler", *["dpmpp_2m"] * (STEPS - 1)), ones), small
+    )
+    torch.testing.assert_close(other, wanted, rtol=1e-4, atol=1e-4)
+    plain_euler = drawn(model, schedule_of(model, named("euler"), ones), small)
+    assert not torch.allclose(plain_euler, wanted, atol=1e-2)
+
+
+def test_at_other_levels_each_step_has_the_nearest_learned_solver(files):
     model = plain(files, SD15)
-    for gamma in (0.3, 0.5):
-        with pytest.raises(schedules.ScheduleError, match=f"gamma 0.3 and 0.5, not {gamma}"):
-            drawn(model, schedule_of(model, HALVES), solver="tcd", mode="strict", gamma=gamma)
+    schedule = schedule_of(model, MIXED)
+    names = [step.name for step in schedule.at(schedule.sigmas[1:]).solvers]
+    assert names == ["euler", "tcd", "dpmpp_2m"]
+    finer, _ = trajectories.sigmas_and_flow(model, "simple", 9)
+    match = schedule.at(finer.tolist())
+    assert len(match.solvers) == 9 and match.note
+    assert match.solvers[0].name == "euler" and match.solvers[-1].name == "dpmpp_2m"
+    assert torch.isfinite(drawn(model, schedule, steps=9)).all()
+
+
+def test_stochastic_solvers_of_a_schedule_draw_by_the_seed(files):
+    model = plain(files, SD15)
+    schedule = schedule_of(model, MIXED)
+    assert torch.equal(drawn(model, schedule), drawn(model, schedule))
+    assert not torch.equal(drawn(model, schedule), drawn(model, schedule, seed=SEED + 1))
+
+
+def test_options_of_a_schedule_of_several_solvers_are_its_own(files, caplog):
+    model = plain(files, SD15)
+    found = drawn(model, schedule_of(model, HALVES), solver="tcd", mode="strict", gamma=1.0)
+    assert torch.equal(found, drawn(model, schedule_of(model, HALVES), solver="tcd", gamma=0.0))
+    assert not caplog.text
 
 
 def test_around_a_sampler_a_schedule_of_several_solvers_is_taken(files):
@@ -85,7 +124,8 @@ def test_an_evaluation_says_what_the_schedule_was_learned_for(files, caplog):
     schedule = schedule_of(model, MIXED)
     candidate, note = evaluation.scheduled_on(schedule, source)
     assert candidate.correction == schedule.correction
-    assert "solver 'euler+tcd+dpmpp_2m', not 'euler'" in note and note in caplog.text
+    assert [step.name for step in candidate.trajectory.solvers] == [step.name for step in MIXED]
+    assert not note and not caplog.text
     assert not evaluation.scheduled_on(schedule_of(model, (core.StepSolver("euler"),)), source)[1]
     flow = schedule_of(plain(files, FLUX_SCHNELL), (core.StepSolver("euler"),))
     with pytest.raises(schedules.ScheduleError, match="learned for a flow model"):

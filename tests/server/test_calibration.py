@@ -222,6 +222,6 @@ def test_learned_noise_levels_go_from_the_search_to_the_picture(server):
         trial["sigmas"][0] == 1.0 and len(trial["sigmas"]) == 3 for trial in report["trials"]
     )
     learned = json.loads(report["schedule"])
-    assert learned["sigmas"] == report["best_sigmas"]
+    assert learned["sigmas"] == report["best_trajectory"]["sigmas"]
     assert learned["provenance"]["search"]["levels"]["nfe"] == 4 * (6 + 2)
     assert entry["outputs"]["9"]["images"]
