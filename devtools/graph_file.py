@@ -16,7 +16,7 @@ from typing import Any
 WIDGETS = ("COMBO", "INT", "FLOAT", "STRING", "BOOLEAN")
 COLUMN, GAP_X, GAP_Y = 460, 90, 80  # pixels; room for the larger of both canvases' nodes
 PICTURE = 420  # below the widgets of a node that shows a picture
-SHOWS_PICTURES = ("SaveImage", "PreviewImage", "LoadImage", "QSchedJAQCalibrator",
+SHOWS_PICTURES = ("SaveImage", "PreviewImage", "LoadImage", "QSchedJAQCalibrator", "QSchedCalibrateWeights",
                   "QSchedShowSchedule", "QSchedEvaluate", "QSchedQuantizationReport")  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from ..qsched_core.optional import MissingDependencyError
 from ..qsched_core.schedule import chart, summary
 from ..qsched_core.search import PRUNERS, STRATEGIES, CalibrationSettings
 from ..qsched_core.search.levels import GRID, MOST_GRID
+from ..qsched_core.search.presets import OWN, PRESETS, chosen
 from ..qsched_core.study import Database, StudyPlace, check_shared, workflow_rule
 from .host.calibration import CalibrationLive, report_of
 from .host.folders import studies_folder
@@ -60,12 +61,15 @@ class QSchedJAQCalibrator(io.ComfyNode):
             ],
             inputs=[
                 *trajectory_inputs(LAZY),
-                io.Combo.Input("search", options=list(STRATEGIES), tooltip=f"{searches}."),
+                io.Combo.Input(
+                    "search", options=list(STRATEGIES), advanced=True, tooltip=f"{searches}."
+                ),
                 io.Int.Input(
                     "budget",
                     default=0,
                     min=0,
                     max=100000,
+                    advanced=True,
                     tooltip=f"Candidates to try; 0 is the search's own number ({budgets}).",
                 ),
                 io.Int.Input(
@@ -74,11 +78,13 @@ class QSchedJAQCalibrator(io.ComfyNode):
                     min=0,
                     max=MAX_SEED,
                     control_after_generate=io.ControlAfterGenerate.fixed,
+                    advanced=True,
                     tooltip="Of the search. Another one learns anew.",
                 ),
                 io.Boolean.Input(
                     "guard",
                     default=True,
+                    advanced=True,
                     tooltip=(
                         "Keep c = 1 unless the gain on the held-out prompts has a 95 % interval "
                         "above 0."
@@ -133,13 +139,14 @@ class QSchedJAQCalibrator(io.ComfyNode):
         cls, model, clip, vae, prompts, objective, solver, scheduler, steps, cfg, width, height,
         search, budget, seed, guard, negative="", low=0.0, high=0.0, radius=0.1, ramp_ends=False,
         fidelity="full", proposals=1, storage="", study="", reference_model=None, level_grid=0,
-        learned="",
+        learned="", preset=OWN,
         options=None,
     ) -> io.NodeOutput:  # fmt: skip
         before = recalled(learned, cls.hidden.prompt, cls.hidden.unique_id)
         if before is not None:
             return cls._as_before(before)
         check_objective(objective)
+        search, budget = chosen(preset, search, budget)
         settings = _settings(
             search,
             budget,
@@ -244,6 +251,11 @@ def search_inputs() -> list:
             tooltip="Filled in by itself in the workflow of every picture: what was learned. As long "
             "as nothing before this node is changed it is taken instead of learning anew. Empty it "
             "to learn anew.",
+        ),
+        io.Combo.Input(
+            "preset", options=list(PRESETS), default=OWN, optional=True,
+            tooltip="How thorough the search is. "
+            + ". ".join(f"{p.name}: {p.summary}" for p in PRESETS.values()) + ".",
         ),
     ]  # fmt: skip
 

@@ -16,6 +16,7 @@ from ..qsched_core.evaluation import (
 )
 from ..qsched_core.evaluation.picture import report_picture
 from ..qsched_core.evaluation.table import images_csv, report_text, summary_csv
+from ..qsched_core.evaluation.web import report_page
 from ..qsched_core.files import check_room, write_atomic
 from ..qsched_core.prompts import CalibrationPrompts, PromptSet
 from ..qsched_core.source import check_reference
@@ -30,7 +31,7 @@ from .host.evaluation import (
     scheduled_on,
 )
 from .host.folders import evaluations_folder, output_path, scratch_folder
-from .host.pictures import as_tensor
+from .host.pictures import as_png, as_tensor
 from .host.progress import EvaluationLive, on_node
 from .host.scoring import ManagedPlacement
 from .inputs import (
@@ -109,9 +110,10 @@ class QSchedEvaluate(io.ComfyNode):
                     default="",
                     optional=True,
                     tooltip=(
-                        "Writes NAME.csv (every image's scores) and NAME-summary.csv (means, gains, "
-                        "distances) into the output folder, in place of files of that name. Empty "
-                        "writes nothing."
+                        "Writes NAME.csv (every image's scores), NAME-summary.csv (means, gains, "
+                        "distances), NAME.html (all of it in one page to post, with pictures before "
+                        "and after) and NAME.png into the output folder, in place of files of that "
+                        "name. Empty writes nothing."
                     ),
                 ),
             ],
@@ -178,8 +180,11 @@ class QSchedEvaluate(io.ComfyNode):
             on_progress=live.part,
             on_step=live.step,
         )
-        for path, make in zip(files, (images_csv, summary_csv), strict=False):
+        picture = report_picture(found)
+        for path, make in zip(files, (images_csv, summary_csv, report_page), strict=False):
             write_atomic(path, make(found))
+        for path in files[3:]:
+            write_atomic(path, as_png(picture))
         main, text = arms[-1], report_text(found)
         content = {
             **_content(found, main.name),
@@ -190,21 +195,24 @@ class QSchedEvaluate(io.ComfyNode):
             "report": text,
             "files": [str(path) for path in files],
         }
-        picture = as_tensor(report_picture(found))
+        picture = as_tensor(picture)
         scores, scratch = json.dumps(content), scratch_folder()
         shown = ui.PreviewImage(picture, cls=cls).as_dict() | on_node(text, scores)
         return io.NodeOutput(scores, found[main.name].images(scratch), picture, text, ui=shown)
 
 
 def _csv_paths(name: str | None) -> list:
-    """Where the two files go.
+    """Where the files go: the two tables, the page and the picture.
 
     Empty for an empty name, and for a wired one (None), which is not known yet."""
     if not name:
         return []
+    stem = name.removesuffix(".csv")
     return [
         output_path(name, ".csv"),
-        output_path(f"{name.removesuffix('.csv')}-summary", ".csv"),
+        output_path(f"{stem}-summary", ".csv"),
+        output_path(stem, ".html"),
+        output_path(stem, ".png"),
     ]
 
 

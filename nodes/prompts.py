@@ -21,7 +21,12 @@ from ..qsched_core.text import shown
 from .host.folders import input_file
 from .types import MAX_SEED, Prompts
 
-SOURCES = ("bundled", "text", "file")
+ONE = "bundled: "  # of one category, its name after it
+SOURCES = ("bundled", "text", "file", *(f"{ONE}{name}" for name in categories()))
+LABELS = {
+    "calibration": "# calibration: searched on, one prompt a line",
+    "heldout": "# held-out: judged by, never searched on, one prompt a line",
+}
 MAX_CATEGORIES = 2048  # characters
 
 
@@ -42,19 +47,21 @@ class QSchedCalibrationPrompts(io.ComfyNode):
                 io.Combo.Input(
                     "source",
                     options=list(SOURCES),
-                    tooltip="bundled: 20 + 64 general prompts. text: your own, below. file: your own, in "
+                    tooltip="bundled: 20 + 64 general prompts, or those of one kind. text: your own, below. file: your own, in "
                     "ComfyUI's input folder.",
                 ),
                 io.String.Input(
                     "calibration",
-                    default="",
+                    default=LABELS["calibration"],
                     multiline=True,
+                    placeholder=LABELS["calibration"],
                     tooltip=f"{text_tooltip} About 20 are usual.",
                 ),
                 io.String.Input(
                     "heldout",
-                    default="",
+                    default=LABELS["heldout"],
                     multiline=True,
+                    placeholder=LABELS["heldout"],
                     tooltip=f"{text_tooltip} 32 or more tell small gains from chance.",
                 ),
                 io.Int.Input(
@@ -144,6 +151,8 @@ def _lists(source: str, calibration: str, heldout: str, chosen: str, file: str):
         raise PromptError(f"source={shown(source)} is unknown; choose one of {', '.join(SOURCES)}")
     if source == "bundled":
         return bundled_lists(_categories(chosen))
+    if source.startswith(ONE):
+        return bundled_lists([source.removeprefix(ONE)])
     if source == "file":
         return read_prompts(input_file(file))
     return parse_prompts(calibration, "calibration"), parse_prompts(heldout, "heldout")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from io import BytesIO
 from pathlib import Path
 
 import comfy.model_management
@@ -19,7 +18,7 @@ from ...qsched_core.files import write_atomic
 from ...qsched_core.prompts import CalibrationPrompts, PromptSet
 from ...qsched_core.search import Monitor, Progress, Standing
 from ...qsched_core.trajectory import Candidate
-from .pictures import contact_sheet, shrink
+from .pictures import as_png, contact_sheet, shrink
 from .progress import progress_text
 from .source import ComfySource
 
@@ -132,10 +131,8 @@ def report_of(
 
 
 def _keep(picture: Image.Image, path: Path) -> None:
-    buffer = BytesIO()
-    picture.save(buffer, "PNG")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, buffer.getvalue())
+        write_atomic(path, as_png(picture))
     except OSError as error:  # Losing it costs no more than drawing it again.
         logger.warning("the report's picture could not be kept: %s", error)

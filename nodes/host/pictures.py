@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from io import BytesIO
+
 import numpy as np
 import torch
 from PIL import Image
@@ -12,6 +14,13 @@ THUMBNAIL = 192  # pixels of the longer side
 def as_tensor(picture: Image.Image) -> torch.Tensor:
     """A PIL picture as an IMAGE [1, height, width, 3]."""
     return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)[None]
+
+
+def as_png(picture: Image.Image) -> bytes:
+    """A picture as a file's content."""
+    buffer = BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def shrink(images: torch.Tensor) -> torch.Tensor:

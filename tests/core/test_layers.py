@@ -16,7 +16,7 @@ LAYERS = (
     ("errors",),
     ("text", "optional", "devices", "statistics", "recent", "workspace"),
     ("files", "validation", "kernels"),
-    ("strict_json", "canvas", "prompts", "sigmas"),
+    ("strict_json", "canvas", "webpage", "prompts", "sigmas"),
     ("correction",),
     ("solvers",),
     ("trajectory",),

@@ -72,6 +72,44 @@ def test_registry_metadata_is_complete():
     assert comfy["DisplayName"]
 
 
+def test_one_repository_is_named_everywhere():
+    """Until there is a public one, its address is changed in one place and found by this."""
+    urls, home = PROJECT["project"]["urls"], PROJECT["project"]["urls"]["Repository"]
+    assert all(url.startswith(home) for url in urls.values())
+    icon, path = PROJECT["tool"]["comfy"]["Icon"], home.removeprefix("https://github.com/")
+    assert icon == f"https://raw.githubusercontent.com/{path}/main/docs/icon.png"
+
+
+def test_the_icon_is_what_its_code_draws():
+    from PIL import Image, ImageChops
+
+    from demo.icon import PATH, draw
+
+    drawn = draw()
+    with Image.open(PATH) as shipped:
+        assert shipped.size == drawn.size == (400, 400)
+        difference = ImageChops.difference(shipped.convert("RGBA"), drawn).getextrema()
+    assert max(high for _, high in difference) <= 8  # versions of PIL round differently
+
+
+def test_the_changelog_names_this_version():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## {PROJECT['project']['version']}\n" in text
+
+
+def test_issue_templates_are_forms():
+    import yaml
+
+    forms = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+    assert [form.name for form in forms] == ["bug.yml", "config.yml", "model.yml"]
+    for form in forms:
+        content = yaml.safe_load(form.read_text(encoding="utf-8"))
+        if form.name != "config.yml":
+            assert content["name"] and content["description"]
+            ids = [part["id"] for part in content["body"]]
+            assert len(set(ids)) == len(ids)
+
+
 def test_sources_can_be_read_on_every_supported_system():
     for path in SOURCES:
         text = path.read_text(encoding="utf-8")

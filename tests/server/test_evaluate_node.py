@@ -133,6 +133,9 @@ def test_report_and_files_have_the_numbers(server, evaluated):
     assert len(rows) == 3 * 18
     assert float(rows[-1]["jaq"]) == report["scores"]["jaq"][-1]
     summary = (folder / "table-summary.csv").read_text(encoding="utf-8")
+    web = (folder / "table.html").read_text(encoding="utf-8")
+    assert web.count("data:image/jpeg;base64,") >= 2
+    assert (folder / "table.png").read_bytes().startswith(b"\x89PNG")
     assert repr(report["gain"]["low"]) in summary
     assert not list(folder.glob("*.partial"))
 

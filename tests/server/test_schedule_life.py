@@ -22,11 +22,16 @@ def learned(server) -> tuple[dict, bytes]:
     """The shipped graph, short, run once under the file's own name: history entry and picture."""
     graph = shipped()
     graph["2"]["inputs"] |= PROMPTS | {"seed": 2024}
-    graph["4"]["inputs"] |= {"search": "gp", "budget": 6, "guard": False}
+    graph["4"]["inputs"] |= {"search": "grid", "budget": 100, "guard": False, "preset": "quick"}
     graph["5"]["inputs"] |= {"name": "{model}-{format}-{solver}-{steps}", "overwrite": False}
     entry = server.run(graph, 600)
     (made,) = entry["outputs"]["11"]["images"]
     return entry, server.image(made)
+
+
+def test_a_preset_takes_the_place_of_search_and_budget(learned):
+    content = json.loads(learned[0]["outputs"]["4"]["text"][0])
+    assert len(content["trials"]) == 1 + 12
 
 
 def shows(server) -> list[str]:
