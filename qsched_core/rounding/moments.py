@@ -65,37 +65,40 @@ class Gathering:
         self._sums: list[list[torch.Tensor]] = []  # of each block
         self.rows = 0
 
-    def add(self, x_q: torch.Tensor, x_fp: torch.Tensor) -> None:
-        """Inputs [..., in] of the quantized and of the unquantized model, row by row the same place."""
-        if x_q.shape != x_fp.shape:
+    def add(self, x_q: torch.Tensor, x_fp: torch.Tensor | None) -> None:
+        """Inputs [..., in] of the quantized and of the unquantized model, row by row the same place.
+
+        ``x_fp`` None, each time: as ``x_q``.
+        """
+        if x_fp is not None and x_q.shape != x_fp.shape:
             raise RoundingError(
                 f"the quantized model gives it inputs {list(x_q.shape)}, the unquantized one "
                 f"{list(x_fp.shape)}; a model whose shapes depend on its values can't be calibrated"
             )
-        pairs = [x.reshape(-1, x.shape[-1]) for x in (x_q, x_fp)]
+        streams = [x.reshape(-1, x.shape[-1]) for x in (x_q, x_fp) if x is not None]
         step = max(1, CAST_ELEMENTS // x_q.shape[-1])
-        for q, fp in zip(*(x.split(step) for x in pairs), strict=True):
-            self._add(q.float(), fp.float())
-        self.rows += len(pairs[0])
+        for rows in zip(*(x.split(step) for x in streams), strict=True):
+            self._add([x.float() for x in rows])
+        self.rows += len(streams[0])
 
-    def _add(self, q: torch.Tensor, fp: torch.Tensor) -> None:
-        ends = [0, *self._cuts, q.shape[1]]
+    def _add(self, streams: Sequence[torch.Tensor]) -> None:
+        ends = [0, *self._cuts, streams[0].shape[1]]
         for k, (start, stop) in enumerate(pairwise(ends)):
-            one, other = q[:, start:stop], fp[:, start:stop]
+            width, columns = stop - start, [x[:, start:stop] for x in streams]
             if k == len(self._sums):
-                width = stop - start
                 fine = torch.float64 if width <= FINE_WIDTH else torch.float32
-                made = [one.new_zeros(width, width, dtype=fine) for _ in range(2)]
-                made += [one.new_zeros(width, dtype=torch.float64) for _ in range(2)]
+                made = [columns[0].new_zeros(width, width, dtype=fine) for _ in columns]
+                made += [columns[0].new_zeros(width, dtype=torch.float64) for _ in columns]
                 self._sums.append(made)
-            h, cross, mean_q, mean_fp = self._sums[k]
-            for total, left in ((h, one), (cross, other)):
+            sums = self._sums[k]
+            for x, total, mean in zip(
+                columns, sums[: len(columns)], sums[len(columns) :], strict=True
+            ):
                 if total.dtype == torch.float32:
-                    total.addmm_(left.t(), one)
+                    total.addmm_(x.t(), columns[0])
                 else:
-                    total += left.t() @ one
-            mean_q += one.sum(0)
-            mean_fp += other.sum(0)
+                    total += x.t() @ columns[0]
+                mean += x.sum(0)
 
     def parts(self) -> list[Moments]:
         """The means, of each block; the sums are handed over, so this ends the gathering.
@@ -105,12 +108,20 @@ class Gathering:
         if not self.rows:
             raise RoundingError("it got no inputs from any of the states")
         sums, self._sums = self._sums, []
-        return [Moments(*(total.div_(self.rows) for total in block), self.rows) for block in sums]
+        return [_moments([total.div_(self.rows) for total in block], self.rows) for block in sums]
 
     def moments(self) -> Moments:
         """The same where nothing is cut."""
         (made,) = self.parts()
         return made
+
+
+def _moments(means: Sequence[torch.Tensor], rows: int) -> Moments:
+    """Of one stream or of two."""
+    if len(means) == 2:
+        h, mean = means
+        return Moments(h, None, mean, mean, rows)
+    return Moments(*means, rows)
 
 
 @contextmanager

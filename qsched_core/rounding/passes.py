@@ -184,9 +184,10 @@ class Passes:
 
         ``after`` is called for each part.
         """
-        layers = {name: self.done[name] for name in self.layers_in(self.blocks[k])}
+        names = self.layers_in(self.blocks[k])
         for part in self.parts:
             for stream in self.streams:
+                layers = {name: self.done[name] for name in names} if stream == Q else {}
 
                 def keep(module, arguments, output, key=(stream, k, part.start)):
                     self.outputs.put(key, output)
@@ -194,7 +195,7 @@ class Passes:
 
                 hook = self.blocks[k].module.register_forward_hook(keep)
                 try:
-                    self.to_block(k, part, stream, layers if stream == Q else {})
+                    self.to_block(k, part, stream, layers)
                 finally:
                     hook.remove()
                 for j, old in enumerate(self.blocks[:k]):

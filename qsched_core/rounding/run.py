@@ -26,6 +26,7 @@ from .subject import Subject
 from .walk import BlockDone, Limits, ParametersOf, calibrate_module, choices
 
 ALGORITHM = 2  # of the rounding: a walk of another one is not gone on with
+MIXED = "mixed"  # of a walk whose formats are given by layer
 KEPT_PLAIN = "plain rounding was kept"
 SAMPLING, PROVING = "sampling the unquantized model", "comparing on held-out prompts"
 OnPart = Callable[[str, int, int], None]
@@ -71,7 +72,7 @@ class WeightsResult:
 def calibrate_weights(
     subject: Subject,
     prompts: CalibrationPrompts,
-    policy: Policy,
+    policy: Policy | Mapping[str, Choice],
     folder: Path,
     *,
     settings: RoundingSettings | None = None,
@@ -85,7 +86,7 @@ def calibrate_weights(
 ) -> WeightsResult:
     """Round the subject's weights for the inputs that the calibration prompts give them.
 
-    Its module is left as it is.  Finished blocks are kept in ``folder``: a walk that was stopped
+    ``policy`` may be the choices themselves, by layer.  Its module is left as it is.  Finished blocks are kept in ``folder``: a walk that was stopped
     goes on there, to the same weights, and one that is finished is not repeated.  On the held-out
     prompts the result is compared with plain rounding, by distance to the unquantized model and by
     ``measure``, if given; where it is not nearer, plain rounding is what is returned.  ``samples``
@@ -96,11 +97,11 @@ def calibrate_weights(
     """
     settings = settings or RoundingSettings()
     model = subject.module
-    chosen = choices(model, policy)
+    chosen = choices(model, policy) if isinstance(policy, Policy) else dict(policy)
     made_of = {
         "algorithm": ALGORITHM,
         "settings": settings.to_dict(),
-        "format": policy.format,
+        "format": policy.format if isinstance(policy, Policy) else MIXED,
         "layers": {name: [c.format, c.weight_only] for name, c in chosen.items()},
         **subject.describe(),
         "prompts": prompts.calibration.hash,
