@@ -9,7 +9,9 @@ from comfy_api.latest import io, ui
 from ..qsched_core.formats.recommend import ordered
 from ..qsched_core.formats.recommend import table as format_table
 from ..qsched_core.rounding import GRIDS, calibrate_weights, figures, report, verdict
+from ..qsched_core.rounding.budget import Budget
 from ..qsched_core.rounding.picture import report_picture
+from ..qsched_core.rounding.sized import calibrate_to_size, sized_figures, sized_report
 from .host.folders import rounding_folder
 from .host.pictures import as_tensor
 from .host.progress import RoundingLive, on_node
@@ -27,6 +29,9 @@ from .inputs import (
     wrong_options,
 )
 from .types import MAX_SEED, Objective
+
+OWN_SIZE = "of the format"
+SIZES = {"bits a weight": "bits", "GB of the model": "gb"}
 
 
 class QSchedCalibrateWeights(io.ComfyNode):
@@ -84,6 +89,26 @@ class QSchedCalibrateWeights(io.ComfyNode):
                     tooltip="How many random steps of each prompt the weights are rounded for, at "
                     "most all. Many prompts with few steps are better than few with many.",
                 ),
+                io.Combo.Input(
+                    "size",
+                    options=[OWN_SIZE, *SIZES],
+                    default=OWN_SIZE,
+                    optional=True,
+                    tooltip="Whose size the model gets: the format's, or a number of bits or GB. For "
+                    "a number every layer gets a format of its own, from int2 to int8, by what each "
+                    "costs the pictures; the mix is kept only if it beats the formats next to it in "
+                    "size. That takes three walks.",
+                ),
+                io.Float.Input(
+                    "amount",
+                    default=3.0,
+                    min=0.1,
+                    max=1000.0,
+                    step=0.1,
+                    round=0.001,
+                    optional=True,
+                    tooltip="How many bits a weight, or GB (1e9 bytes), where size asks for a number.",
+                ),
                 io.String.Input(
                     "layers",
                     default="",
@@ -135,7 +160,8 @@ class QSchedCalibrateWeights(io.ComfyNode):
     @with_options
     def execute(
         cls, model, clip, vae, prompts, solver, scheduler, steps, cfg, width, height, weight_format,
-        objective=None, states_per_prompt=4, layers="", seed=0, negative="", options=None,
+        objective=None, states_per_prompt=4, size=OWN_SIZE, amount=3.0, layers="", seed=0,
+        negative="", options=None,
     ) -> io.NodeOutput:  # fmt: skip
         if objective is not None:
             check_objective(objective)
@@ -149,26 +175,30 @@ class QSchedCalibrateWeights(io.ComfyNode):
             ComfySubject(source(model), request, source),
             RoundingLive(cls.hidden.unique_id),
         )
-        result = calibrate_weights(
-            subject,
-            prompts,
-            request.policy,
-            rounding_folder(),
-            states_per_prompt=min(states_per_prompt, subject.source.trajectory.steps),
-            seed=seed,
-            measure=objective,
-            samples=True,
-            on_block=live.block,
-            on_part=live.part,
-            limits=subject.limits(live.within),
-        )
+        walk = {
+            "states_per_prompt": min(states_per_prompt, subject.source.trajectory.steps),
+            "seed": seed,
+            "measure": objective,
+            "samples": True,
+            "on_block": live.block,
+            "on_part": live.part,
+            "limits": subject.limits(live.within),
+        }
+        given = (subject, prompts, request.policy, rounding_folder())
+        content, lines = {}, []
+        if size == OWN_SIZE:
+            result = calibrate_weights(*given, **walk)
+        else:
+            found = calibrate_to_size(*given, Budget(**{SIZES[size]: amount}), **walk)
+            result, lines = found.result, [sized_report(found)]
+            content = {"size": sized_figures(found)}
         made = subject.with_weights(result.weights)
-        title = f"{model_info(model)['source'] or 'model'}: {weight_format}"
-        picture, text = report_picture(result, title), report(result)
+        title = f"{model_info(model)['source'] or 'model'}: {model_info(made)['format']}"
+        picture, text = report_picture(result, title), "\n".join([report(result), *lines])
         live.finished(picture)
         shown = ui.PreviewImage(as_tensor(picture), cls=cls).as_dict()
-        content = json.dumps(figures(result) | {"report": text})
-        shown |= on_node(f"{verdict(result)}.", content)
+        content = json.dumps(figures(result) | content | {"report": text})
+        shown |= on_node("\n".join(f"{line}." for line in (verdict(result), *lines)), content)
         return io.NodeOutput(made, as_tensor(picture), text, ui=shown)
 
 

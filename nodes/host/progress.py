@@ -87,7 +87,7 @@ class RoundingLive:
         self._moved(BLOCKS, share, text)
 
     def _moved(self, part: str, share: float, text: str) -> None:
-        start, end = self.SHARES[part]
+        start, end = self.SHARES.get(part, (0.0, 0.15))
         self.bar.update_absolute(round(1000 * (start + share * (end - start))))
         progress_text(self.node_id, text)
         comfy.model_management.throw_exception_if_processing_interrupted()

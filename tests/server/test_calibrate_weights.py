@@ -129,3 +129,15 @@ def test_a_quantized_model_is_refused_in_a_sentence(server):
     prompt["1"] = node("QSchedLoadCheckpoint", ckpt_name=CHECKPOINT, weight_format="int8")
     with pytest.raises(ServerError, match="model is quantized already"):
         server.run(prompt)
+
+
+@pytest.mark.full
+def test_a_size_is_kept_to_by_formats_of_different_layers(server):
+    prompt = graph(size="bits a weight", amount=3.2, layers="*adaLN*=nf4", weight_format="int3")
+    prompt["8"] = node("QSchedSaveModel", model=["2", 0], filename_prefix="diffusion_models/mixed")
+    run = server.run(prompt)
+    found = figures_of(run)["size"]
+    assert found["bits"] <= 3.2 and len({row["format"] for row in found["layers"]}) > 1
+    assert len(found["uniform"]) == 2 and found["line"] > 0
+    kept = "int2" if found["kept"] == "int2" else "mixed"
+    assert f": {kept}" in run["outputs"]["8"]["text"][0]

@@ -36,6 +36,7 @@ from .provenance import (
 )
 
 METADATA = "qsched"  # the key of a saved file's metadata that holds its provenance, as JSON
+KEPT_FACTS = ("format", "rounding")  # what a file says of itself
 FORCED_DTYPES = ("fp32_unet", "fp64_unet", "fp16_unet", "bf16_unet", "force_fp32")
 
 
@@ -177,8 +178,7 @@ class _Load:
             unquantized_bytes=before.get("unquantized_bytes", self.unquantized_bytes),
             merged_patches=before.get("merged_patches", ""),
         )
-        if "rounding" in before:
-            model.model_options[INFO]["rounding"] = before["rounding"]
+        model.model_options[INFO] |= {k: before[k] for k in KEPT_FACTS if k in before}
         if any(map(loras.is_calibrated, model.model.diffusion_model.modules())):
             loras.at_run_time(model)
 
@@ -320,6 +320,8 @@ def quantize_model(
         merged_patches=info["patches"] if merged else "",
     )
     if rounded is not None:
+        # Of a mix the request's own format is one of several.
+        out.model_options[INFO]["format"] = rounded.provenance.get("format", request.weight_format)
         out.model_options[INFO]["rounding"] = rounding_facts(rounded)
         loras.at_run_time(out)
     return out
