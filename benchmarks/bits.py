@@ -77,7 +77,10 @@ def rows_of(name: str, result: WeightsResult, seconds: float) -> list[BenchRow]:
             f"calibrated.{name}.change", "ends of the interval of the distance's change",
             change.low, change.high, change.high / plain, "", "<= 0",
         ),
-        row(f"calibrated.{name}.bits", "bits a weight, calibrated and plain", bits, bits, 1.0, "bits"),
+        row(
+            f"calibrated.{name}.bits", "bits a weight, calibrated and plain",
+            bits, result.plain_bits, bits / result.plain_bits, "bits", "<= 1",
+        ),
         row(
             f"calibrate.{name}.seconds", f"the walk, against {SECONDS:.0f} s",
             seconds, SECONDS, seconds / SECONDS, "s CPU", "<= 1",

@@ -55,19 +55,25 @@ class Policy:
 
     ``format`` is the base format, ``overrides`` what the user wants otherwise.  Embedders and heads
     stay as they are; modulation layers keep their activations, and get 4 bits where the base format
-    has fewer; layers with fewer than ``min_weights`` weights are not worth it.  ``weight_only``:
-    every layer keeps its activations.
+    has fewer, or the format ``modulation``; layers with fewer than ``min_weights`` weights are not
+    worth it.  ``weight_only``: every layer keeps its activations.
     """
 
     format: str
     overrides: tuple[Override, ...] = ()
     min_weights: int = 4096
     weight_only: bool = False
+    modulation: str | None = None
 
     def __post_init__(self):
         get(self.format)
+        get(self.for_modulation)
         if self.min_weights < 0:
             raise FormatError(f"min_weights={self.min_weights} must not be negative")
+
+    @property
+    def for_modulation(self) -> str:
+        return self.modulation or MODULATION_FORMAT.get(self.format, self.format)
 
     def __call__(self, name: str, shape: tuple[int, ...], kind: str = "linear") -> Choice:
         """The choice for layer ``name`` (without ".weight") of weight ``shape``."""
@@ -82,12 +88,12 @@ class Policy:
             return Choice(None, why="embedder or head")
         if math.prod(shape) < self.min_weights:
             return Choice(None, why="small")
-        form = MODULATION_FORMAT.get(self.format, self.format) if modulation else self.format
+        form = self.for_modulation if modulation else self.format
         return _fitting(form, shape, weight_only)
 
     def formats(self) -> tuple[str, ...]:
         """Every format that a layer may get."""
-        chosen = {self.format, MODULATION_FORMAT.get(self.format, self.format)}
+        chosen = {self.format, self.for_modulation}
         return tuple(sorted(chosen | {o.format for o in self.overrides if o.format is not None}))
 
     def unmatched(self, layers: Mapping[str, str], most_work: int = 0) -> list[str]:

@@ -36,11 +36,13 @@ OnPart = Callable[[str, int, int], None]
 class WeightsResult:
     """Rounded weights, and how they compare: ``calibrated`` is False where plain ones were kept.
 
+    ``plain_bits``: bits a weight of plain rounding, which keeps modulation layers at 4 bits and more.
     ``samples`` are held-out prompts with their pictures.
     """
 
     weights: RoundedWeights
     proof: Proof
+    plain_bits: float
     samples: tuple[Sample, ...] = ()
 
     @property
@@ -97,7 +99,10 @@ def calibrate_weights(
     """
     settings = settings or RoundingSettings()
     model = subject.module
-    chosen = choices(model, policy) if isinstance(policy, Policy) else dict(policy)
+    chosen = plain_chosen = policy
+    if isinstance(policy, Policy):
+        chosen, plain_chosen = choices(model, policy), choices(model, policy, calibrated=False)
+    chosen = dict(chosen)
     made_of = {
         "algorithm": ALGORITHM,
         "settings": settings.to_dict(),
@@ -131,7 +136,7 @@ def calibrate_weights(
         }
         made = RoundedWeights(layers, chosen, made_of | cost)
         shelf.keep(made)
-    return _proven(subject, made, prompts.heldout, shelf, measure, samples, on_part)
+    return _proven(subject, made, plain_chosen, prompts.heldout, shelf, measure, samples, on_part)
 
 
 def _within(folder: Path, limits: Limits, remarks: list[str]) -> Limits:
@@ -147,6 +152,7 @@ def _within(folder: Path, limits: Limits, remarks: list[str]) -> Limits:
 def _proven(
     subject: Subject,
     made: RoundedWeights,
+    plain_chosen: Mapping[str, Choice],
     heldout: PromptSet,
     shelf: Shelf,
     measure: Measure | None,
@@ -161,17 +167,19 @@ def _proven(
     }
     found, plainly = shelf.proof(judged_by), None
     if found is None or not found[0].holds:
-        plainly = rounded_plainly(made.chosen, subject.parameters_of)
+        plainly = RoundedWeights(
+            rounded_plainly(plain_chosen, subject.parameters_of), plain_chosen, made.provenance
+        )
     if found is None:
-        arms = [RoundedWeights(plainly, made.chosen, made.provenance), made]
         told = partial(on_part, PROVING)
-        found = prove(subject, heldout, arms, measure, samples, told)
+        found = prove(subject, heldout, [plainly, made], measure, samples, told)
         shelf.keep_proof(judged_by, *found)
     proof, pictures = found
     told = {"heldout": heldout.hash, "proof": proof.to_dict(), "calibrated": proof.holds}
-    layers = made.layers if proof.holds else plainly
-    weights = RoundedWeights(layers, made.chosen, dict(made.provenance) | told)
-    return WeightsResult(weights, proof, proof.samples(heldout, pictures))
+    kept = made if proof.holds else plainly
+    weights = RoundedWeights(kept.layers, kept.chosen, dict(made.provenance) | told)
+    plain_bits = _bits(subject.module, plain_chosen)
+    return WeightsResult(weights, proof, plain_bits, proof.samples(heldout, pictures))
 
 
 def rounded_plainly(
@@ -190,9 +198,19 @@ def packed_bytes(model: nn.Module, chosen: Mapping[str, Choice]) -> int:
     return sum(get(choice.format).packed_bytes(shapes[name]) for name, choice in chosen.items())
 
 
+def _bits(model: nn.Module, chosen: Mapping[str, Choice]) -> float:
+    """Bits a weight of the quantized layers."""
+    weights = sum(model.get_submodule(name).weight.numel() for name in chosen)
+    return 8 * packed_bytes(model, chosen) / weights
+
+
 def figures(result: WeightsResult) -> dict[str, Any]:
     """Provenance and every figure, as plain JSON."""
-    return dict(result.weights.provenance) | {"seconds": result.seconds, "bits": result.bits}
+    return dict(result.weights.provenance) | {
+        "seconds": result.seconds,
+        "bits": result.bits,
+        "plain_bits": result.plain_bits,
+    }
 
 
 def verdict(result: WeightsResult) -> str:
@@ -200,9 +218,11 @@ def verdict(result: WeightsResult) -> str:
     proof, change = result.proof, result.proof.change
     share = proof.calibrated.mean / proof.plain.mean if proof.plain.mean else 1.0
     if result.calibrated:
+        bits, plainly = f"{result.bits:.2f}", f"{result.plain_bits:.2f}"
+        instead = "" if bits == plainly else f" instead of {plainly}"
         return (
             f"calibrated: {share:.2f} of plain rounding's distance to the unquantized model, at "
-            f"{result.bits:.2f} bits a weight, on {change.n} prompts that it never saw"
+            f"{bits} bits a weight{instead}, on {change.n} prompts that it never saw"
         )
     return (
         f"the distance to the unquantized model does not fall on {change.n} held-out prompts "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -35,6 +35,7 @@ from .plan import Need, calls_of, check_rows, finer, needs, survey, turns
 ParametersOf = Callable[[str], tuple[torch.Tensor, torch.Tensor | None]]
 
 SAMPLE_BATCHES, SAMPLE_ROWS = 8, 256  # of inputs that are looked at before the moments are taken
+LISTS = (nn.ModuleList, nn.ModuleDict)  # whose items are blocks
 STAGES = 3  # of a block that was not looked at yet
 
 
@@ -63,14 +64,26 @@ def parameters_in(model: nn.Module, name: str) -> tuple[torch.Tensor, torch.Tens
     return layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
 
 
-def choices(model: nn.Module, policy: Policy) -> dict[str, Choice]:
-    """What ``policy`` chooses for each layer that it quantizes, in the model's order."""
-    kinds = {name: (layer, kind_of(layer)) for name, layer in model.named_modules()}
-    chosen = {
-        name: policy(name, tuple(layer.weight.shape), kind)
-        for name, (layer, kind) in kinds.items()
-        if kind is not None
-    }
+def choices(model: nn.Module, policy: Policy, calibrated: bool = True) -> dict[str, Choice]:
+    """What ``policy`` chooses for each layer that it quantizes, in the model's order.
+
+    A ``calibrated`` modulation layer has the base format, unless the policy names another: its inputs
+    are few, one a noise level and prompt, so calibrated it errs least of all.  On the demo model (64
+    prompts calibrate, 128 judge) int2 there gives a distance of .00668 to the unquantized model, and
+    nf4, of .55 bits a weight more, .00652; int3 .00132 and .00135.  Sampled in 8 steps instead of 4,
+    .0074 against .0070.  With a part of the inputs that differs by caption as much as by noise level,
+    the layer itself errs .005 on new captions with int2, and .019 with nf4 rounded plainly.  Outside
+    of blocks layers are rounded plainly, so there the plain rule holds.
+    """
+    lists = [n for n, module in model.named_modules() if isinstance(module, LISTS)]
+    inside = tuple(f"{name}." for name in lists) if calibrated else ()
+    own = replace(policy, modulation=policy.modulation or policy.format)
+    chosen = {}
+    for name, layer in model.named_modules():
+        kind = kind_of(layer)
+        if kind is not None:
+            rule = own if f"{name}.".startswith(inside) else policy
+            chosen[name] = rule(name, tuple(layer.weight.shape), kind)
     return {name: choice for name, choice in chosen.items() if choice.format is not None}
 
 
