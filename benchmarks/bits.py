@@ -12,6 +12,10 @@ Then llama.cpp's own quantizers on the same prompts (not with ``--no-ggml``), wi
 without.  ``bits.int2_vs_iq2_s`` and ``bits.int3_vs_q4_k``: our calibrated distance over theirs, at no
 more bits.  ``ggml.QUANTIZER[.imatrix][.all].bits``, ``.distance``, ``.jaq``: each beside the
 calibrated format of this run that is nearest at no more bits, or the smallest where none has so few.
+
+``calibrated.mixed.distance`` (not with ``--no-mixed``): formats by layer at 3 bits a weight over all
+quantized layers, modulation among them, and the straight line (log distance over bits) between
+int2 and int3 for every layer; all three calibrated.
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ from qsched_core.scorers.open_clip import load_file
 
 from ._common import BenchRow, machine, report, timings
 from ._llama_cpp import compare
+from ._mixed import mixed_rows
 
 FORMATS = ("int2", "int3", "nf4", "fp4", "w4a8", "w4a4", "svdquant_w4a4", "int8", "int8_convrot")
 BOUNDS = {
@@ -132,6 +137,7 @@ def main() -> None:
     parser.add_argument("--heldout", type=int, default=256)
     parser.add_argument("--jaq", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--ggml", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--mixed", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
     prompts = captions(options.prompts, options.heldout)
@@ -155,6 +161,9 @@ def main() -> None:
         report(rows, options.json)
     if options.ggml:
         rows += compare(results, prompts, measure)
+        report(rows, options.json)
+    if options.mixed:
+        rows += mixed_rows(prompts)
         report(rows, options.json)
 
 

@@ -1,5 +1,7 @@
 """Calibrated rounding: weights rounded for the inputs that the model really gets."""
 
+from .budget import LADDER, Allocation, Budget, LayerCost, Option, allocate
+from .budget_picture import budget_picture
 from .errors import RoundingError
 from .file import RoundedWeights
 from .grids import GRIDS, REASONS, grid_of, refusal
@@ -17,20 +19,35 @@ from .run import (
     verdict,
 )
 from .shelf import Shelf
+from .sized import (
+    WEIGHING,
+    Point,
+    SizedResult,
+    calibrate_to_size,
+    sized_figures,
+    sized_report,
+)
 from .states import RecordedStates
 from .subject import Subject, TaskSubject
 from .walk import BlockDone, Limits, Progress, calibrate_module, choices, quantized
 
 __all__ = [
     "GRIDS",
+    "LADDER",
     "PROVING",
     "REASONS",
     "SAMPLING",
+    "WEIGHING",
+    "Allocation",
     "BlockDone",
+    "Budget",
     "Calibrated",
     "Gathering",
+    "LayerCost",
     "Limits",
     "Moments",
+    "Option",
+    "Point",
     "Progress",
     "Proof",
     "RecordedStates",
@@ -39,11 +56,15 @@ __all__ = [
     "RoundingSettings",
     "Sample",
     "Shelf",
+    "SizedResult",
     "Subject",
     "TaskSubject",
     "WeightsResult",
+    "allocate",
+    "budget_picture",
     "calibrate_layer",
     "calibrate_module",
+    "calibrate_to_size",
     "calibrate_weights",
     "choices",
     "figures",
@@ -52,5 +73,7 @@ __all__ = [
     "refusal",
     "report",
     "rounded_plainly",
+    "sized_figures",
+    "sized_report",
     "verdict",
 ]

@@ -37,16 +37,16 @@ def forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]
             module.forward = before
 
 
-def map_tensors(tree: Any, change: Callable[[torch.Tensor], Any]) -> Any:
-    """``tree`` of tuples, lists and dicts with every tensor changed."""
-    if isinstance(tree, torch.Tensor):
+def map_tensors(tree: Any, change: Callable[[Any], Any], kind: type = torch.Tensor) -> Any:
+    """``tree`` of tuples, lists and dicts with every tensor (or what is of ``kind``) changed."""
+    if isinstance(tree, kind):
         return change(tree)
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(map_tensors(item, change) for item in tree))
+        return type(tree)(*(map_tensors(item, change, kind) for item in tree))
     if isinstance(tree, (tuple, list)):
-        return type(tree)(map_tensors(item, change) for item in tree)
+        return type(tree)(map_tensors(item, change, kind) for item in tree)
     if isinstance(tree, dict):
-        return {key: map_tensors(item, change) for key, item in tree.items()}
+        return {key: map_tensors(item, change, kind) for key, item in tree.items()}
     return tree
 
 

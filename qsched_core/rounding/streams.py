@@ -7,6 +7,7 @@ these and would end the process for a mapping.
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 
 from ..files import check_folder, disk_error
 from ..workspace import Workspace, remove_abandoned
-from .blocks import map_tensors, tensors_of
+from .blocks import map_tensors
 
 ALIGNED = 64  # bytes: where a tensor may begin
 NAME = "states"
@@ -25,10 +26,20 @@ NAME = "states"
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tree whose tensors have no memory, and the place in the file of each (None: let go)."""
+    """A tensor in the file: at ``offset`` (None: it was let go), ``size`` bytes with what fills up.
 
-    tree: Any
-    places: tuple[tuple[int, int], ...] | None
+    No tensor without memory, small as that is: thousands of these would lie between the large
+    pieces that the heap frees, and keep it from giving them out again.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int | None = None
+    size: int = 0
+
+    @classmethod
+    def hollow(cls, tensor: torch.Tensor) -> _Stored:
+        return cls(tensor.dtype, tuple(tensor.shape))
 
 
 class _Room:
@@ -71,7 +82,7 @@ class Streams:
 
     def __init__(self, folder: Path, needed: int):
         self.folder, self.needed = folder, needed
-        self._stored: dict[Hashable, _Stored] = {}
+        self._trees: dict[Hashable, Any] = {}
         self._room = _Room()
 
     def __enter__(self) -> Streams:
@@ -87,12 +98,12 @@ class Streams:
         return self
 
     def __exit__(self, *exception) -> None:
-        self._stored.clear()
+        self._trees.clear()
         self._file.close()
         self._work.__exit__(*exception)
 
     def __contains__(self, key: Hashable) -> bool:
-        return key in self._stored
+        return key in self._trees
 
     @property
     def nbytes(self) -> int:
@@ -102,64 +113,56 @@ class Streams:
     def put(self, key: Hashable, tree: Any) -> None:
         """Store ``tree`` as it is now, in place of what was called ``key``."""
         self.drop(key)
-        places: list[tuple[int, int]] = []
         try:
-            for tensor in tensors_of(tree):
-                places.append(self._write(tensor))
+            self._trees[key] = map_tensors(tree, self._write)
             self._file.flush()
         except OSError as error:
             raise disk_error(error, self.folder / NAME, self.needed) from error
-        self._stored[key] = _Stored(_without_memory(tree), tuple(places))
 
-    def _write(self, tensor: torch.Tensor) -> tuple[int, int]:
+    def _write(self, tensor: torch.Tensor) -> _Stored:
         raw = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-        if not len(raw):
-            return 0, 0
         size = -(-len(raw) // ALIGNED) * ALIGNED
-        offset = self._room.take(size)
+        offset = self._room.take(size) if size else 0
         self._file.seek(offset)
         self._file.write(raw.numpy().data)
-        return offset, size
+        return _Stored(tensor.dtype, tuple(tensor.shape), offset, size)
 
     def hollow(self, key: Hashable, tree: Any = None) -> None:
         """Keep shapes and dtypes alone: of what is called ``key``, or of ``tree``."""
-        tree = self._stored[key].tree if tree is None else _without_memory(tree)
+        if tree is None:
+            stored = self._trees[key]
+            tree = map_tensors(stored, lambda s: _Stored(s.dtype, s.shape), _Stored)
+        else:
+            tree = map_tensors(tree, _Stored.hollow)
         self.drop(key)
-        self._stored[key] = _Stored(tree, None)
+        self._trees[key] = tree
 
     def drop(self, key: Hashable) -> None:
         """Let go of what is called ``key``, if there is such."""
-        stored = self._stored.pop(key, None)
-        if stored is None or not stored.places:
+        if key not in self._trees:
             return
-        for offset, size in stored.places:
-            if size:
-                self._room.give(offset, size)
-        self._file.truncate(self._room.end)
+        places: list[_Stored] = []
+        map_tensors(self._trees.pop(key), places.append, _Stored)
+        freed = [place for place in places if place.size]
+        for place in freed:
+            self._room.give(place.offset, place.size)
+        if freed:
+            self._file.truncate(self._room.end)
 
     def clear(self) -> None:
         """Let go of all."""
-        for key in list(self._stored):
+        for key in list(self._trees):
             self.drop(key)
 
     def get(self, key: Hashable, device: torch.device | str) -> Any:
         """A copy of the tree called ``key`` on ``device``; zeros where it was hollowed."""
-        stored = self._stored[key]
-        if stored.places is None:
-            return map_tensors(
-                stored.tree, lambda t: torch.zeros(t.shape, dtype=t.dtype, device=device)
-            )
-        places = iter(stored.places)
-        return map_tensors(stored.tree, lambda t: self._read(next(places)[0], t, device))
+        return map_tensors(self._trees[key], lambda stored: self._read(stored, device), _Stored)
 
-    def _read(self, offset: int, like: torch.Tensor, device) -> torch.Tensor:
-        size = like.numel() * like.element_size()
-        if not size:
-            return torch.empty(like.shape, dtype=like.dtype, device=device)
+    def _read(self, stored: _Stored, device: torch.device | str) -> torch.Tensor:
+        count = math.prod(stored.shape) * stored.dtype.itemsize
+        if stored.offset is None or not count:
+            return torch.zeros(stored.shape, dtype=stored.dtype, device=device)
         # Copy on write: torch wants arrays that can be written to.  It ends with this call.
-        raw = torch.from_numpy(np.memmap(self._work.data, np.uint8, "c", offset, (size,)))
-        return raw.view(like.dtype).view(like.shape).to(device, copy=True)
-
-
-def _without_memory(tree: Any) -> Any:
-    return map_tensors(tree, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"))
+        raw = np.memmap(self._work.data, np.uint8, "c", stored.offset, (count,))
+        data = torch.from_numpy(raw).view(stored.dtype).view(stored.shape)
+        return data.to(device, copy=True)
