@@ -6,9 +6,11 @@ and layers are given, so no architecture is known here.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -38,7 +40,7 @@ def forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]
 
 
 def map_tensors(tree: Any, change: Callable[[Any], Any], kind: type = torch.Tensor) -> Any:
-    """``tree`` of tuples, lists and dicts with every tensor (or what is of ``kind``) changed."""
+    """``tree`` of tuples, lists, dicts and dataclasses with every tensor (or ``kind``) changed."""
     if isinstance(tree, kind):
         return change(tree)
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
@@ -47,6 +49,12 @@ def map_tensors(tree: Any, change: Callable[[Any], Any], kind: type = torch.Tens
         return type(tree)(map_tensors(item, change, kind) for item in tree)
     if isinstance(tree, dict):
         return {key: map_tensors(item, change, kind) for key, item in tree.items()}
+    if is_dataclass(tree) and not isinstance(tree, type):
+        changed = copy(tree)
+        for part in fields(tree):
+            value = map_tensors(getattr(tree, part.name), change, kind)
+            object.__setattr__(changed, part.name, value)
+        return changed
     return tree
 
 
@@ -140,25 +148,32 @@ def _candidates(model: nn.Module, ran: Collection[nn.Module]) -> dict[str, nn.Mo
     return found
 
 
-def _ran(model: nn.Module, run: Run) -> set[nn.Module]:
-    found: set[nn.Module] = set()
+def _ran(model: nn.Module, run: Run) -> Counter[nn.Module]:
+    """How often each module runs."""
+    found: Counter[nn.Module] = Counter()
     with ExitStack() as hooks:
         for module in model.modules():
 
             def ran(module, arguments):
-                found.add(module)
+                found[module] += 1
 
             hooks.callback(module.register_forward_pre_hook(ran).remove)
         run()
     return found
 
 
-def blocks_of(model: nn.Module, run: Run) -> list[Block]:
+def blocks_of(model: nn.Module, run: Run, layers: Collection[str] = ()) -> list[Block]:
     """The blocks of ``model`` in the order in which ``run`` runs them.
 
-    RoundingError where there are none, or where one runs more than once.
+    Those of ``layers`` that lie in no block and run once are blocks of their own, as what all blocks
+    of a model share.  RoundingError where there are none, or where one runs more than once.
     """
-    names = {child: name for name, child in _candidates(model, _ran(model, run)).items()}
+    ran_often = _ran(model, run)
+    blocks = _candidates(model, ran_often)
+    inside = tuple(f"{name}." for name in blocks)
+    alone = {name: model.get_submodule(name) for name in layers if not name.startswith(inside)}
+    blocks |= {name: layer for name, layer in alone.items() if ran_often[layer] == 1}
+    names = {child: name for name, child in blocks.items()}
     order: list[nn.Module] = []
     outputs: dict[nn.Module, _OnHost] = {}
 
@@ -188,7 +203,10 @@ def blocks_of(model: nn.Module, run: Run) -> list[Block]:
 
 
 def _last_uses(order: list[nn.Module], outputs: Mapping[nn.Module, _OnHost], run: Run) -> list[int]:
-    """The last block to which each block's output makes a difference beside its direct successor."""
+    """The last block to which each block's output makes a difference; the very last where none shows.
+
+    What reaches blocks inside of an object of the model's own does not show.
+    """
 
     def given(shaken: int | None) -> list[list[Mark]]:
         seen: list[list[Mark]] = []
@@ -212,7 +230,7 @@ def _last_uses(order: list[nn.Module], outputs: Mapping[nn.Module, _OnHost], run
     for k in range(len(order)):
         other = given(k)
         differ = [j for j in range(k + 1, len(order)) if base[j] != other[j]]
-        uses.append(max([k, *differ]))
+        uses.append(max(differ, default=len(order) - 1))
     return uses
 
 

@@ -25,7 +25,7 @@ from .shelf import Shelf
 from .subject import Subject
 from .walk import BlockDone, Limits, ParametersOf, calibrate_module, choices
 
-ALGORITHM = 2  # of the rounding: a walk of another one is not gone on with
+ALGORITHM = 3  # of the rounding: a walk of another one is not gone on with
 MIXED = "mixed"  # of a walk whose formats are given by layer
 KEPT_PLAIN = "plain rounding was kept"
 SAMPLING, PROVING = "sampling the unquantized model", "comparing on held-out prompts"

@@ -34,6 +34,7 @@ from .plan import Need, calls_of, check_rows, finer, needs, survey, turns
 # A layer's weight and bias, by its name.
 ParametersOf = Callable[[str], tuple[torch.Tensor, torch.Tensor | None]]
 
+OUTSIDE = "it is outside of the blocks and does not run just once"
 SAMPLE_BATCHES, SAMPLE_ROWS = 8, 256  # of inputs that are looked at before the moments are taken
 LISTS = (nn.ModuleList, nn.ModuleDict)  # whose items are blocks
 STAGES = 3  # of a block that was not looked at yet
@@ -102,8 +103,9 @@ def calibrate_module(
 
     ``policy`` may be the choices themselves, by layer.  ``model`` is unquantized and stays so.
     ``parameters_of(name)`` gives a layer's weight and bias on the device where they are to be worked
-    on; None: the module's own, where they lie.  The result is on the CPU.  Layers outside of blocks
-    are rounded plainly.  Blocks that ``kept`` has are not done again.
+    on; None: the module's own, where they lie.  The result is on the CPU.  A layer outside of all
+    blocks is a block of its own; one there that does not run just once is rounded plainly.  Blocks
+    that ``kept`` has are not done again.
 
     Where the device has too little memory for a batch, batches are halved; then sums are in another
     order, and grids that look at inputs first look at others.  RoundingError, FormatError or
@@ -148,7 +150,7 @@ class _Walk:
                 raise FormatError(f"format={form!r} can't run on {states.device}: {reason}")
         for name in chosen:
             self.check_weight(name)
-        self.blocks = blocks_of(model, self.first_state)
+        self.blocks = blocks_of(model, self.first_state, chosen)
         self.done: dict[str, Calibrated] = {}
         self.passes = Passes(model, states, self.blocks, chosen, self.done, (FP, Q), limits)
         self.layers_in = self.passes.layers_in
@@ -203,7 +205,7 @@ class _Walk:
 
     def walk(self, kept: Kept | None, on_block) -> None:
         for name in self.passes.outside:
-            self.done[name] = self.plainly(name, "it is outside of the blocks").to("cpu")
+            self.done[name] = self.plainly(name, OUTSIDE).to("cpu")
         for k, block in enumerate(self.blocks):
             self.limits.check()
             self.pace.begin(k, self.work_of(block))

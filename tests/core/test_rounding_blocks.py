@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
@@ -37,8 +39,9 @@ class Net(nn.Module):
         return self.up[0](x + skips[0])
 
 
-def names(model: nn.Module, run=None) -> dict[str, int]:
-    found = blocks_of(model, run or (lambda: model(torch.randn(1, 3, WIDTH))))
+def names(model: nn.Module, layers=()) -> dict[str, int]:
+    x = torch.randn(1, 3, WIDTH)
+    found = blocks_of(model, lambda: model(x), layers)
     return {block.name: block.last_use for block in found}
 
 
@@ -84,6 +87,55 @@ def test_lists_inside_of_a_block_are_the_blocks_own():
 def test_a_model_without_lists_has_no_blocks():
     with pytest.raises(RoundingError, match="no blocks"):
         names(nn.Sequential(nn.Linear(WIDTH, WIDTH)))
+
+
+@dataclass(frozen=True)
+class Shift:
+    """What a model hands its blocks in an object of its own."""
+
+    value: torch.Tensor
+
+
+class Shared(nn.Module):
+    """One layer for all blocks, whose output comes in a dataclass or in an ordinary object."""
+
+    def __init__(self, opaque: bool):
+        super().__init__()
+        self.opaque = opaque
+        self.modulation = nn.Linear(WIDTH, WIDTH)
+        self.again = nn.Linear(WIDTH, WIDTH)
+        self.blocks = nn.ModuleList(_Shifted() for _ in range(3))
+
+    def forward(self, x):
+        shift = Shift(self.modulation(x[:, 0]))
+        x = self.again(self.again(x))
+        for block in self.blocks:
+            x = block(x, (lambda: shift.value) if self.opaque else (shift,))
+        return x
+
+
+class _Shifted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x, given):
+        shift = given() if callable(given) else given[0].value
+        return self.layer(x) + shift.unsqueeze(1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("opaque", [False, True])
+def test_a_layer_that_all_blocks_share_is_a_block_and_is_kept_for_them(opaque):
+    torch.manual_seed(0)
+    model = Shared(opaque)
+    assert names(model, ["modulation", "again", "blocks.0.layer"]) == {
+        "modulation": 3,
+        "blocks.0": 2,
+        "blocks.1": 3,
+        "blocks.2": 3,
+    }
+    assert names(model) == {"blocks.0": 1, "blocks.1": 2, "blocks.2": 2}
 
 
 def test_a_kind_of_linear_layer_is_one_unless_its_forward_never_runs():

@@ -95,7 +95,7 @@ def test_the_walk_leaves_the_model_as_it_is_and_names_what_it_rounds_plainly(tas
     found = calibrate_module(task.module, states, INT2)
     notes = {name: layer.note for name, layer in found.items() if layer.note}
     assert notes == {
-        "first": "it is outside of the blocks",
+        "first": "it is outside of the blocks and does not run just once",
         **{f"blocks.{k}.unused": "it does not run" for k in range(3)},
     }
     assert all(torch.equal(before[n], t) for n, t in task.module.state_dict().items())
@@ -472,7 +472,7 @@ def test_models_that_cannot_be_walked_are_refused(task, states):
         calibrate_module(other.module, states_of(other), INT2)
     plain = nn.Sequential(nn.Linear(64, 64))
     flat = rounding_task.task(plain)
-    flat = replace(flat, denoise=lambda x, sigma, cond: plain(x))
+    flat = replace(flat, denoise=lambda x, sigma, cond: plain(plain(x)))
     with pytest.raises(RoundingError, match="no blocks"):
         calibrate_module(plain, states_of(flat), INT2)
     with pytest.raises(RoundingError, match="chooses no layer"):
