@@ -14,6 +14,8 @@ from the evenly spaced levels instead.
 over the single solver that is best on the 512; ``solvers.shifted`` at shift 2, where single solvers
 come nearest; ``solvers.ramp`` the search over solvers and ramp over that of Euler's ramp.
 ``overhead``: step time of a trajectory with three solvers over Euler's, on the demo's generator.
+``demo.<steps or cfg>.<format>``: the demo's model with levels-dp, JAQ on 96 prompts that no search
+saw, over the scheduler's levels at c = 1; its text has the interval, the control and the distance.
 ``dp.evaluations``: of the walk that gives all K <= 16.  ``dp.optimal``: cost over that of brute force.
 """
 
@@ -42,6 +44,7 @@ from qsched_core.study.journal import Journal
 from qsched_core.trajectory import Candidate, StepSolver, Trajectory, best_paths
 
 from ._common import BenchRow, machine, options, report, timings
+from ._demo_levels import rows as demo_rows
 from ._mixture import MixtureSource, Nearness, prompts
 
 FITTED, JUDGED = prompts(16, 1000), prompts(512, 5000)
@@ -246,7 +249,7 @@ def comfyui() -> None:
 
 
 def main() -> None:
-    args = options(__doc__, groups=("dp", "levels", "solvers"))
+    args = options(__doc__, groups=("dp", "levels", "solvers", "demo"))
     torch.set_num_threads(1)
     logging.getLogger("optuna").setLevel(logging.WARNING)
     comfyui()
@@ -258,6 +261,8 @@ def main() -> None:
         rows += level_rows(judge)
     if "solvers" in args.only:
         rows += [*solver_rows(judge), overhead(args.runs)]
+    if "demo" in args.only:
+        rows += demo_rows()
     report(rows, args.json)
 
 
