@@ -93,11 +93,20 @@ class MixtureSource:
 
     @torch.no_grad()
     def observed(
-        self, prompts: PromptSet, at: Observed | None = None, trajectory: Trajectory | None = None
+        self,
+        prompts: PromptSet,
+        at: Observed | None = None,
+        trajectory: Trajectory | None = None,
+        on_evaluation: Callable[[float], None] = lambda sigma: None,
     ) -> Observed:
         along = trajectory or self.trajectory
+
+        def model(x, sigma):
+            on_evaluation(float(sigma[0]))
+            return self.model(x, sigma)
+
         found = observed(
-            self.model,
+            model,
             noise_of(prompts.seeds) * along.sigmas[0],
             torch.tensor(along.sigmas, dtype=torch.float64),
             along,

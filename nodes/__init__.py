@@ -17,6 +17,7 @@ FAMILIES = (
     "prompts",
     "objective",
     "calibration",
+    "ranking",
     "evaluation",
     "rounding",
 )

@@ -86,9 +86,16 @@ class Source(Protocol):
         ...
 
     def observed(
-        self, prompts: PromptSet, at: Observed | None = None, trajectory: Trajectory | None = None
+        self,
+        prompts: PromptSet,
+        at: Observed | None = None,
+        trajectory: Trajectory | None = None,
+        on_evaluation: Callable[[float], None] = lambda sigma: None,
     ) -> Observed:
-        """The model at given latents, or along ``trajectory`` (its own); all prompts are one batch."""
+        """The model at given latents, or along ``trajectory`` (its own); all prompts are one batch.
+
+        ``on_evaluation(sigma)`` is called before every model evaluation.
+        """
         ...
 
     def fine(self, steps: int) -> Trajectory:
@@ -217,7 +224,7 @@ class ModelSource(ABC):
         trajectory: Trajectory | None = None,
         on_evaluation: Callable[[float], None] = lambda sigma: None,
     ) -> Observed:
-        """See :class:`Source`; ``on_evaluation(sigma)`` is called before every model evaluation."""
+        """See :class:`Source`."""
         found: list[Observed] = []
         along = trajectory or self.trajectory
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..objective import Scores
-from ..prompts import CalibrationPrompts
+from ..prompts import CalibrationPrompts, PromptSet
 from ..schedule import QSchedule
 from ..search.course import CONTROL, HELDOUT, LEVELS, PRECHECK
 from ..search.engine import Monitor, Search, Trial, best_of
-from ..search.levels import WALKED_PROMPTS, LearnedLevels, check_grid, learned_levels
+from ..search.levels import LearnedLevels, check_grid, evaluations, learned_levels
 from ..search.settings import CalibrationSettings
 from ..source import Measure, Source, check_reference
 from ..statistics import Interval, paired_interval
@@ -149,13 +149,9 @@ def calibrate(
             checked = _prechecked(store, f"precheck {known}", source, reference, prompts)
         levels = None
         if settings.learns_levels:
-            # a picture of K steps is K + 1 units of the course
-            walked = min(WALKED_PROMPTS, len(prompts.calibration)) * grid
-            run.course.expect(LEVELS, -(-walked // (1 + source.trajectory.steps)))
-            run.course.begin(LEVELS)
             content = run.noted(
                 f"levels {known or 'alone'}",
-                lambda: learned_levels(source, prompts.calibration, grid, reference).to_dict(),
+                lambda: _walked(run, source, prompts.calibration, grid, reference),
             )
             levels = LearnedLevels.from_dict(content)
         run.stages(source.trajectory, levels)
@@ -239,6 +235,20 @@ def calibrate(
         control=control,
         precheck=checked,
     )
+
+
+def _walked(
+    run: Search, source: Source, prompts: PromptSet, grid: int, reference: Source | None
+) -> dict[str, Any]:
+    """The walk along the fine path, as a part of the calibration's course."""
+    latents, batches = evaluations(source, len(prompts), grid, reference is not None)
+    pictures = -(-latents // source.trajectory.steps)
+    run.course.expect(LEVELS, pictures)
+    run.course.begin(LEVELS)
+    run.course.measuring(pictures, max(1, batches // source.trajectory.steps))
+    found = learned_levels(source, prompts, grid, reference, on_step=run.course.step)
+    run.course.scored()
+    return found.to_dict()
 
 
 def _own_trajectory(best: Candidate, source: Source) -> dict[str, Any]:

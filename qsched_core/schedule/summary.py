@@ -52,7 +52,7 @@ def provenance_rows(schedule: QSchedule) -> list[tuple[str, str]]:
         ("weights", _text(found, "model", "format")),
         ("runs on", _text(found, "model", "backend")),
         ("sampled at", _sampling(found)),
-        ("noise levels", _levels(schedule)),
+        ("levels", _levels(schedule)),
         ("objective", _text(found, "objective", "preset")),
         ("verdict", _verdict(found)),
         ("cost", _cost(found)),
@@ -90,6 +90,10 @@ def _origin(found: Any) -> str:
         more = len(edits) - len(shown) if isinstance(edits, list) else 0
         text = "; ".join([f"{more} more"] * (more > 0) + [edit for edit in shown if edit])
         return f"edited by hand ({text})" if text else "edited by hand"
+    if source == "ranking":
+        count, by = _number(found, "rankings", "count"), _text(found, "rankings", "by")
+        told = "rankings" if count is None else f"{count:.0f} rankings"
+        return f"learned by {told} of {by or 'somebody'}"
     if source == "ramp":
         return "a ramp, set by hand"
     return source or "not recorded"
@@ -113,7 +117,7 @@ def _levels(schedule: QSchedule) -> str:
     before = schedule.replaced_sigmas
     if before is None:
         return ""
-    return f"learned, in place of {', '.join(f'{sigma:.4g}' for sigma in before[:17])}"
+    return f"noise levels learned, in place of {', '.join(f'{sigma:.4g}' for sigma in before[:17])}"
 
 
 def _sampling(found: Any) -> str:

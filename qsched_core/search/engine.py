@@ -18,11 +18,12 @@ from ..study.store import Point, Record, Store
 from ..trajectory import Candidate, Trajectory
 from .course import SEARCH, Course, Standing
 from .levels import LearnedLevels, smallest_level
+from .plan import Past, Stage
 from .pruners import Judge, get_pruner, rungs
 from .samplers import suggest
 from .settings import CalibrationSettings
 from .space import NOTHING, on_edge
-from .strategies import Past, Stage, get_strategy
+from .strategies import get_strategy
 
 POLL_SECONDS = 1.0
 RECENT = 8

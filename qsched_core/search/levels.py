@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -111,13 +111,15 @@ def learned_levels(
     grid: int = 0,
     reference: Source | None = None,
     correction: type[Correction] = DEFAULT,
+    on_step: Callable[[], None] = lambda: None,
 ) -> LearnedLevels:
     """Proposals for the source's step count, solver and first level, from the first 16 prompts.
 
     The fine path is that of Euler over ``grid`` steps of the source's scheduler (0: 32), of the
     ``reference`` where there is one; edges start on it with the source's own predictions.  For
     Euler's step there are the edges' own numbers of ``correction``, and those fitted anew along the
-    path that they make; for any solver the levels whose uncorrected steps stay nearest.
+    path that they make; for any solver the levels whose uncorrected steps stay nearest.  ``on_step()``
+    is called before every model evaluation of a batch, :func:`evaluations` says how often at most.
 
     CalibrationError for a grid that is too coarse; ScheduleError for a correction that is not linear.
     """
@@ -126,7 +128,7 @@ def learned_levels(
     fine, few = source.fine(grid), prompts.part(0, WALKED_PROMPTS)
     before = source.nfe + (0 if reference is None else reference.nfe)
     parts = _parts(few, source.max_batch)
-    walks = [_walk(source, reference, part, fine, correction) for part in parts]
+    walks = [_walk(source, reference, part, fine, correction, on_step) for part in parts]
     fit = walks[0].fit
     for walk in walks[1:]:
         fit = fit + walk.fit
@@ -144,7 +146,7 @@ def learned_levels(
         found.append(
             Proposal("levels, numbers of each edge", _at(fine, path, own, chosen, correction))
         )
-        rolled = _rolled(source, walks, parts, fine, path, correction)
+        rolled = _rolled(source, walks, parts, fine, path, correction, on_step)
         found.append(
             Proposal(
                 "levels, numbers along the corrected path", _at(fine, path, own, rolled, correction)
@@ -155,6 +157,14 @@ def learned_levels(
     unique = {proposal.candidate: proposal for proposal in reversed(found)}
     nfe = source.nfe + (0 if reference is None else reference.nfe) - before
     return LearnedLevels(tuple(reversed(unique.values())), grid, len(few), nfe, costs)
+
+
+def evaluations(source: Source, prompts: int, grid: int, reference: bool) -> tuple[int, int]:
+    """Latents that :func:`learned_levels` puts through the models, and in how many batches."""
+    count = min(WALKED_PROMPTS, prompts)
+    each = grid * (2 if reference else 1)
+    each += source.trajectory.steps if _is_euler(source.trajectory) else 0
+    return each * count, each * -(-count // source.max_batch)
 
 
 @dataclass(frozen=True)
@@ -171,9 +181,14 @@ def _walk(
     prompts: PromptSet,
     fine: Trajectory,
     correction: type[Correction],
+    on_step: Callable[[], None],
 ) -> _Walk:
-    seen = (source if reference is None else reference).observed(prompts, trajectory=fine)
-    ours = seen if reference is None else source.observed(prompts, seen, fine)
+    def told(sigma: float) -> None:
+        on_step()
+
+    exact = source if reference is None else reference
+    seen = exact.observed(prompts, trajectory=fine, on_evaluation=told)
+    ours = seen if reference is None else source.observed(prompts, seen, fine, told)
     start, last = fine.sigmas[-2:]
     basis = correction.euler_basis(seen.latents[-1], seen.outputs[-1], start, last)
     end = (basis.double() @ _neutral(correction)).to(seen.latents[-1])
@@ -188,6 +203,7 @@ def _rolled(
     fine: Trajectory,
     path: Sequence[int],
     correction: type[Correction],
+    on_step: Callable[[], None],
 ) -> list[list[float]]:
     """Numbers of each step, fitted where the corrected steps before it really end.
 
@@ -199,6 +215,7 @@ def _rolled(
         start, end = fine.sigmas[i], fine.sigmas[j]
         bases = []
         for part, x in zip(parts, here, strict=True):
+            on_step()
             out = source.observed(part, Observed((start,), (x,), (), 0), fine).outputs[0]
             bases.append(correction.euler_basis(x, out, start, end))
         fits = [Fit.of(b, walk.latents[j]) for b, walk in zip(bases, walks, strict=True)]

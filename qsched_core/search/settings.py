@@ -10,9 +10,10 @@ from ..study.errors import CalibrationError
 from ..text import shown
 from ..trajectory import Trajectory
 from .levels import LearnedLevels, check_grid
+from .plan import Plan
 from .pruners import get_pruner
 from .space import check_radius, check_range
-from .strategies import Plan, get_strategy
+from .strategies import get_strategy
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,11 @@ class CalibrationSettings:
         if self.ends and not strategy.ramp:
             raise CalibrationError(
                 f"ends=True has no meaning for search {self.strategy!r}, which has no ramp"
+            )
+        if strategy.whole and self.pruner != "full":
+            raise CalibrationError(
+                f"fidelity={self.pruner!r} has no meaning for search {self.strategy!r}, which compares "
+                "the candidates of a round; set it to 'full'"
             )
         if self.grid and not strategy.levels:
             raise CalibrationError(

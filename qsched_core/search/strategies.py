@@ -10,83 +10,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..optional import missing
-from ..solvers import get_solver
 from ..study.errors import CalibrationError
-from ..study.journal import fingerprint
-from ..study.store import Point
 from ..text import shown
-from ..trajectory import Candidate, StepSolver, Trajectory
-from .levels import LearnedLevels
+from ..trajectory import Candidate
+from .plan import Past, Plan, Stage, StageBuilder
+from .ranking import CANDIDATES, ranking_stages
 from .samplers import SAMPLERS
-from .space import (
-    LevelSpace,
-    ListSpace,
-    RampSpace,
-    SolverSpace,
-    Space,
-    StepSpace,
-    grid_points,
-    sobol_points,
-)
+from .space import StepSpace, grid_points, sobol_points
+from .trajectories import MIXED, level_stage, programmed_stage, refined_stage, solver_stage
 
 RAMP_DESIGN = 4  # points spread over the ramp's box before the sampler takes over
-LEVEL_DESIGN = 8  # the same for levels and ramp, which have more dimensions
 RAMP_SHARE = 24 / 64  # the ramp's share of the budget, where single steps are refined after it
-# what a step may have in its solver's place; Euler's order 1, and order 2 for data and for noise
-MIXED = ("euler", "dpmpp_2m", "dpm_2m", "euler_ancestral", "lcm")
 PAPER, WIDE = (0.8, 1.2), (0.6, 1.6)  # boxes of the ramp; the demo's best lies outside the paper's
-
-
-@dataclass(frozen=True)
-class Past:
-    """A finished candidate, as later stages see it."""
-
-    candidate: Candidate
-    value: float
-
-
-@dataclass(frozen=True)
-class Stage:
-    """``trials`` points of ``space``: ``fixed`` first, the rest by ``sampler``.
-
-    ``history`` are results of earlier stages that the sampler learns from.
-    """
-
-    name: str
-    space: Space
-    trials: int
-    sampler: str = ""
-    fixed: tuple[Point, ...] = ()
-    history: tuple[tuple[Point, float], ...] = ()
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a strategy needs to know: see ``CalibrationSettings`` for the fields.
-
-    ``levels`` are there for a strategy that asks for them.  ``lowest`` is the smallest noise level
-    above 0 that may be searched.
-    """
-
-    trajectory: Trajectory
-    budget: int
-    seed: int
-    low: float
-    high: float
-    radius: float
-    ends: bool = False
-    levels: LearnedLevels | None = None
-    lowest: float = 0.0
-
-    @property
-    def steps(self) -> int:
-        return self.trajectory.steps
-
-    def ramp(self) -> RampSpace:
-        return RampSpace(self.trajectory, self.low, self.high, self.ends)
-
-
-StageBuilder = Callable[[Plan, Sequence[Past]], Stage]
 
 
 @dataclass(frozen=True)
@@ -96,7 +31,8 @@ class Strategy:
     ``ramp`` says whether ramps are searched, ``box`` in which range by default.
     ``min_budget_ends`` is the least budget if the ramps' ends are free; 0: no more than otherwise.
     ``levels`` says that the plan must have what dynamic programming found: see :mod:`.levels`;
-    ``searches_levels`` that it must know the smallest noise level.
+    ``searches_levels`` that it must know the smallest noise level.  ``whole``: no candidate may be
+    given up early.
     """
 
     name: str
@@ -110,6 +46,7 @@ class Strategy:
     min_budget_ends: int = 0
     levels: bool = False
     searches_levels: bool = False
+    whole: bool = False
 
     def available(self) -> str | None:
         """Why this strategy can't run here, with the fix, or None."""
@@ -137,68 +74,6 @@ def _grid_stage(plan: Plan, past: Sequence[Past]) -> Stage:
     points = [p for p in points if any(abs(value - 1) > 1e-9 for value in p.values())]
     fixed = (space.start, *points)
     return Stage("grid", space, len(fixed), fixed=fixed)
-
-
-def _programmed_stage(plan: Plan, past: Sequence[Past]) -> Stage:
-    """The trajectory as it is, and what dynamic programming proposes in its place."""
-    proposals = () if plan.levels is None else plan.levels.proposals
-    found = dict.fromkeys(
-        (Candidate.identity(plan.trajectory), *(each.candidate for each in proposals))
-    )
-    space = ListSpace(tuple(found)[: 1 + plan.budget])
-    # Trials are known by their place in the list: of another list, they are another stage's.
-    content = [[each.trajectory.to_json(), each.correction.to_json()] for each in space.candidates]
-    name = f"levels {fingerprint({'candidates': content})[:8]}"
-    return Stage(name, space, len(space.candidates), fixed=space.points)
-
-
-def _level_space(plan: Plan, centre: Candidate) -> LevelSpace:
-    return LevelSpace(centre, plan.lowest, plan.low, plan.high, plan.ends)
-
-
-def _level_stage(sampler: str) -> StageBuilder:
-    """Noise levels and ramp, from the scheduler's own levels on."""
-
-    def build(plan: Plan, past: Sequence[Past]) -> Stage:
-        space = _level_space(plan, Candidate.identity(plan.trajectory))
-        design = sobol_points(space, min(LEVEL_DESIGN, plan.budget), plan.seed)
-        return Stage("levels", space, 1 + plan.budget, sampler, fixed=(space.start, *design))
-
-    return build
-
-
-def _refined_stage(sampler: str) -> StageBuilder:
-    """Noise levels and ramp, around the best of what dynamic programming proposed."""
-
-    def build(plan: Plan, past: Sequence[Past]) -> Stage:
-        best = max(past, key=lambda p: p.value)
-        space = _level_space(plan, best.candidate)
-        trials = 1 + plan.budget - _programmed_stage(plan, ()).trials
-        history = ((space.start, best.value),)
-        return Stage(f"{sampler} around it", space, trials, sampler, history=history)
-
-    return build
-
-
-def solver_menu(trajectory: Trajectory) -> tuple[StepSolver, ...]:
-    """The trajectory's own solver, and those that a step may have in its place.
-
-    Each evaluates the model once a step, and none was made for models of one distillation alone.
-    """
-    others = (StepSolver(name, get_solver(name).check({})) for name in MIXED)
-    return tuple(dict.fromkeys((trajectory.solvers[0], *others)))
-
-
-def _solver_stage(sampler: str) -> StageBuilder:
-    """Every single solver at c = 1 first, then mixes and ramps."""
-
-    def build(plan: Plan, past: Sequence[Past]) -> Stage:
-        menu = solver_menu(plan.trajectory)
-        space = SolverSpace(plan.trajectory, menu, plan.low, plan.high, plan.ends)
-        singles = tuple(space.single(place) for place in range(len(menu)))
-        return Stage("solvers", space, 1 + plan.budget, sampler, fixed=singles)
-
-    return build
 
 
 def _side(points: int, dimensions: int) -> int:
@@ -272,7 +147,7 @@ def _levels_dp() -> Strategy:
         "prompts judge only what it proposes",
         3,
         1,
-        lambda plan: (_programmed_stage,),
+        lambda plan: (programmed_stage,),
         ramp=False,
         levels=True,
     )
@@ -284,7 +159,7 @@ def _levels(sampler: str) -> Strategy:
         f"{SAMPLERS[sampler].summary}, over noise levels and ramp, from the scheduler's levels on",
         60,
         1,
-        lambda plan: (_level_stage(sampler),),
+        lambda plan: (level_stage(sampler),),
         sampler,
         searches_levels=True,
     )
@@ -296,7 +171,7 @@ def _levels_dp_and(sampler: str) -> Strategy:
         f"levels-dp, then {SAMPLERS[sampler].summary} over noise levels and ramp around its best",
         60,
         4,
-        lambda plan: (_programmed_stage, _refined_stage(sampler)),
+        lambda plan: (programmed_stage, refined_stage(sampler)),
         sampler,
         levels=True,
         searches_levels=True,
@@ -309,8 +184,20 @@ def _solvers(sampler: str) -> Strategy:
         f"{SAMPLERS[sampler].summary}, over a solver for each step and the ramp",
         60,
         len(MIXED) + 1,
-        lambda plan: (_solver_stage(sampler),),
+        lambda plan: (solver_stage(sampler),),
         sampler,
+    )
+
+
+def _ranking() -> Strategy:
+    return Strategy(
+        "ranking",
+        "rounds of 6 candidates of the ramp that are only ranked (ZO-RankSGD), as Rank Candidates "
+        "does by a person's eye",
+        15 * CANDIDATES,
+        2 * CANDIDATES,
+        ranking_stages,
+        whole=True,
     )
 
 
@@ -359,6 +246,7 @@ STRATEGIES: dict[str, Strategy] = {
         *(_levels(name) for name in SAMPLERS),
         *(_levels_dp_and(name) for name in SAMPLERS),
         _solvers("tpe"),
+        _ranking(),
     )
 }
 

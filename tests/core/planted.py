@@ -54,7 +54,7 @@ class Planted:
                 pictures[k, i] = len(_kept) - 1
         return pictures
 
-    def observed(self, prompts, at=None, trajectory=None):
+    def observed(self, prompts, at=None, trajectory=None, on_evaluation=lambda sigma: None):
         """Of ``observe``; without it a model of latents with a clean point for each seed."""
         if self.observe is not None:
             return self.observe(prompts, at)
@@ -69,6 +69,7 @@ class Planted:
             levels = ((sigma, None) for sigma in at.sigmas)
         for k, (sigma, after) in enumerate(levels):
             x = x if at is None else at.latents[k]
+            on_evaluation(sigma)
             denoised = clean * (1 - sigma**2 / 2) + 0.2 * (x - clean) * sigma**3
             seen.append((sigma, x, denoised))
             x = x if after is None else x + (after - sigma) / sigma * (x - denoised)

@@ -23,6 +23,7 @@ SMALL["levels-dp"] = 3  # it proposes no more
 SMALL["levels-tpe"] = SMALL["levels-dp+tpe"] = 40
 SMALL["levels-dp+gp"] = 20
 SMALL["solvers"] = 40
+SMALL["ranking"] = 60
 
 
 class World(Planted):

@@ -22,11 +22,12 @@ from qsched_core.calibration import calibrate
 from qsched_core.correction import ScalarCorrection
 from qsched_core.prompts import CalibrationPrompts
 from qsched_core.schedule import QSchedule
-from qsched_core.search import CalibrationSettings
+from qsched_core.search import CalibrationSettings, Monitor
+from qsched_core.search.course import LEVELS as WALK
 from qsched_core.search.levels import LearnedLevels, learned_levels
 from qsched_core.sigmas import divided
 from qsched_core.solvers import sample_euler
-from qsched_core.study import CalibrationError, StudyPlace
+from qsched_core.study import COMMAND_LINE, CalibrationError, StudyPlace
 from qsched_core.trajectory import Candidate, Fit, Trajectory, best_paths, edges, square
 
 EVEN = Trajectory.of((1.0, 0.75, 0.5, 0.25, 0.0))
@@ -116,6 +117,10 @@ def test_a_trajectory_divided_keeps_its_levels(flow):
 # What it proposes
 
 
+class Small(MixtureSource):
+    max_batch = 5
+
+
 def distance(candidate, judge=Nearness()):  # noqa: B008  it keeps what it solved
     ends = MixtureSource(candidate.trajectory).images(UNSEEN, [candidate])[0]
     return float(judge.distances(ends, UNSEEN.seeds).mean())
@@ -150,9 +155,6 @@ def test_all_proposals_lie_on_the_fine_path_and_are_plain_json(found):
 
 
 def test_prompts_in_small_batches_give_the_same(found):
-    class Small(MixtureSource):
-        max_batch = 5
-
     again = learned_levels(Small(EVEN), FITTED)
     for one, two in zip(found.proposals, again.proposals, strict=True):
         assert one.candidate.trajectory == two.candidate.trajectory
@@ -234,6 +236,57 @@ def test_the_calibrator_returns_levels_of_its_own_that_the_guard_let_through(tmp
     assert result.nfe > 12 * 36
     again = QSchedule.from_json(result.schedule.to_json())
     assert again == result.schedule
+
+
+@pytest.mark.parametrize("reference", [None, MixtureSource(EVEN)], ids=["alone", "reference"])
+def test_the_walk_is_a_part_of_the_course_and_moves_with_each_evaluation(tmp_path, reference):
+    said, sets = [], CalibrationPrompts(prompts(12, 100), prompts(24, 900))
+    calibrate(
+        Small(EVEN), Nearness(), sets, LEVELS, StudyPlace(tmp_path), reference,
+        Monitor(on_standing=said.append),
+    )  # fmt: skip
+    walk = [standing for standing in said if standing.part == WALK]
+    done = [standing.done for standing in said]
+    assert done == sorted(done) and said[-1].done == said[-1].total
+    batches = 3 * (32 * (1 if reference is None else 2) + 4)
+    assert len({standing.done for standing in walk}) > 0.8 * batches
+
+
+def test_workers_that_share_a_study_walk_once(tmp_path):
+    pytest.importorskip("sqlalchemy", reason="shared studies need sqlalchemy")
+    database = COMMAND_LINE.database(f"sqlite:///{tmp_path}/study.db")
+    sets = CalibrationPrompts(prompts(12, 100), prompts(24, 900))
+
+    def worker(source, **told):
+        place = StudyPlace(tmp_path, database, "levels together")
+        return calibrate(source, Nearness(), sets, LEVELS, place, None, Monitor(**told))
+
+    class Second(MixtureSource):
+        """Sees the first worker at its walk, and comes back when that is over."""
+
+        walks = 0
+
+        def observed(self, *args, **more):
+            Second.walks += 1
+            return super().observed(*args, **more)
+
+    class IdleError(Exception):
+        pass
+
+    def idle():
+        raise IdleError
+
+    class First(MixtureSource):
+        def observed(self, *args, **more):
+            if self.nfe == 0:
+                with pytest.raises(IdleError):
+                    worker(Second(EVEN), idle=idle)
+            return super().observed(*args, **more)
+
+    first = worker(First(EVEN))
+    second = worker(Second(EVEN))
+    assert Second.walks == 0
+    assert outcome(first) == outcome(second)
 
 
 def test_a_guarded_schedule_keeps_the_schedulers_levels(tmp_path):

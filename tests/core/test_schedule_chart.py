@@ -12,6 +12,7 @@ from qsched_core.canvas import INK, PAPER
 from qsched_core.schedule import QSchedule
 from qsched_core.schedule.chart import CURVES, draw
 from qsched_core.schedule.summary import provenance_rows, scores, summary
+from qsched_core.trajectory import StepSolver, Trajectory
 
 PROVENANCE = {
     "source": "calibration",
@@ -128,3 +129,28 @@ def test_any_provenance_is_drawn(schedule, found, source):
     odd = QSchedule(schedule.trajectory, schedule.correction, found | {"source": source})
     assert draw(odd).height < 3000
     assert summary(odd).encode()
+
+
+def test_a_schedule_of_several_solvers_has_a_row_for_their_names():
+    base = QSchedule.identity(Trajectory.of((1.0, 0.5, 0.2, 0.0)))
+    names = (StepSolver("euler"), StepSolver("dpm_2m"), StepSolver("euler"))
+    mixed = QSchedule.identity(Trajectory(base.sigmas, True, names))
+    assert draw(mixed).height > draw(base).height
+    assert "dpm_2m" in summary(mixed)
+
+
+def test_learned_noise_levels_are_told_with_those_they_replaced():
+    before = {"sampling": {"sigmas": [1.0, 0.7, 0.3, 0.0]}}
+    trajectory = Trajectory.of((1.0, 0.5, 0.2, 0.0))
+    learned = QSchedule.identity(trajectory, **before)
+    assert ("levels", "noise levels learned, in place of 1, 0.7, 0.3, 0") in provenance_rows(
+        learned
+    )
+    for kept in (
+        {"sampling": {"sigmas": [1.0, 0.5001, 0.2, 0.0]}},
+        {"sampling": {"sigmas": "x"}},
+        {},
+    ):
+        schedule = QSchedule.identity(trajectory, **kept)
+        assert schedule.replaced_sigmas is None
+        assert "levels" not in dict(provenance_rows(schedule))

@@ -41,7 +41,7 @@ class Seen(World):
         super().__init__(*args, **more)
         self.error, self.looks = error, []
 
-    def observed(self, prompts, at=None, trajectory=None):
+    def observed(self, prompts, at=None, trajectory=None, **told):
         self.looks.append(list(self.calls))
         count = self.trajectory.steps
         x, exact, noise = (tuple(t) for t in tensors(2, len(prompts), count))

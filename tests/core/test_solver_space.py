@@ -13,7 +13,7 @@ from qsched_core.correction import ScalarCorrection
 from qsched_core.schedule import QSchedule
 from qsched_core.search import CalibrationSettings
 from qsched_core.search.space import SolverSpace, on_edge
-from qsched_core.search.strategies import solver_menu
+from qsched_core.search.trajectories import solver_menu
 from qsched_core.solvers import SOLVERS
 from qsched_core.study.journal import Journal, distributions
 from qsched_core.study.store import Record

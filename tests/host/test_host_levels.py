@@ -102,7 +102,7 @@ def test_learned_levels_travel_in_text_in_a_picture_and_through_an_edit(files, m
     )
     schedule = learned(plain(files, SD15), corrections.ScalarCorrection(C_X, C_EPS))
     image, text, summary = sharing.QSchedShowSchedule.execute(schedule).args
-    assert "noise levels: learned, in place of 14.6" in summary and image.std() > 0.01
+    assert "levels: noise levels learned, in place of 14.6" in summary and image.std() > 0.01
     picture, metadata = BytesIO(), PngImagePlugin.PngInfo()
     metadata.add_text("workflow", text)
     Image.new("RGB", (8, 8)).save(picture, "PNG", pnginfo=metadata)

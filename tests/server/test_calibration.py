@@ -225,3 +225,33 @@ def test_learned_noise_levels_go_from_the_search_to_the_picture(server):
     assert learned["sigmas"] == report["best_trajectory"]["sigmas"]
     assert learned["provenance"]["search"]["levels"]["nfe"] == 4 * (6 + 2)
     assert entry["outputs"]["9"]["images"]
+
+
+def test_a_schedule_is_learned_by_rankings_round_after_round(server):
+    def queued(ranking: str, **more):
+        given = {
+            "model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2],
+            "prompts": "\n".join(CALIBRATION[:2]), "ranking": ranking, "study": "of this test",
+            "solver": "euler", "scheduler": "simple", "steps": 2, "cfg": 1.0, "width": 96,
+            "height": 96, "seed": 5, "candidates": 3, "spread": 0.2,
+        }  # fmt: skip
+        prompt = {"1": graph()["1"], "2": node("QSchedRankCandidates", **given | more)}
+        prompt["3"] = node("QSchedShowSchedule", schedule=["2", 0])
+        outputs = server.run(prompt)["outputs"]
+        assert outputs["2"]["images"]
+        return outputs["2"]["text"][0], json.loads(outputs["3"]["text"][0])
+
+    text, first = queued("")
+    assert "round 1: random changes" in text and "0 rankings so far" in text
+    assert set(first["correction"]["c_x"] + first["correction"]["c_eps"]) == {1.0}
+    text, _ = queued("1: 2 1")
+    assert "round 2: steps the way" in text
+    text, learned = queued("2: 2")
+    assert "round 3" in text and "2 rankings so far" in text
+    assert learned["correction"] != first["correction"]
+    assert learned["provenance"]["rankings"]["count"] == 2
+    with pytest.raises(ServerError, match="this is round 3"):
+        queued("7: 1")
+    with pytest.raises(ServerError, match="prompts has 0 lines"):
+        queued("", prompts=" ")
+    assert "0 rankings so far" in queued("", study="another")[0]

@@ -1,0 +1,150 @@
+"""The ranking node: a schedule that is learned by a person's eye."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io, ui
+
+from ..qsched_core.prompts import PromptSet
+from ..qsched_core.schedule import QSchedule
+from ..qsched_core.search import CalibrationSettings
+from ..qsched_core.search.ranking import CANDIDATES, LEAST, MOST, SPREAD, Rules, ranked
+from ..qsched_core.solvers import SOLVERS
+from ..qsched_core.study.errors import CalibrationError
+from ..qsched_core.study.rankings import RankingStudy
+from .host.folders import studies_folder
+from .host.pictures import as_tensor
+from .host.progress import on_node
+from .host.ranking import sheet
+from .host.trajectories import SCHEDULERS
+from .inputs import (
+    negative_input,
+    option_inputs,
+    source_of,
+    with_options,
+    wrong_options,
+)
+from .types import MAX_SEED, Schedule
+
+MOST_PROMPTS = 4
+
+
+class QSchedRankCandidates(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="QSchedRankCandidates",
+            display_name="Rank Candidates",
+            category="QSched/calibration",
+            description=(
+                "Learn coefficients by your own eye: it shows numbered pictures, you write the best "
+                "first and queue again. The rankings are kept, so that you can go on another day."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="The model, quantized or not."),
+                io.Clip.Input("clip"),
+                io.Vae.Input("vae"),
+                io.String.Input(
+                    "prompts", default="", multiline=True,
+                    tooltip=f"One a line, {MOST_PROMPTS} at most: each candidate is shown with all.",
+                ),
+                io.String.Input(
+                    "ranking", default="",
+                    tooltip='The best of the pictures that were shown, the best first: "4: 3 1 5" ranks '
+                    'round 4, with 3 before 1 before 5 before the others. "=" between equals; "4: 0" '
+                    "if none is better. Empty shows the round again.",
+                ),
+                io.String.Input(
+                    "study", default="by eye", tooltip="Another name begins anew, from c = 1."
+                ),
+                io.Combo.Input("solver", options=list(SOLVERS), tooltip="The base solver."),
+                io.Combo.Input("scheduler", options=list(SCHEDULERS), default="simple"),
+                io.Int.Input("steps", default=4, min=1, max=1000, tooltip="Sampling steps."),
+                io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, round=0.01),
+                io.Int.Input("width", default=512, min=16, max=16384, step=8),
+                io.Int.Input("height", default=512, min=16, max=16384, step=8),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=MAX_SEED,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
+                    tooltip="Of the pictures' noise, and of the random changes. Keep it fixed.",
+                ),
+                io.Int.Input(
+                    "candidates", default=CANDIDATES, min=LEAST, max=MOST, optional=True,
+                    tooltip="Pictures in a round.",
+                ),
+                io.Float.Input(
+                    "spread", default=SPREAD, min=0.01, max=1.0, step=0.01, optional=True,
+                    advanced=True,
+                    tooltip="How far the random changes go, as a share of the ramp's range.",
+                ),
+                negative_input(),
+                *option_inputs(),
+            ],
+            outputs=[
+                Schedule.Output(display_name="schedule", tooltip="The best so far."),
+                io.Image.Output(display_name="pictures"),
+                io.String.Output(display_name="report"),
+            ],
+            is_output_node=True,
+        )  # fmt: skip
+
+    @classmethod
+    @with_options
+    def validate_inputs(cls, prompts=None, study=None, solver=None, options=None):
+        wrong = wrong_options(solver, options)
+        if wrong:
+            return wrong
+        try:
+            if prompts is not None:
+                _prompts(prompts, 0)
+        except CalibrationError as error:
+            return str(error)
+        if study is not None and not study.strip():
+            return "study is empty; give it a name"
+        return True
+
+    @classmethod
+    @with_options
+    def execute(
+        cls, model, clip, vae, prompts, ranking, study, solver, scheduler, steps, cfg, width, height,
+        seed, candidates=CANDIDATES, spread=SPREAD, negative="", options=None,
+    ) -> io.NodeOutput:  # fmt: skip
+        rules, members = Rules(candidates, spread, seed=seed), _prompts(prompts, seed)
+        source = source_of(
+            model, clip, vae, solver, scheduler, steps, cfg, width, height, negative, options
+        )
+        space = CalibrationSettings("ranking").plan(source.trajectory).ramp()
+        about = {
+            "study": study, **source.describe(), "prompts": members.hash, "seed": seed,
+            "candidates": candidates, "spread": spread, "box": space.bounds,
+        }  # fmt: skip
+        with RankingStudy(studies_folder(), about) as kept:
+            found = ranked(kept, space, rules, ranking)
+        best = space.candidate(found.round.best)
+        schedule = QSchedule(
+            best.trajectory,
+            best.correction,
+            {
+                "source": "ranking",
+                **source.describe(),
+                "rankings": {"by": "a person", "count": found.rankings, "study": study},
+            },
+        )
+        pictures = source.images(members, [space.candidate(p) for p in found.round.points])
+        picture = as_tensor(sheet(pictures, found, members.prompts))
+        report = f"{found.note}\n{found.rankings} rankings so far, kept in {kept.path}\n"
+        report += f"the best so far: {schedule.describe()}"
+        shown = ui.PreviewImage(picture, cls=cls).as_dict() | on_node(report)
+        return io.NodeOutput(schedule, picture, report, ui=shown)
+
+
+def _prompts(text: str, seed: int) -> PromptSet:
+    """The lines of ``text``, all with one seed; CalibrationError for none or too many."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not 1 <= len(lines) <= MOST_PROMPTS:
+        raise CalibrationError(
+            f"prompts has {len(lines)} lines; write 1 to {MOST_PROMPTS}, one prompt a line"
+        )
+    return PromptSet(tuple(lines), (seed,) * len(lines))
+
+
+NODES = (QSchedRankCandidates,)
