@@ -110,7 +110,14 @@ def apart(work: Callable, *arguments) -> tuple:
     """What ``work`` gives in a process of its own."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
-        return pool.apply(work, arguments)
+        return pool.apply(_told, (work, arguments))
+
+
+def _told(work: Callable, arguments: tuple):
+    try:
+        return work(*arguments)
+    except Exception as error:
+        raise RuntimeError(f"{type(error).__name__}: {error}") from None  # which can be sent
 
 
 def resident() -> int:

@@ -18,7 +18,7 @@ from .moments import FINE_WIDTH
 from .solve import BLOCK
 
 UNIT = 256  # columns: where matrices may be cut; every format's groups and rotations fit in
-COPIES = 8  # of a weight in fp32 that rounding holds at a time
+COPIES = 11  # of a weight in fp32 that rounding holds at a time, measured with what chunks take
 FEWEST = 1 / 16  # rows an input feature; see check_rows
 
 

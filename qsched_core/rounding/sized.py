@@ -124,20 +124,24 @@ def calibrate_to_size(
     )  # fmt: skip
     mix = allocate(costs, budget.room(costs, rest_bytes(model, chosen)))
 
-    def made(allocation: Allocation, name: str) -> tuple[WeightsResult, Point]:
+    def made(allocation: Allocation, name: str, **proof_of: Any) -> tuple[WeightsResult, Point]:
         formats = allocation.formats
         here = {n: replace(choice, format=formats[n]) for n, choice in chosen.items()}
-        result = calibrate_weights(subject, prompts, here, folder, **shared)
+        result = calibrate_weights(subject, prompts, here, folder, **shared | proof_of)
         proof = result.proof
         distance = (proof.calibrated if proof.holds else proof.plain).mean
         return result, Point(name, allocation.bits, distance)
 
     kept, mixed = made(mix, "mixed")
-    neighbours = [made(uniform(costs, form), form) for form in _next_to(mix, budget, costs)]
-    points = tuple(point for _, point in neighbours) if compare else ()
+    # Without pictures and scores: only what is kept needs those.
+    points = tuple(
+        made(uniform(costs, form), form, measure=None, samples=False)[1]
+        for form in (_next_to(mix, budget, costs) if compare else ())
+    )
     found = SizedResult(kept, mix, budget, evaluations, seconds, mixed, points)
-    if not found.holds and points[0].bits <= mixed.bits:
-        found = replace(found, result=neighbours[0][0])
+    if not found.holds:  # the smallest of the ladder is never larger than the mix
+        smaller = points[0].format
+        found = replace(found, result=made(uniform(costs, smaller), smaller)[0])
     return found
 
 
