@@ -5,8 +5,9 @@
 plain; the ratio is of the two.  ``calibrated.FORMAT.change``: ends of the paired 95 % interval of the
 distances' difference, over plain's mean; below 0 is nearer.  ``calibrated.FORMAT.jaq`` (not with ``--no-jaq``):
 held-out JAQ of both; the ratio is the lower end of the interval of the gain.  ``calibrated.FORMAT.bits``: bits a
-weight as stored, of all quantized layers.  ``calibrated.FORMAT.step``: a step's time, calibrated and
-plain, in turn.  ``calibrate.FORMAT.seconds``: the walk, on one thread.
+weight as stored, of all quantized layers; plain rounding keeps modulation layers at 4 bits.
+``calibrated.FORMAT.step``: a step's time, calibrated and the same formats plainly rounded, in turn.
+``calibrate.FORMAT.seconds``: the walk, on one thread.
 
 Then llama.cpp's own quantizers on the same prompts (not with ``--no-ggml``), with an importance matrix and
 without.  ``bits.int2_vs_iq2_s`` and ``bits.int3_vs_q4_k``: our calibrated distance over theirs, at no
@@ -24,6 +25,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +38,14 @@ from demo.task import full, make
 from qsched_core.formats.policy import Policy
 from qsched_core.objective import Objective
 from qsched_core.prompts import CalibrationPrompts
-from qsched_core.rounding import TaskSubject, WeightsResult, calibrate_weights
+from qsched_core.rounding import (
+    RoundedWeights,
+    TaskSubject,
+    WeightsResult,
+    calibrate_weights,
+    rounded_plainly,
+)
+from qsched_core.rounding.walk import parameters_in
 from qsched_core.scorers.open_clip import load_file
 
 from ._common import BenchRow, machine, report, timings
@@ -109,8 +118,8 @@ def rows_of(name: str, result: WeightsResult, seconds: float) -> list[BenchRow]:
 
 @torch.no_grad()
 def step_row(name: str, result: WeightsResult, prompts: CalibrationPrompts) -> BenchRow:
-    """A step of the calibrated model beside one of the plainly rounded, in turn."""
-    part = prompts.heldout.part(0, BATCH)
+    """A step of the calibrated model beside one of the same formats rounded plainly, in turn."""
+    part, weights = prompts.heldout.part(0, BATCH), result.weights
 
     def step_of(task):
         x, extra = task.initial(part.seeds), task.condition(part.prompts)
@@ -118,8 +127,10 @@ def step_row(name: str, result: WeightsResult, prompts: CalibrationPrompts) -> B
         return lambda: task.denoise(x, sigma, **extra)
 
     cpu = torch.device("cpu")
-    calibrated = step_of(make(name, cpu, rounded=result.weights))
-    ours, other = timings(calibrated, step_of(make(name, cpu)), STEPS)
+    plainly = rounded_plainly(weights.chosen, partial(parameters_in, full(cpu).module))
+    plain = RoundedWeights(plainly, weights.chosen, weights.provenance)
+    calibrated, same = (step_of(make(name, cpu, rounded=found)) for found in (weights, plain))
+    ours, other = timings(calibrated, same, STEPS)
     ratio = statistics.median(a / b for a, b in zip(ours, other, strict=True))
     return BenchRow(
         f"calibrated.{name}.step", f"{name}: a step of {BATCH} latents, calibrated and plain; the ratio is the median of pairs",
