@@ -470,9 +470,18 @@ def test_models_that_cannot_be_walked_are_refused(task, states):
     other = rounding_task.task(Twice())
     with pytest.raises(RoundingError, match=r"blocks\.0 runs more than once"):
         calibrate_module(other.module, states_of(other), INT2)
-    plain = nn.Sequential(nn.Linear(64, 64))
+
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.layer(self.layer(x))
+
+    plain = Flat()
     flat = rounding_task.task(plain)
-    flat = replace(flat, denoise=lambda x, sigma, cond: plain(plain(x)))
+    flat = replace(flat, denoise=lambda x, sigma, cond: plain(x))
     with pytest.raises(RoundingError, match="no blocks"):
         calibrate_module(plain, states_of(flat), INT2)
     with pytest.raises(RoundingError, match="chooses no layer"):
