@@ -303,6 +303,8 @@ def options() -> argparse.Namespace:
 def main() -> int:
     args = options()
     device = torch.device(args.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", 0)  # some of torch's functions want a number
     if args.worker:
         worker(args.worker.split(","), device, args.tiny)
         return 0
