@@ -12,15 +12,17 @@ from types import ModuleType
 PACK = "qsched_pack"
 
 
-def import_pack() -> ModuleType:
-    """nodes/host/weights/loading.py, with the pack as the package ``qsched_pack`` and ComfyUI on the CPU.
+def import_pack(cpu: bool = True) -> ModuleType:
+    """nodes/host/weights/loading.py, with the pack as the package ``qsched_pack``.
+
+    ComfyUI is on the CPU, or on the device that it would choose itself.
 
     ComfyUI comes from ``COMFYUI_PATH``.  Its folder goes first on ``sys.path``: both it and the
     pack have something named ``nodes``.
     """
     if os.environ["COMFYUI_PATH"] not in sys.path[:1]:
         sys.path.insert(0, os.environ["COMFYUI_PATH"])
-    importlib.import_module("comfy.cli_args").args.cpu = True
+    importlib.import_module("comfy.cli_args").args.cpu = cpu
     root = Path(__file__).resolve().parents[1]
     for name, folder in ((PACK, root), (f"{PACK}.nodes", root / "nodes")):
         package = types.ModuleType(name)

@@ -50,15 +50,18 @@ def _no_triton(at: Place, dtype: torch.dtype) -> str | None:
 @lru_cache(maxsize=16)
 def _try_triton(device: torch.device) -> str | None:
     """Unpack one group; Triton compiles its launcher with the machine's C compiler, if it has one."""
-    spec = GroupedCodes(2, (0.0, 1.0, 2.0, 3.0))
     codes = torch.tensor([[0b00011011] * 8], dtype=torch.uint8, device=device)
     scale = torch.tensor([[0.5]], dtype=torch.float16, device=device)
     two = torch.tensor(2.0, device=device)
-    try:
-        values = unpack(spec, codes, scale, two, None, 32, torch.float16)[0].tolist()
-    except Exception as error:  # whatever its compilers raise
-        return f"Triton does not work here ({type(error).__name__}: {error})"
-    return None if values == [0, 1, 2, 3] * 8 else "Triton gives wrong values here"
+    for levels in ((0.0, 1.0, 2.0, 3.0), (0.0, 1.0, 2.5, 3.0)):  # counted, and looked up
+        spec = GroupedCodes(2, levels)
+        try:
+            values = unpack(spec, codes, scale, two, None, 32, torch.float16)[0].tolist()
+        except Exception as error:  # whatever its compilers raise
+            return f"Triton does not work here ({type(error).__name__}: {error})"
+        if values != [*levels] * 8:
+            return "Triton gives wrong values here"
+    return None
 
 
 # Torch comes last: it serves everywhere, and is what the others are held against.

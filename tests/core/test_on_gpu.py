@@ -166,7 +166,7 @@ def test_calibrated_rounding_repairs_as_much_as_on_a_cpu(name, gpu):
         sums, grid = Gathering(), grid_of(name)
         for part in x.to(device).split(100):
             sums.add(*grid.pair(part, part))
-        found = calibrate_layer(grid, weight.to(device), bias.to(device), sums.parts())
+        found = calibrate_layer(grid, weight.to(device), bias.to(device), sums.moments())
         assert on(device, found.packed) and found.bias.device.type == device.type
         errors.append(found.error)
         assert found.note == "" and found.error < found.plain_error
