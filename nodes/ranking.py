@@ -8,18 +8,17 @@ from ..qsched_core.prompts import PromptSet
 from ..qsched_core.schedule import QSchedule
 from ..qsched_core.search import CalibrationSettings
 from ..qsched_core.search.ranking import CANDIDATES, LEAST, MOST, SPREAD, Rules, ranked
-from ..qsched_core.solvers import SOLVERS
 from ..qsched_core.study.errors import CalibrationError
 from ..qsched_core.study.rankings import RankingStudy
 from .host.folders import studies_folder
 from .host.pictures import as_tensor
 from .host.progress import on_node
 from .host.ranking import sheet
-from .host.trajectories import SCHEDULERS
 from .inputs import (
     negative_input,
     option_inputs,
     source_of,
+    trajectory_inputs,
     with_options,
     wrong_options,
 )
@@ -31,6 +30,7 @@ MOST_PROMPTS = 4
 class QSchedRankCandidates(io.ComfyNode):
     @classmethod
     def define_schema(cls):
+        sampled = [i for i in trajectory_inputs() if i.id not in ("prompts", "objective")]
         return io.Schema(
             node_id="QSchedRankCandidates",
             display_name="Rank Candidates",
@@ -39,10 +39,9 @@ class QSchedRankCandidates(io.ComfyNode):
                 "Learn coefficients by your own eye: it shows numbered pictures, you write the best "
                 "first and queue again. The rankings are kept, so that you can go on another day."
             ),
+            search_aliases=["rank", "by eye", "preference", "compare pictures", "human feedback"],
             inputs=[
-                io.Model.Input("model", tooltip="The model, quantized or not."),
-                io.Clip.Input("clip"),
-                io.Vae.Input("vae"),
+                *sampled[:3],
                 io.String.Input(
                     "prompts", default="", multiline=True,
                     tooltip=f"One a line, {MOST_PROMPTS} at most: each candidate is shown with all.",
@@ -56,12 +55,7 @@ class QSchedRankCandidates(io.ComfyNode):
                 io.String.Input(
                     "study", default="by eye", tooltip="Another name begins anew, from c = 1."
                 ),
-                io.Combo.Input("solver", options=list(SOLVERS), tooltip="The base solver."),
-                io.Combo.Input("scheduler", options=list(SCHEDULERS), default="simple"),
-                io.Int.Input("steps", default=4, min=1, max=1000, tooltip="Sampling steps."),
-                io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, round=0.01),
-                io.Int.Input("width", default=512, min=16, max=16384, step=8),
-                io.Int.Input("height", default=512, min=16, max=16384, step=8),
+                *sampled[3:],
                 io.Int.Input(
                     "seed", default=0, min=0, max=MAX_SEED,
                     control_after_generate=io.ControlAfterGenerate.fixed,
@@ -81,8 +75,12 @@ class QSchedRankCandidates(io.ComfyNode):
             ],
             outputs=[
                 Schedule.Output(display_name="schedule", tooltip="The best so far."),
-                io.Image.Output(display_name="pictures"),
-                io.String.Output(display_name="report"),
+                io.Image.Output(
+                    display_name="pictures", tooltip="The numbered pictures, and what to write."
+                ),
+                io.String.Output(
+                    display_name="report", tooltip="What to write, and the best coefficients so far."
+                ),
             ],
             is_output_node=True,
         )  # fmt: skip

@@ -11,7 +11,7 @@ from ...qsched_core.canvas import GREY, INK, Canvas
 from ...qsched_core.search.ranking import Ranked
 
 WIDTH, MARGIN, GAP, HEAD = 1200, 24, 10, 30
-MOST_SIDE = 420  # pixels of the widest picture on the sheet
+MOST_SIDE, SMALL_SIDE = 420, 240  # pixels of a picture on the sheet; small ones have a row each
 
 
 def sheet(pictures: torch.Tensor, ranked: Ranked, prompts: Sequence[str]) -> Image.Image:
@@ -21,7 +21,8 @@ def sheet(pictures: torch.Tensor, ranked: Ranked, prompts: Sequence[str]) -> Ima
     """
     count, columns = pictures.shape[:2]
     across = columns if columns > 1 else min(3, count)
-    side = min(MOST_SIDE, (WIDTH - 2 * MARGIN - GAP * (across - 1) - HEAD) // across)
+    most = MOST_SIDE if columns == 1 else SMALL_SIDE
+    side = min(most, (WIDTH - 2 * MARGIN - GAP * (across - 1) - HEAD) // across)
     height = side * pictures.shape[2] // pictures.shape[3]
     pen = Canvas(WIDTH)
     y = pen.paragraph(MARGIN, MARGIN, ranked.note, WIDTH - 2 * MARGIN, INK, 18, 24) + 8
