@@ -155,7 +155,7 @@ def test_one_mistake_is_one_error_on_its_input_before_anything_runs(
     (error,) = refused(server, graph)[node]
     assert error["extra_info"]["input_name"] == name
     said = f"{error['message']} {error['details']}"
-    assert str(value) in said or f"min of {value + 1}" in said, said
+    assert name in said or str(value) in said, said
 
 
 @pytest.mark.parametrize(
