@@ -11,8 +11,6 @@ from __future__ import annotations
 import gc
 import importlib
 import inspect
-import json
-import struct
 import tempfile
 import time
 from collections.abc import Iterator
@@ -44,37 +42,16 @@ def nodes() -> list[type]:
 
 
 def prepare(folder: Path) -> str:
-    """Files for nodes that read some: schedules, prompts and a model; the model's last layer."""
+    """Files for nodes that read schedules; the name of a model's last layer."""
     host = importlib.import_module(f"{PACK}.nodes.host.folders")
     paths = importlib.import_module("folder_paths")
     host.register_folders()
-    for kind in ("qsched", "diffusion_models"):
-        (folder / kind).mkdir()
-        paths.add_model_folder_path(kind, str(folder / kind), is_default=True)
+    (folder / "qsched").mkdir()
+    paths.add_model_folder_path("qsched", str(folder / "qsched"), is_default=True)
     for index, (_, text) in enumerate(_hostile.schedules()):
         path = folder / "qsched" / f"{index}.json"
         path.write_text(text, encoding="utf-8", errors="surrogatepass")
-    paths.set_input_directory(str(folder / "input"))
-    (folder / "input").mkdir()
-    for index, (_, text) in enumerate(chain(_hostile.texts(), _hostile.texts(_hostile.LARGE))):
-        for ending in ("txt", "json"):
-            path = folder / "input" / f"{index}.{ending}"
-            path.write_text(f"{text}\n[heldout]\n{text}", encoding="utf-8", errors="surrogatepass")
-    return _write_model(folder / "diffusion_models" / "flux.safetensors")
-
-
-def _write_model(path: Path) -> str:
-    """A file of FLUX's tensors without their data; the name of its last layer."""
-    header, end, last = {}, 0, ""
-    for weight in weights(FLUX_SCHNELL.module()):
-        start, end = end, end + 2 * weight.count
-        header[weight.key] = {"dtype": "F16", "shape": weight.shape, "data_offsets": (start, end)}
-        last = weight.layer if weight.kind else last
-    text = json.dumps(header).encode()
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + end)  # a hole: it takes no room
-    return last
+    return [weight.layer for weight in weights(FLUX_SCHNELL.module()) if weight.kind][-1]
 
 
 def cases(node: type, folder: Path, last: str) -> Iterator[tuple[str, dict]]:
@@ -86,8 +63,6 @@ def cases(node: type, folder: Path, last: str) -> Iterator[tuple[str, dict]]:
         name: (choices.get(name) or [""])[0] if getattr(i, "default", None) is None else i.default
         for name, i in inputs.items()
     }
-    if "unet_name" in base:
-        base["unet_name"] = "flux.safetensors"
     bases = [base] + [
         base | {name: option}
         for name, few in choices.items()
@@ -119,9 +94,6 @@ def _own_cases(base: dict, folder: Path, last: str) -> Iterator[tuple[str, dict]
     if "schedule_name" in base:
         for path in (folder / "qsched").iterdir():
             yield f"schedule_name: {path.name}", base | {"schedule_name": path.name}
-    if "source" in base:
-        for path in (folder / "input").iterdir():
-            yield f"file: {path.name}", base | {"source": "file", "file": path.name}
 
 
 def slowest(node: type, folder: Path, last: str, runs: int) -> BenchRow:

@@ -27,7 +27,6 @@ from .inputs import (
     source_of,
     trajectory_inputs,
     with_options,
-    wrong_options,
 )
 from .types import MAX_SEED, Schedule
 
@@ -116,19 +115,10 @@ class QSchedJAQCalibrator(io.ComfyNode):
         return [name for name in LAZY if name in inputs and inputs[name] is None]
 
     @classmethod
-    @with_options
-    def validate_inputs(
-        cls, solver=None, storage="", study="", options=None
-    ):  # fmt: skip
-        """ComfyUI gives an error for each input that is asked for here, whichever is wrong.
-
-        So what its own limits say is left to them, and the rest to ``execute``.
-        """
-        wrong = wrong_options(solver, options)
-        if wrong:
-            return wrong
+    def validate_inputs(cls, storage=""):
+        """One input alone, for ComfyUI gives an error for each that is asked for here."""
         try:
-            _database(storage, study)
+            _database(storage, None)
         except (ValueError, MissingDependencyError) as error:
             return str(error)
         return True

@@ -41,7 +41,6 @@ from .inputs import (
     source_of,
     trajectory_inputs,
     with_options,
-    wrong_options,
 )
 from .types import Schedule
 
@@ -132,11 +131,8 @@ class QSchedEvaluate(io.ComfyNode):
         )
 
     @classmethod
-    @with_options
-    def validate_inputs(cls, csv_name="", solver=None, options=None):
-        wrong = wrong_options(solver, options)
-        if wrong:
-            return wrong
+    def validate_inputs(cls, csv_name=""):
+        """One input alone, for ComfyUI gives an error for each that is asked for here."""
         try:
             _csv_paths(csv_name)
         except EvaluationError as error:

@@ -80,17 +80,6 @@ def checked_options(solver: str, options: dict[str, float]) -> dict[str, float]:
     return chosen
 
 
-def wrong_options(solver: str | None, options: dict[str, float]) -> str | None:
-    """What is wrong with the options, or None; nothing is said while the solver is wired (None)."""
-    if solver is None:
-        return None
-    try:
-        checked_options(solver, options)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
 def trajectory_inputs(lazy: Sequence[str] = ()) -> list:
     """The inputs that choose model and trajectory, alike in every node that makes images.
 

@@ -8,6 +8,7 @@ from comfy_api.latest import io, ui
 
 from ..qsched_core.files import check_prefix
 from ..qsched_core.formats.chart import draw
+from ..qsched_core.formats.overrides import parse_overrides
 from ..qsched_core.formats.recommend import RECOMMENDED, ordered
 from ..qsched_core.formats.recommend import table as format_table
 from ..qsched_core.formats.report import table
@@ -56,22 +57,14 @@ def _info_output():
     )
 
 
-def _check(weight_format, layers) -> str | None:
-    if None in (weight_format, layers):  # wired: checked when it runs
-        return None
+def _check_layers(layers: str | None) -> bool | str:
+    """What is wrong with the overrides, where they are not wired; True if nothing is.
+
+    The loaders ask for this input alone: ComfyUI gives an error for each that is asked for.
+    """
     try:
-        recommended.check(weight_format, layers)
+        parse_overrides(layers or "")
     except ValueError as error:
-        return str(error)
-    return None
-
-
-def _check_file(folder: str, label: str, name: str, weight_format: str, layers: str):
-    if None in (name, weight_format, layers):  # wired: checked when it runs
-        return True
-    try:
-        recommended.check_file(model_path(folder, name, label), weight_format, layers)
-    except (ValueError, OSError) as error:
         return str(error)
     return True
 
@@ -104,8 +97,8 @@ class QSchedLoadDiffusionModel(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, unet_name, weight_format, layers=""):
-        return _check_file("diffusion_models", "unet_name", unet_name, weight_format, layers)
+    def validate_inputs(cls, layers=""):
+        return _check_layers(layers)
 
     @classmethod
     def execute(cls, unet_name, weight_format, layers="") -> io.NodeOutput:
@@ -145,8 +138,8 @@ class QSchedLoadCheckpoint(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, ckpt_name, weight_format, layers=""):
-        return _check_file("checkpoints", "ckpt_name", ckpt_name, weight_format, layers)
+    def validate_inputs(cls, layers=""):
+        return _check_layers(layers)
 
     @classmethod
     def execute(cls, ckpt_name, weight_format, layers="") -> io.NodeOutput:
@@ -176,8 +169,8 @@ class QSchedQuantizeModel(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, weight_format, layers=""):
-        return _check(weight_format, layers) or True
+    def validate_inputs(cls, layers=""):
+        return _check_layers(layers)
 
     @classmethod
     def execute(cls, model, weight_format, layers="") -> io.NodeOutput:
@@ -210,8 +203,8 @@ class QSchedQuantizeTextEncoder(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, weight_format, layers=""):
-        return _check(weight_format, layers) or True
+    def validate_inputs(cls, layers=""):
+        return _check_layers(layers)
 
     @classmethod
     def execute(cls, clip, weight_format, layers="") -> io.NodeOutput:

@@ -123,22 +123,12 @@ class QSchedJAQObjective(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls, quality, formula="", hps_name=NONE, pickscore_name=NONE, aesthetic_name=NONE
-    ):
-        names = {"hps": hps_name, "pickscore": pickscore_name, "aesthetic": aesthetic_name}
-        if None in (quality, formula, *names.values()):  # wired: checked when it runs
+    def validate_inputs(cls, quality):
+        """One input alone, for ComfyUI gives an error for each that is asked for here."""
+        if quality is None:  # wired: checked when it runs
             return True
         try:
-            recipe = jaq.recipe_of(formula, quality)
-            for term in (*recipe.alignment, *recipe.quality):
-                if names.get(term.spec) == NONE:
-                    raise ScorerError(
-                        f"formula={shown(formula)}: {term.spec} needs its weights; choose {term.spec}_name"
-                    )
-            for key, name in names.items():
-                if name != NONE:
-                    scoring.scorer_path(name, f"{key}_name")
+            jaq.recipe_of("", quality)
         except ScorerError as error:
             return str(error)
         return True
@@ -160,15 +150,30 @@ class QSchedJAQObjective(io.ComfyNode):
         cls, clip_name, quality, quality_weight, architecture="", allow_download=False, formula="",
         hps_name=NONE, pickscore_name=NONE, aesthetic_name=NONE,
     ) -> io.NodeOutput:  # fmt: skip
+        names = {"hps": hps_name, "pickscore": pickscore_name, "aesthetic": aesthetic_name}
+        files = {
+            key: scoring.scorer_path(name, f"{key}_name")
+            for key, name in names.items()
+            if name != NONE
+        }
+        _check_weights(formula, quality, names)
         place = scoring.ManagedPlacement()
         encoder = scoring.load_encoder(clip_name, architecture, allow_download, place)
-        names = {"hps": hps_name, "pickscore": pickscore_name, "aesthetic": aesthetic_name}
-        files = {key: scoring.scorer_path(name) for key, name in names.items() if name != NONE}
         return io.NodeOutput(
             jaq.Objective(
                 encoder, quality.strip(), quality_weight, place, formula, files, allow_download
             )
         )
+
+
+def _check_weights(formula: str, quality: str, names: dict[str, str]) -> None:
+    """ScorerError for a formula that can't be read, or whose weights are not chosen."""
+    recipe = jaq.recipe_of(formula, quality)
+    for term in (*recipe.alignment, *recipe.quality):
+        if names.get(term.spec) == NONE:
+            raise ScorerError(
+                f"formula={shown(formula)}: {term.spec} needs its weights; choose {term.spec}_name"
+            )
 
 
 class QSchedJAQScore(io.ComfyNode):

@@ -7,13 +7,10 @@ import json
 from comfy_api.latest import io
 
 from ..qsched_core.prompts import (
-    EARLY_FILE,
     CalibrationPrompts,
     PromptError,
     bundled_lists,
     categories,
-    check_apart,
-    is_long,
     parse_prompts,
     read_prompts,
 )
@@ -99,17 +96,6 @@ class QSchedCalibrationPrompts(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, source, calibration, heldout, categories="", file=""):
-        values = [_one(value) for value in (source, calibration, heldout, categories, file)]
-        if None in values:  # wired: checked when it runs
-            return True
-        try:
-            _check(*values)
-        except PromptError as error:
-            return str(error)
-        return True
-
-    @classmethod
     def fingerprint_inputs(cls, source, file="", **inputs):
         source, file = _one(source), _one(file)
         if source != "file":
@@ -128,15 +114,6 @@ def _one(value):
     if not isinstance(value, list | tuple):
         return value
     return value[0] if len(value) == 1 else json.dumps(value)
-
-
-def _check(source: str, calibration: str, heldout: str, chosen: str, file: str) -> None:
-    """PromptError for what can't be used.  Long texts and files are checked in ``execute``."""
-    if source == "text" and (is_long(calibration) or is_long(heldout)):
-        return
-    if source == "file" and input_file(file).stat().st_size > EARLY_FILE:
-        return
-    check_apart(*_lists(source, calibration, heldout, chosen, file))
 
 
 def _prompts(

@@ -26,7 +26,6 @@ from .inputs import (
     source_of,
     trajectory_inputs,
     with_options,
-    wrong_options,
 )
 from .types import MAX_SEED, Objective
 
@@ -145,13 +144,12 @@ class QSchedCalibrateWeights(io.ComfyNode):
         )
 
     @classmethod
-    @with_options
-    def validate_inputs(cls, solver=None, weight_format=None, layers="", options=None):
-        wrong = wrong_options(solver, options)
-        if wrong or None in (weight_format, layers):  # wired: checked when it runs
-            return wrong or True
+    def validate_inputs(cls, weight_format=None):
+        """One input alone, for ComfyUI gives an error for each that is asked for here."""
+        if weight_format is None:  # wired: checked when it runs
+            return True
         try:
-            Request(weight_format, layers).check_device()
+            Request(weight_format).check_device()
         except ValueError as error:
             return str(error)
         return True
@@ -166,6 +164,7 @@ class QSchedCalibrateWeights(io.ComfyNode):
         if objective is not None:
             check_objective(objective)
         request = Request(weight_format, layers)
+        request.check_device()
 
         def source(of):
             sampling = (solver, scheduler, steps, cfg, width, height, negative, options)

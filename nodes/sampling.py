@@ -9,7 +9,7 @@ from ..qsched_core.solvers import SOLVERS
 from .host.remember import remember
 from .host.sampling import ksampler, make_around_sampler, make_sampler
 from .host.trajectories import AS_LEARNED, SCHEDULERS
-from .inputs import checked_options, option_inputs, with_options, wrong_options
+from .inputs import checked_options, option_inputs, with_options
 from .types import Schedule
 
 HIDDEN = [io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo]
@@ -114,11 +114,6 @@ class QSchedSampler(io.ComfyNode):
 
     @classmethod
     @with_options
-    def validate_inputs(cls, solver=None, options=None):
-        return wrong_options(solver, options) or True
-
-    @classmethod
-    @with_options
     def execute(cls, schedule, solver, mode=MODES[0], options=None) -> io.NodeOutput:
         chosen = checked_options(solver, options)
         return io.NodeOutput(make_sampler(schedule, solver, mode, cls.hidden.unique_id, **chosen))
@@ -189,11 +184,11 @@ class QSchedKSampler(io.ComfyNode):
         )
 
     @classmethod
-    @with_options
-    def validate_inputs(cls, denoise=1.0, solver=None, options=None):
+    def validate_inputs(cls, denoise=1.0):
+        """One input alone, for ComfyUI gives an error for each that is asked for here."""
         if denoise is not None and denoise <= 0:
             return f"denoise={denoise} must be above 0; 1 denoises fully"
-        return wrong_options(solver, options) or True
+        return True
 
     @classmethod
     @with_options
@@ -254,11 +249,6 @@ class QSchedKSamplerAdvanced(io.ComfyNode):
             outputs=[io.Latent.Output(tooltip="The latent after the last of the steps.")],
             hidden=HIDDEN,
         )
-
-    @classmethod
-    @with_options
-    def validate_inputs(cls, solver=None, options=None):
-        return wrong_options(solver, options) or True
 
     @classmethod
     @with_options

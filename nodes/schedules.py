@@ -159,15 +159,15 @@ class QSchedSaveSchedule(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, name=None, overwrite=False):
-        if name is None or overwrite is None:  # wired: checked when it runs
+    def validate_inputs(cls, name=None):
+        """One input alone, for ComfyUI gives an error for each that is asked for here."""
+        if name is None:  # wired: checked when it runs
             return True
         try:
-            path = new_schedule_path(file_name(name))
+            new_schedule_path(file_name(name))
         except ScheduleError as error:
             return str(error)
-        free = overwrite or is_automatic(name) or not path.exists()
-        return True if free else _exists(name, path)
+        return True
 
     @classmethod
     def execute(cls, schedule, name, overwrite=False) -> io.NodeOutput:
@@ -238,19 +238,6 @@ class QSchedEditSchedule(io.ComfyNode):
             ],
             outputs=[Schedule.Output(display_name="schedule", tooltip=OUT)],
         )
-
-    @classmethod
-    @with_changes
-    def validate_inputs(cls, mode=None, changes=None):
-        if mode is not None and mode not in EDITS:
-            return f"mode={shown(mode)} is unknown; choose one of {', '.join(EDITS)}"
-        try:
-            for parameter in PARAMETERS if mode == "set" else ():
-                if changes.get(parameter.name):
-                    parameter.check(parameter.name, changes[parameter.name])
-        except ScheduleError as error:
-            return str(error)
-        return True
 
     @classmethod
     @with_changes

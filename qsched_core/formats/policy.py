@@ -96,12 +96,9 @@ class Policy:
         chosen = {self.format, self.for_modulation}
         return tuple(sorted(chosen | {o.format for o in self.overrides if o.format is not None}))
 
-    def unmatched(self, layers: Mapping[str, str], most_work: int = 0) -> list[str]:
-        """The patterns of the overrides that match none of the model's layers (name: kind).
-
-        With ``most_work`` it may end early, see :func:`.overrides.unmatched`.
-        """
-        return list(by_name.unmatched(self.overrides, layers, most_work))
+    def unmatched(self, layers: Mapping[str, str]) -> list[str]:
+        """The patterns of the overrides that match none of the model's layers (name: kind)."""
+        return list(by_name.unmatched(self.overrides, layers))
 
     def describe(self) -> str:
         """One line that a schedule's provenance can carry and ``parse_overrides`` can read."""

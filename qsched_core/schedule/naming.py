@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import PurePosixPath
 
+from ..files import MOST_NAME
 from ..text import plain, shown
 from ..validation import ScheduleError
 from .schedule import QSchedule
@@ -22,8 +23,10 @@ def file_name(name: str, schedule: QSchedule | None = None) -> str:
     """``name`` with its parts filled in: {model}, {format}, {solver} and {steps}.
 
     What a schedule does not say of itself is "any"; without a schedule every part is.  ScheduleError
-    for a part that there is not.
+    for a part that there is not, and for a name that is longer than any file's.
     """
+    if len(name) > MOST_NAME:
+        raise ScheduleError(f"name={shown(name)} is too long; give at most {MOST_NAME} characters")
     parts = dict.fromkeys(re.findall(r"{(\w+)}", AUTOMATIC), "any")
     if schedule is not None:
         model = schedule.provenance.get("model")

@@ -6,41 +6,13 @@ import json
 from urllib.parse import quote
 
 import pytest
-from standins import CANVASES, NO_T5
+from pages import few_prompts, opened, queued
+from standins import CANVASES
 
 from demo.templates import FOLDER, TEMPLATES
 from devtools.server import PACK_NAME
 
 NAMES = [template.name for template in TEMPLATES]
-OPEN = """async ([url, name]) => {
-    const workflow = await (await fetch(url)).json()
-    await window.app.loadGraphData(workflow, true, true, name)
-    return (await window.app.graphToPrompt()).output
-}"""
-# What is asked of a tiny model: small pictures, few prompts.
-SHRINK = """([size, few, types]) => {
-    const set = (node, name, value) => {
-        const widget = node.widgets?.find((w) => w.name === name)
-        if (widget) widget.value = value
-    }
-    for (const node of window.app.graph.nodes) {
-        const smaller = node.title === 'Paint anew' ? size / 2 : size
-        for (const name of ['width', 'height']) set(node, name, smaller)
-        for (const name of ['x', 'y']) set(node, name, size / 4)
-        if (node.type === 'QSchedCalibrationPrompts')
-            for (const [name, value] of Object.entries(few)) set(node, name, value)
-        if (node.type === 'QSchedJAQObjective')
-            set(node, 'clip_name', 'qsched_demo_scorer.safetensors')
-        if (node.type === 'QSchedJAQCalibrator') {
-            set(node, 'budget', 6)
-            set(node, 'guard', false)
-        }
-        if (node.type === 'DualCLIPLoader') {
-            const type = node.widgets.find((w) => w.name === 'type')
-            type.value = types[type.value] ?? type.value
-        }
-    }
-}"""
 # Each node's box: [left, top, right, bottom], in the page's or the graph's units.
 BOXES = """(vue) => window.app.graph.nodes.map((node) => {
     if (!vue) {
@@ -51,11 +23,6 @@ BOXES = """(vue) => window.app.graph.nodes.map((node) => {
     return box && [node.title, box.left, box.top, box.right, box.bottom]
 })"""
 DRAWN = """(count) => document.querySelectorAll('[data-node-id]').length >= count"""
-
-
-def opened(page, name: str) -> dict:
-    url = f"/api/workflow_templates/{quote(PACK_NAME)}/{quote(name)}.json"
-    return page.evaluate(OPEN, [url, name])
 
 
 def overlapping(boxes) -> list[tuple[str, str]]:
@@ -74,15 +41,6 @@ def boxes_of(page, canvas: str) -> list:
     boxes = page.evaluate(BOXES, vue)
     assert None not in boxes
     return boxes
-
-
-def queued(page) -> str:
-    """The id of the prompt that the page's Run button posts."""
-    with page.expect_response(lambda answer: answer.url.endswith("/prompt")) as posted:
-        page.evaluate("window.app.queuePrompt(0, 1)")
-    answer = posted.value.json()
-    assert "prompt_id" in answer and not answer["node_errors"], json.dumps(answer)[:2000]
-    return answer["prompt_id"]
 
 
 def test_the_browser_of_templates_has_them_all(server, repo_root):
@@ -105,12 +63,7 @@ def test_it_opens_as_its_twin_without_overlap_and_runs(server, page, canvas, nam
         shown = {n: found[key]["inputs"].get(n) for n in node["inputs"]}
         assert shown == node["inputs"], node["class_type"]
     assert overlapping(boxes_of(page, canvas)) == []
-    few = {
-        "source": "text",
-        "calibration": "a red ring\na blue cross",
-        "heldout": "a green square\na white circle",
-    }
-    page.evaluate(SHRINK, [96, few, NO_T5])
+    few_prompts(page)
     server.wait(queued(page), 240)
     assert overlapping(boxes_of(page, canvas)) == []
     assert page.faults == []

@@ -37,6 +37,13 @@ def test_an_unknown_part_is_named(name):
         file_name(name, schedule())
 
 
+def test_a_long_name_is_refused_at_once():
+    for name in ("{a" * 500_000, "{" * 500_000, "a" * 500_000):
+        with pytest.raises(ScheduleError, match="is too long") as error:
+            file_name(name, schedule())
+        assert len(str(error.value)) < 400
+
+
 @given(st.text(max_size=200), st.text(max_size=30))
 def test_whatever_the_model_is_called_the_name_is_one_file_in_the_folder(source, form):
     path = safe_name(file_name(AUTOMATIC, schedule(source=source, format=form)))

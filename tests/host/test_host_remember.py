@@ -30,13 +30,8 @@ WORKFLOW = {
         {
             "id": 4,
             "type": "QSchedJAQCalibrator",
-            "inputs": [
-                {"name": "model", "type": "MODEL", "link": 1},
-                {"name": "steps", "type": "INT", "widget": {"name": "steps"}},
-                {"name": "seed", "type": "INT", "widget": {"name": "seed"}},
-                {"name": "learned", "type": "STRING", "widget": {"name": "learned"}},
-            ],
-            "widgets_values": [2, 0, "fixed", ""],
+            "inputs": [{"name": "model", "type": "MODEL", "link": 1}],
+            "widgets_values": [2, 0, "fixed", "", "normal"],
         }
     ]
 }
@@ -52,7 +47,7 @@ def remembered(start: str = "9", prompt=PROMPT) -> tuple[dict, dict]:
 def test_it_is_put_into_prompt_and_workflow_alone(start):
     prompt, workflow = remembered(start)
     text = prompt["4"]["inputs"].pop("learned")
-    assert workflow["nodes"][0]["widgets_values"] == [2, 0, "fixed", text]
+    assert workflow["nodes"][0]["widgets_values"] == [2, 0, "fixed", text, "normal"]
     expected = copy.deepcopy(PROMPT)
     expected["4"]["inputs"].pop("learned")
     assert prompt == expected

@@ -63,7 +63,7 @@ def test_presets_and_sums_report_every_term(server, weights):
     [
         ({"formula": "clip + beauty"}, "'beauty' is unknown"),
         ({"formula": "aq+hps"}, "choose hps_name"),
-        ({"formula": "aq+hps", "hps_name": "gone.pt"}, "hps_name='gone.pt' is not in models"),
+        ({"formula": "aq+hps", "hps_name": "gone.pt"}, "hps_name: 'gone.pt' not in"),
         ({"formula": "aq+hps", "hps_name": "narrow.pth"}, "is no CLIP model"),
         (
             {"formula": "clip + aesthetic", "aesthetic_name": "narrow.pth"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 
 import pytest
@@ -32,6 +33,15 @@ def learned(server) -> tuple[dict, bytes]:
 def test_a_preset_takes_the_place_of_search_and_budget(learned):
     content = json.loads(learned[0]["outputs"]["4"]["text"][0])
     assert len(content["trials"]) == 1 + 12
+
+
+def test_the_widget_that_carries_it_is_where_the_workflow_is_written(server, repo_root):
+    text = (repo_root / "nodes" / "host" / "remember.py").read_text(encoding="utf-8")
+    after = int(re.search(r"^AFTER = (\d+)", text, re.MULTILINE)[1])
+    node = server.object_info()["QSchedJAQCalibrator"]
+    kinds = ("COMBO", "INT", "FLOAT", "STRING", "BOOLEAN")
+    names = [n for n in node["input_order"]["optional"] if node["input"]["optional"][n][0] in kinds]
+    assert names[-1 - after] == "learned"
 
 
 def shows(server) -> list[str]:

@@ -194,9 +194,9 @@ def test_edit_schedule_nudges_a_step(server):
     [
         ({"step": 5, "c_x": 0.1}, "step=5 is not in the schedule; choose 1 to 4"),
         ({"step": 1, "c_eps": 3.9}, "c_eps of step 1=4.85 is outside"),
-        ({"step": 1, "mode": "set", "c_x": 0.1}, "c_x=0.1 is outside"),
+        ({"step": 1, "mode": "set", "c_x": 0.1}, "c_x of step 1=0.1 is outside"),
         ({"step": -1}, "step"),
-        ({"mode": "scale"}, "mode='scale' is unknown"),
+        ({"mode": "scale"}, "mode: 'scale' not in"),
     ],
 )
 def test_an_edit_that_can_not_be_made_is_refused_with_its_value(server, edit, named):

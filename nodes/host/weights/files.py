@@ -6,7 +6,6 @@ import pickle
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import comfy.model_detection
@@ -18,8 +17,7 @@ from ....qsched_core.files import MOST_NAME
 from ....qsched_core.formats import FormatError
 from ....qsched_core.formats.files import DTYPES, Entry, MappedFile, check_unquantized
 from ....qsched_core.formats.layer_entry import SUFFIX, read_entry
-from ....qsched_core.formats.overrides import EARLY_WORK
-from ....qsched_core.formats.policy import Policy, parse_overrides
+from ....qsched_core.formats.policy import Policy
 from ....qsched_core.text import plain, shown
 from . import layouts
 
@@ -75,20 +73,6 @@ class WeightFile:
         return {self.prefix + k: v for k, v in found.items()} | self.state
 
 
-def check_file(path: str, weight_format: str, layers: str) -> None:
-    """FormatError if the file's header shows that it can't be loaded as asked."""
-    suffix = Path(path).suffix.lower()
-    if suffix in SAFETENSORS or suffix == ".gguf":
-        mapped = MappedFile(path)
-        name, prefix = Path(path).name, prefix_of(mapped.entries)
-        _check_tensors(mapped.entries, mapped.metadata, weight_format, layers, name, mapped.tensor)
-        if layers.strip():
-            policy = Policy(weight_format, parse_overrides(layers))
-            stat = Path(path).stat()
-            names = _names_in(path, prefix, stat.st_size, stat.st_mtime_ns)
-            check_matched(policy, names, EARLY_WORK)
-
-
 def read_file(path: str, weight_format: str, layers: str) -> WeightFile:
     """Open a weight file, memory-mapped; packed weights become quantized tensors.
 
@@ -109,13 +93,6 @@ def read_file(path: str, weight_format: str, layers: str) -> WeightFile:
         dtype = Counter(kept).most_common(1)[0][0] if kept else torch.float16
         layouts.restore_saved(sd, dtype, name)
     return WeightFile(name, sd, metadata, prefix_of(sd), mapped)
-
-
-@lru_cache(maxsize=8)  # detecting the model takes longer than all other checks
-def _names_in(path: str, prefix: str, size: int, modified: int) -> Mapping[str, str]:
-    """``_layer_names`` of a file; ``size`` and ``modified`` say which version of it is meant."""
-    mapped = MappedFile(path)
-    return _layer_names(mapped.state_dict(), mapped.metadata, prefix)
 
 
 def _layer_names(state: Mapping, metadata, prefix: str) -> Mapping[str, str]:
@@ -139,12 +116,9 @@ def check_names(state: Mapping, metadata, prefix: str, policy: Policy) -> None:
     check_matched(policy, _layer_names(state, metadata, prefix))
 
 
-def check_matched(policy: Policy, layers: Mapping[str, str], most_work: int = 0) -> None:
-    """FormatError if a pattern of the overrides matches none of ``layers`` (kinds by name).
-
-    At most ``most_work`` comparisons are made; 0 is no limit.
-    """
-    unmatched = policy.unmatched(layers, most_work) if layers else []
+def check_matched(policy: Policy, layers: Mapping[str, str]) -> None:
+    """FormatError if a pattern of the overrides matches none of ``layers`` (kinds by name)."""
+    unmatched = policy.unmatched(layers) if layers else []
     if unmatched:
         names = list(layers)
         examples = ", ".join(names[:: max(1, len(names) // 4)][:4])

@@ -10,7 +10,7 @@ import torch
 
 from ....qsched_core.formats.files import MappedFile
 from ....qsched_core.formats.layer_entry import SUFFIX, read_entry
-from ....qsched_core.formats.recommend import RECOMMENDED, Weight, recommend, runnable
+from ....qsched_core.formats.recommend import RECOMMENDED, Weight, recommend
 from ....qsched_core.formats.registry import FORMATS
 from . import files, layouts
 from .loading import Request
@@ -32,22 +32,6 @@ def free_for(device: torch.device) -> int:
         held = (m for m in management.current_loaded_models if m.device == device)
         free += sum(m.model_loaded_memory() for m in held if m.model is not None)
     return int(free - management.minimum_inference_memory())
-
-
-def check(weight_format: str, layers: str) -> None:
-    """FormatError for what can't run here."""
-    device = compute_device()
-    if weight_format == RECOMMENDED:
-        weight_format = (runnable(device) or [weight_format])[0]
-    Request(weight_format, layers).check_device(device)
-
-
-def check_file(path: str, weight_format: str, layers: str) -> None:
-    """FormatError if the file can't be loaded as asked."""
-    check(weight_format, layers)
-    if weight_format == RECOMMENDED:
-        weight_format = _saved(path) or runnable(compute_device())[0]
-    files.check_file(path, weight_format, layers)
 
 
 def for_file(path: str, weight_format: str, layers: str) -> tuple[Request, str]:
