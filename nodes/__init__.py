@@ -29,6 +29,10 @@ class QSchedExtension(ComfyExtension):
 
         register_folders()
         start_cleaning()
+        try:
+            importlib.import_module(".host.contract", __name__).report()
+        except Exception:  # it only tells: nothing may depend on it
+            logger.exception("ComfyUI-QSched: ComfyUI's internals could not be looked at")
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Every family that can be imported; one that cannot is left out with its reason logged."""

@@ -65,6 +65,12 @@ class PromptSet:
         """The prompts start .. stop - 1 with their seeds."""
         return PromptSet(self.prompts[start:stop], self.seeds[start:stop])
 
+    def at(self, places: Sequence[int]) -> PromptSet:
+        """The prompts at ``places`` with their seeds, in that order."""
+        return PromptSet(
+            tuple(self.prompts[i] for i in places), tuple(self.seeds[i] for i in places)
+        )
+
 
 @dataclass(frozen=True)
 class CalibrationPrompts:

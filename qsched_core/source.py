@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -118,7 +119,7 @@ class ModelSource(ABC):
     memory runs out: an exception of ``out_of_memory``, after which ``relieve`` frees what can be
     freed.  Candidates share the evaluations that they have in common: ``memory`` bytes of model
     outputs are kept.
-    Each picture is what the model gives for its prompt and seed alone, up to the rounding of a
+    Prompts whose conditioning differs in shape are not batched: see :meth:`alike`.  Each picture is what the model gives for its prompt and seed alone, up to the rounding of a
     batched matrix product, in the 256 levels of a picture file: a saved picture scores the same.
     """
 
@@ -158,6 +159,10 @@ class ModelSource(ABC):
     def describe(self) -> dict[str, Any]:
         """See :class:`Source`."""
 
+    def alike(self, prompts: PromptSet) -> list[list[int]]:
+        """The places of prompts by what may be in one batch: all of them, where the source can."""
+        return [list(range(len(prompts)))]
+
     def interrupted(self) -> None:  # noqa: B027  most sources can't be stopped in between
         """Called between steps: raises where the user wants to stop."""
 
@@ -173,13 +178,17 @@ class ModelSource(ABC):
         on_step: Callable[[], None] | None = None,
     ) -> torch.Tensor:
         out: list[torch.Tensor | None] = [None] * len(candidates)
+        alike = self.alike(prompts)
         for group in by_trajectory(candidates):
-            made = self.batches.images(
-                lambda part, few: self._made(part, few, on_step),
-                prompts,
-                [candidates[k] for k in group],
-            )
-            for k, pictures in zip(group, made, strict=True):
+            parts = [
+                self.batches.images(
+                    lambda part, few: self._made(part, few, on_step),
+                    prompts.at(places),
+                    [candidates[k] for k in group],
+                )
+                for places in alike
+            ]
+            for k, pictures in zip(group, _in_order(parts, alike, 1), strict=True):
                 out[k] = pictures
         return torch.stack(out)
 
@@ -224,7 +233,24 @@ class ModelSource(ABC):
         trajectory: Trajectory | None = None,
         on_evaluation: Callable[[float], None] = lambda sigma: None,
     ) -> Observed:
-        """See :class:`Source`."""
+        """See :class:`Source`; what is not alike is evaluated one kind after another."""
+        alike = self.alike(prompts)
+        parts = [
+            self._observed(prompts.at(places), _rows(at, places), trajectory, on_evaluation)
+            for places in alike
+        ]
+        latents, outputs = (
+            tuple(
+                _in_order(step, alike) for step in zip(*(getattr(p, n) for p in parts), strict=True)
+            )
+            for n in ("latents", "outputs")
+        )
+        return Observed(parts[0].sigmas, latents, outputs, sum(part.nfe for part in parts))
+
+    def _observed(
+        self, prompts: PromptSet, at: Observed | None, trajectory, on_evaluation
+    ) -> Observed:
+        """One batch."""
         found: list[Observed] = []
         along = trajectory or self.trajectory
 
@@ -256,6 +282,24 @@ class ModelSource(ABC):
         """See :class:`Source`; without a scheduler the trajectory's own levels, divided further."""
         own = self.trajectory
         return Trajectory(divided(own.sigmas, steps, own.flow), own.flow)
+
+
+def _in_order(parts: Sequence[torch.Tensor], places: Sequence[Sequence[int]], dim: int = 0):
+    """Tensors of prompts at ``places`` as one, in the prompts' own order."""
+    if len(parts) == 1:
+        return parts[0]
+    order = torch.tensor([place for each in places for place in each]).argsort()
+    return torch.cat(list(parts), dim).index_select(dim, order)
+
+
+def _rows(at: Observed | None, places: Sequence[int]) -> Observed | None:
+    if at is None:
+        return None
+    return replace(
+        at,
+        latents=tuple(step[list(places)] for step in at.latents),
+        outputs=tuple(step[list(places)] for step in at.outputs),
+    )
 
 
 def in_levels(images: torch.Tensor) -> torch.Tensor:

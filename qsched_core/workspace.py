@@ -93,6 +93,8 @@ class Workspace:
         try:
             self._lock = _locked(self.path)
             mine = self._lock is not None and (self.path / LOCK).exists()
+        except FileNotFoundError:  # an empty folder goes at once: see _remove_folder
+            return False
         except BaseException:
             shutil.rmtree(self.path, ignore_errors=True)
             raise
@@ -150,6 +152,9 @@ def _remove_folder(path: Path, machine: str, boot: str) -> bool:
     if not here and not _quiet(path, QUIET_SECONDS):
         return False
     if not (path / LOCK).exists():  # killed before it had one, or another is removing it
+        if here and not any(path.iterdir()):
+            path.rmdir()  # a writer that has just made it makes another
+            return True
         if not _quiet(path, QUIET_SECONDS):
             return False
     else:

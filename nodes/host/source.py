@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import cached_property
+from typing import Any
 
 import comfy.model_management
 import comfy.sample
@@ -124,6 +124,13 @@ class ComfySource(ModelSource):
     def interrupted(self) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
 
+    def alike(self, prompts: PromptSet) -> list[list[int]]:
+        """By the conditioning: T5 and language models give a token for each of the prompt's."""
+        found: dict[Hashable, list[int]] = {}
+        for place, text in enumerate(prompts.prompts):
+            found.setdefault(_signature(encode(self.clip, text)), []).append(place)
+        return list(found.values())
+
     def _conditioning(self, prompts: PromptSet) -> list:
         """One conditioning for all prompts: its tensors have a row for each prompt."""
         return [_stack_conditioning([encode(self.clip, text) for text in prompts.prompts])]
@@ -165,28 +172,28 @@ class ComfySource(ModelSource):
         return pictures[:, 0] if pictures.ndim == 5 else pictures  # a video: its first frame
 
 
-def _stack_conditioning(rows: Sequence[list]) -> list:
-    """Join conditionings of one entry each into one conditioning with a row for each prompt.
-
-    Where token lengths differ, each is repeated up to their least common multiple, as in
-    ComfyUI's own batching.
-    """
-    if any(len(row) != 1 for row in rows):
+def _signature(row: list) -> Hashable:
+    """What conditionings must have in common to be rows of one: shapes, and settings of the model."""
+    if len(row) != 1:
         raise ValueError(
             "a prompt gave several conditionings; prompt schedules can't be calibrated"
         )
-    lengths = [row[0][0].shape[1] for row in rows]
-    length = math.lcm(*lengths)
-    tokens = torch.cat(
-        [row[0][0].repeat(1, length // n, 1) for row, n in zip(rows, lengths, strict=True)]
-    )
+    tokens, extra = row[0]
+    return (tokens.shape[1:], *((key, _kind(extra[key])) for key in sorted(extra)))
+
+
+def _kind(value: Any) -> Hashable:
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else repr(value)
+
+
+def _stack_conditioning(rows: Sequence[list]) -> list:
+    """Conditionings of one signature as one, with a row for each prompt.
+
+    ComfyUI batches tokens of several lengths by repeating them up to a common multiple.  That
+    changes the picture of every model whose picture attends to text and to itself at once.
+    """
     extra = dict(rows[0][0][1])
     for key, value in extra.items():
         if isinstance(value, torch.Tensor) and value.shape[:1] == (1,):
-            parts = [row[0][1][key] for row in rows]
-            if any(part.shape != value.shape for part in parts):
-                raise ValueError(
-                    f"the prompts' {key} differ in shape; use prompts of similar length, or a batch of 1"
-                )
-            extra[key] = torch.cat(parts)
-    return [tokens, extra]
+            extra[key] = torch.cat([row[0][1][key] for row in rows])
+    return [torch.cat([row[0][0] for row in rows]), extra]

@@ -16,6 +16,7 @@ from .base import FormatError, Packed, WeightFormat
 
 SUFFIX = ".comfy_quant"
 MAX_ENTRY = 1 << 20  # bytes; a real one has some hundred
+LARGEST = 1e300  # an integer may have more digits than any float
 VALUES_A_BYTE = 8  # more than any format packs into a byte of codes
 
 
@@ -32,7 +33,7 @@ def is_options(value: object) -> bool:
 
 
 def is_error(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value >= 0
+    return type(value) in (int, float) and 0 <= value <= LARGEST
 
 
 # What we read, and what must stand there; the host's other values are its own business.
@@ -99,13 +100,11 @@ def check_stored(packed: Packed, key: str, file: str, by_rows: bool) -> None:
 def check_tables(packed: Packed, form: WeightFormat, key: str, file: str) -> None:
     """FormatError unless codes, tables and options are such as ``form``'s own packing has.
 
-    Kernels take the tables' lengths for granted: a short one is read beyond its end.  Of a native
-    format the codes' size alone is checked: its tables are the host's.
+    Kernels take the tables' lengths for granted: a short one is read beyond its end.  Other programs
+    write native formats too: there a table may also be one number for all rows, in any float dtype.
     """
     check_stored(packed, key, file, form.native is None)
-    if form.native is not None:
-        return
-    wrong = form.wrong_options(packed.options)
+    wrong = form.wrong_options(packed.options) if form.native is None else None
     if wrong is not None:
         raise FormatError(
             f"{file}: layer {shown(key.removesuffix(SUFFIX))}: {wrong}; get the file again"
@@ -114,7 +113,11 @@ def check_tables(packed: Packed, form: WeightFormat, key: str, file: str) -> Non
     for table, (rows, rest, dtype) in _tables(form, packed.shape[1:]).items():
         wanted = (*((packed.shape[0],) if rows else ()), *rest)
         found = given[table]
-        if tuple(found.shape) != wanted or found.dtype != dtype:
+        fits = tuple(found.shape) == wanted and found.dtype == dtype
+        if form.native is not None and table != "codes":
+            one = found.numel() == 1 and found.ndim <= 2
+            fits = found.is_floating_point() and (one or tuple(found.shape) in (wanted, wanted[:1]))
+        if not fits:
             raise FormatError(
                 f"{file}: layer {shown(key.removesuffix(SUFFIX))}: its {table} is "
                 f"{list(found.shape)} of {found.dtype}, and {form.name} has {list(wanted)} of {dtype} for "

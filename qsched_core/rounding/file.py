@@ -19,11 +19,12 @@ from ..formats.base import FormatError, Packed
 from ..formats.files import MappedFile
 from ..formats.layer_entry import check_tables, is_error, is_options, is_shape
 from ..formats.policy import Choice
+from ..study.seal import SUM, digest
 from ..text import plain, shown
 from .layer import Calibrated
 from .layers import packed_layer
 
-KEY, VERSION = "qsched_rounding", 1
+KEY, VERSION = "qsched_rounding", 2
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ class RoundedWeights:
             "provenance": dict(self.provenance),
             "sha256": self.digest,
         }
+        content = json.loads(json.dumps(content))  # as it will be read: tuples are lists there
+        content[SUM] = digest(content)
         return write_atomic(path, save(tensors, {KEY: json.dumps(content)}))
 
     @classmethod
@@ -81,15 +84,21 @@ class RoundedWeights:
         """The file's content; FormatError names a file that is damaged or of another kind."""
         file, name = MappedFile(path), Path(path).name
         try:
-            content = json.loads(file.metadata[KEY])
+            content = dict(json.loads(file.metadata[KEY]))
+            told = content.pop(SUM, None)
+            whole = told == digest(content)
             version, entries = content["version"], dict(content["layers"])
-            provenance, digest = dict(content["provenance"]), content["sha256"]
+            provenance, packed_digest = dict(content["provenance"]), content["sha256"]
         except (KeyError, TypeError, ValueError, RecursionError):
             raise FormatError(
                 f"{name} has no rounded weights; give a file of qsched_core.calibrate_weights"
             ) from None
         if version != VERSION:
-            raise FormatError(f"{name} is of version {shown(version)}; this pack reads {VERSION}")
+            raise FormatError(
+                f"{name} is of version {shown(version)}; this pack reads {VERSION}: make it again"
+            )
+        if not whole:
+            raise FormatError(f"{name} is damaged: its checksum is wrong; make or copy it again")
         layers, chosen = {}, {}
         for layer, entry in entries.items():
             try:
@@ -107,7 +116,7 @@ class RoundedWeights:
                     f"{name}: layer {shown(layer)} is damaged ({plain(str(error), 300)}); make the file again"
                 ) from None
         found = cls(layers, chosen, provenance)
-        if found.digest != digest:
+        if found.digest != packed_digest:
             raise FormatError(f"{name} is damaged: its checksum is wrong; make or copy it again")
         return found
 

@@ -69,13 +69,18 @@ class RecordedStates:
             set(torch.randperm(steps, generator=order)[: per_prompt or None].tolist())
             for _ in prompts.prompts
         ]
+        done = 0
+        for places in source.alike(prompts):
+            own = [wanted[i] for i in places]
 
-        def recorded(part: PromptSet, start: int) -> list[tuple[int, State]]:
-            return self._recorded(source, part, wanted[start:], of_call)
+            def recorded(part: PromptSet, start: int, own=own) -> list[tuple[int, State]]:
+                return self._recorded(source, part, own[start:], of_call)
 
-        for start, found in source.batches.each(recorded, prompts):
-            states += [(start + row, state) for row, state in found]
-            on_prompts(1 + max((prompt for prompt, _ in states), default=start), len(prompts))
+            for start, found in source.batches.each(recorded, prompts.at(places)):
+                states += [(places[start + row], state) for row, state in found]
+                on_prompts(min(done + start + source.max_batch, len(prompts)), len(prompts))
+            done += len(places)
+            on_prompts(done, len(prompts))
         if not states:
             raise RoundingError(
                 "the module does not run while the model samples; give the module that the source runs"

@@ -47,6 +47,7 @@ JUNK = {
     "a sample that is no bytes": ({**GOOD, "sample": "0g"}, "'sample'"),
     "a sample that is a list": ({**GOOD, "sample": [0]}, "'sample'"),
     "an error that is a text": ({**GOOD, "error": "0.1"}, "'error'"),
+    "an error of 400 digits": ({**GOOD, "error": 10**400}, "'error'"),
     "an error that is no number": ({**GOOD, "error": float("nan")}, "'error'"),
     "options that are a list": ({**GOOD, "options": [1]}, "'options'"),
     "options of lists": ({**GOOD, "options": {"a": [1]}}, "'options'"),

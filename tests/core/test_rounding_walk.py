@@ -42,6 +42,7 @@ from qsched_core.rounding.blocks import blocks_of, stages_of
 from qsched_core.rounding.layer import Calibrated
 from qsched_core.rounding.proof import final_latents
 from qsched_core.rounding.walk import parameters_in
+from qsched_core.study.seal import digest
 from qsched_core.task import TaskError, TaskSource
 from qsched_core.trajectory import Candidate
 
@@ -403,7 +404,8 @@ def hostile(path, change):
         content = json.loads(file.metadata()["qsched_rounding"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     text = change(content, tensors)
-    text = json.dumps(content) if text is None else text
+    del content["sum"]
+    text = json.dumps({**content, "sum": digest(content)}) if text is None else text
     save_file(tensors, path, {"qsched_rounding": text})
 
 
@@ -437,6 +439,30 @@ def test_a_hostile_file_is_one_error_that_names_it(tmp_path, case):
     ) as error:
         RoundedWeights.load(path)
     assert str(error.value).isprintable() and "checksum" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "place", ["provenance", "layers/first/errors", "layers/first/note", "version"]
+)
+def test_what_a_file_says_of_itself_is_under_its_checksum(tmp_path, place):
+    weights = RoundedWeights(
+        {"first": Calibrated(get("int2").quantize(torch.randn(8, 64)), None, 0.2, 0.1, "why")},
+        {"first": Choice("int2", True)},
+        {"format": "int2", "prompts": ("a", "b")},
+    )
+    path = weights.save(tmp_path / "weights.safetensors")
+    assert RoundedWeights.load(path).provenance == {"format": "int2", "prompts": ["a", "b"]}
+    with safe_open(path, framework="pt") as file:
+        content = json.loads(file.metadata()["qsched_rounding"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    *owners, name = place.split("/")
+    owner = content
+    for key in owners:
+        owner = owner[key]
+    owner[name] = {"provenance": {}, "errors": [0.2, 0.0], "note": "", "version": 1}[name]
+    save_file(tensors, path, {"qsched_rounding": json.dumps(content)})
+    with pytest.raises(FormatError, match=r"^weights\.safetensors is (damaged|of version 1)"):
+        RoundedWeights.load(path)
 
 
 def test_nan_names_the_layer(task, states):

@@ -99,6 +99,32 @@ def test_a_folder_without_a_lock_goes_after_a_while(tmp_path):
     assert remove_abandoned(tmp_path) == 4
 
 
+def test_an_empty_folder_of_this_system_goes_at_once(tmp_path):
+    """Its writer was killed before it had its lock; one that is alive makes another folder."""
+    path = left_behind(tmp_path)
+    (path / "lock").unlink()
+    (path / "data").unlink()
+    remove_abandoned(tmp_path)
+    assert path.exists() == (workspace._boot() == "0" * 8)
+
+
+def test_a_writer_whose_empty_folder_was_removed_makes_another(tmp_path, monkeypatch):
+    real, calls = workspace._locked, []
+
+    def too_late(folder):
+        calls.append(folder)
+        if len(calls) == 1:
+            folder.rmdir()
+            raise FileNotFoundError(folder)
+        return real(folder)
+
+    monkeypatch.setattr(workspace, "_locked", too_late)
+    with Workspace(tmp_path, "a") as work:
+        work.data.write_text("x")
+        assert list(tmp_path.iterdir()) == [work.path] and len(calls) == 2
+    assert not list(tmp_path.iterdir())
+
+
 def safetensors_of(metadata: dict) -> bytes:
     header = json.dumps({"__metadata__": metadata}).encode()
     return struct.pack("<Q", len(header)) + header

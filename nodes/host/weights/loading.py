@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from ....qsched_core.formats import FormatError, get
 from ....qsched_core.formats.policy import Choice, Policy, parse_overrides
 from ....qsched_core.rounding import RoundedWeights
 from . import loras
+from .damage import named, said_of_itself
 from .files import HALF, check_matched, check_names, read_file
 from .ops import LoadRecord, quantized_ops
 from .provenance import (
@@ -122,7 +122,8 @@ class _Load:
         device = comfy.model_management.get_torch_device()
         request.check_device(device)
         self.file = read_file(path, request.weight_format, request.layers)
-        check_names(self.file.state, self.file.metadata, self.file.prefix, request.policy)
+        with named(self.file.name):
+            check_names(self.file.state, self.file.metadata, self.file.prefix, request.policy)
         weights = self.file.weights
         self.unquantized_bytes = sum(v.numel() * v.element_size() for v in weights.values())
         self.record = LoadRecord(file=self.file.mapped)
@@ -132,7 +133,9 @@ class _Load:
         merge = merger(self.patches, device, "diffusion_model.", self.merged)
         ops = quantized_ops(request.policy, self.record, device, merge if self.patches else None)
         self.options = {"custom_operations": ops}
-        self._keep_half()
+        self.before = said_of_itself(self.file.metadata, METADATA, self.file.name)
+        with named(self.file.name):
+            self._keep_half()
 
     def _keep_half(self) -> None:
         """Keep unquantized layers in the file's dtype where ComfyUI would widen them to fp32.
@@ -168,15 +171,15 @@ class _Load:
             _compute_in(model.model, model.model.model_config)
         model.cached_patcher_init = (factory, (self.path, self.request, self.patches))
         model.patches = {k: p for k, p in self.patches.items() if k not in self.merged}
-        before = json.loads((self.file.metadata or {}).get(METADATA, "{}"))
+        before = self.before
         model.model_options[INFO] = provenance(
             model,
             self.record,
             self.request,
-            source=before.get("source", self.file.name),
+            source=before.get("source") or self.file.name,
             source_hash=before.get("source_hash") or source_hash(model, self.record),
-            unquantized_bytes=before.get("unquantized_bytes", self.unquantized_bytes),
-            merged_patches=before.get("merged_patches", ""),
+            unquantized_bytes=before.get("unquantized_bytes") or self.unquantized_bytes,
+            merged_patches=before.get("merged_patches") or "",
         )
         model.model_options[INFO] |= {k: before[k] for k in KEPT_FACTS if k in before}
         if any(map(loras.is_calibrated, model.model.diffusion_model.modules())):
@@ -193,9 +196,14 @@ def _own_memory(module: torch.nn.Module, record: LoadRecord) -> None:
 
 
 def _check_kept(module: torch.nn.Module, name: str) -> None:
-    """FormatError if a weight that was not quantized has NaN or infinite values."""
+    """FormatError if a weight that was not quantized has NaN or infinite values, or is of integers."""
     for key, parameter in module.named_parameters():
         plain = not isinstance(parameter.data, QuantizedTensor) and not parameter.is_meta
+        if plain and not parameter.is_floating_point():
+            raise FormatError(
+                f"{name}: {key} is of {parameter.dtype}, and nothing in the file says what its "
+                "numbers mean; get the file again"
+            )
         if plain and not torch.isfinite(parameter).all():
             raise FormatError(
                 f"{name}: {key} has NaN or infinite values; the file is damaged or its half "
@@ -219,12 +227,13 @@ def load_diffusion_model(
     patches.
     """
     load = _Load(path, request, patches)
-    model = comfy.sd.load_diffusion_model_state_dict(
-        load.file.with_prediction(),
-        load.options,
-        metadata=load.file.metadata,
-        disable_dynamic=disable_dynamic,
-    )
+    with named(load.file.name):
+        model = comfy.sd.load_diffusion_model_state_dict(
+            load.file.with_prediction(),
+            load.options,
+            metadata=load.file.metadata,
+            disable_dynamic=disable_dynamic,
+        )
     load.finish(model, load_diffusion_model)
     return model
 
@@ -242,15 +251,16 @@ def load_checkpoint(
     """
     load = _Load(path, request, patches)
     embeddings = folder_paths.get_folder_paths("embeddings")
-    model, clip, vae, _ = comfy.sd.load_state_dict_guess_config(
-        load.file.state,
-        output_vae=not model_only,
-        output_clip=not model_only,
-        embedding_directory=embeddings,
-        model_options=load.options,
-        metadata=load.file.metadata,
-        disable_dynamic=disable_dynamic,
-    ) or (None, None, None, None)
+    with named(load.file.name):
+        model, clip, vae, _ = comfy.sd.load_state_dict_guess_config(
+            load.file.state,
+            output_vae=not model_only,
+            output_clip=not model_only,
+            embedding_directory=embeddings,
+            model_options=load.options,
+            metadata=load.file.metadata,
+            disable_dynamic=disable_dynamic,
+        ) or (None, None, None, None)
     load.finish(model, load_checkpoint_model)
     if clip is not None and clip.patcher is not None:
         clip.patcher.cached_patcher_init = (

@@ -16,6 +16,7 @@ from ....qsched_core.formats import FormatError, Packed, get
 from ....qsched_core.formats.files import MappedFile
 from ....qsched_core.formats.policy import Choice
 from ....qsched_core.rounding import RoundedWeights
+from ....qsched_core.text import shown
 from .layouts import (
     PatchableTensor,
     Stored,
@@ -120,11 +121,16 @@ def quantized_ops(
             """Load a weight that is quantized, or is to be; False if it stays as it is."""
             key, name = prefix + "weight", prefix.rstrip(".")
             weight = state_dict.get(key)
-            if weight is None or prefix + "comfy_quant" in state_dict:
+            if prefix + "comfy_quant" in state_dict:
                 return False
+            if weight is None:  # ComfyUI would go on with whatever is in memory there
+                raise FormatError(
+                    f"layer {name} has no weight in the file: it is incomplete; get it again"
+                )
             record.progress()
             record.check_same()
             record.kinds[name] = self.kind
+            self._check_shape(name, weight)
             if isinstance(weight, QuantizedTensor):
                 stored, tensor = weight.qsched, record.own(weight)
                 if not stored.sample:
@@ -163,6 +169,18 @@ def quantized_ops(
             if key in missing:
                 missing.remove(key)
             return True
+
+        def _check_shape(self, name: str, weight: torch.Tensor) -> None:
+            """FormatError unless the weight has the shape that the model gives this layer."""
+            if self.kind == "linear":
+                wanted = (self.out_features, self.in_features)
+            else:
+                wanted = tuple(self.weight.shape)
+            if tuple(weight.shape) != wanted:
+                raise FormatError(
+                    f"layer {name} has a weight of the shape {shown(list(weight.shape))}, and the model "
+                    f"one of {list(wanted)}; get the file again"
+                )
 
         def _put(self, tensor: QuantizedTensor, stored: Stored) -> None:
             tensor = tensor.to(self.factory_kwargs["device"] or "cpu")

@@ -1,0 +1,1 @@
+"""The attacks of ``bench reliability``: one file a kind, what they share in cases.py."""
