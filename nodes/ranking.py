@@ -20,7 +20,6 @@ from .inputs import (
     source_of,
     trajectory_inputs,
     with_options,
-    wrong_options,
 )
 from .types import MAX_SEED, Schedule
 
@@ -86,18 +85,13 @@ class QSchedRankCandidates(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    @with_options
-    def validate_inputs(cls, prompts=None, study=None, solver=None, options=None):
-        wrong = wrong_options(solver, options)
-        if wrong:
-            return wrong
+    def validate_inputs(cls, prompts=None):
+        """One input alone, for ComfyUI gives an error for each that is asked for here."""
         try:
             if prompts is not None:
                 _prompts(prompts, 0)
         except CalibrationError as error:
             return str(error)
-        if study is not None and not study.strip():
-            return "study is empty; give it a name"
         return True
 
     @classmethod
@@ -106,6 +100,8 @@ class QSchedRankCandidates(io.ComfyNode):
         cls, model, clip, vae, prompts, ranking, study, solver, scheduler, steps, cfg, width, height,
         seed, candidates=CANDIDATES, spread=SPREAD, negative="", options=None,
     ) -> io.NodeOutput:  # fmt: skip
+        if not study.strip():
+            raise CalibrationError("study is empty; give it a name")
         rules, members = Rules(candidates, spread, seed=seed), _prompts(prompts, seed)
         source = source_of(
             model, clip, vae, solver, scheduler, steps, cfg, width, height, negative, options
