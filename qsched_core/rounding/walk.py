@@ -75,7 +75,7 @@ def choices(model: nn.Module, policy: Policy, calibrated: bool = True) -> dict[s
     .0074 against .0070.  With a part of the inputs that differs by caption as much as by noise level,
     the layer itself errs .005 on new captions with int2, and .019 with nf4 rounded plainly.  On a CPU
     int2 unpacks more slowly: a step of the demo model takes 8 % longer than with nf4 there.  Outside
-    of blocks layers are rounded plainly, so there the plain rule holds.
+    of lists of blocks a layer may be rounded plainly, so there the plain rule holds.
     """
     lists = [n for n, module in model.named_modules() if isinstance(module, LISTS)]
     inside = tuple(f"{name}." for name in lists) if calibrated else ()
