@@ -93,7 +93,10 @@ class Workspace:
         try:
             self._lock = _locked(self.path)
             mine = self._lock is not None and (self.path / LOCK).exists()
-        except FileNotFoundError:  # an empty folder goes at once: see _remove_folder
+        except (
+            FileNotFoundError,
+            FileExistsError,
+        ):  # an empty folder goes at once, as the lock is made
             return False
         except BaseException:
             shutil.rmtree(self.path, ignore_errors=True)

@@ -108,14 +108,17 @@ def test_an_empty_folder_of_this_system_goes_at_once(tmp_path):
     assert path.exists() == (workspace._boot() == "0" * 8)
 
 
-def test_a_writer_whose_empty_folder_was_removed_makes_another(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError, FileExistsError]
+)  # the lock's library has both
+def test_a_writer_whose_empty_folder_was_removed_makes_another(tmp_path, monkeypatch, error):
     real, calls = workspace._locked, []
 
     def too_late(folder):
         calls.append(folder)
         if len(calls) == 1:
             folder.rmdir()
-            raise FileNotFoundError(folder)
+            raise error(folder)
         return real(folder)
 
     monkeypatch.setattr(workspace, "_locked", too_late)
