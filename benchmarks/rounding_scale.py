@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import sys
 import tempfile
 import time
@@ -122,6 +121,8 @@ def _told(work: Callable, arguments: tuple):
 
 def resident() -> int:
     """The most bytes that this process had in memory so far."""
+    import resource  # Windows has none
+
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 

@@ -363,17 +363,19 @@ def test_bad_files_are_named_with_the_fix(file, loaded, tmp_path, plain):
         loading.quantize_model(loaded("nf4"), Request("int8"))
 
 
-def test_the_nodes_validate_before_they_run(file, tmp_path):
+def test_the_nodes_say_what_is_wrong_with_a_file_or_a_choice_of_layers(file, tmp_path):
     nodes = importlib.import_module("qsched_pack.nodes.loading")
     paths = importlib.import_module("folder_paths")
     paths.add_model_folder_path("diffusion_models", str(Path(file).parent))
-    check = nodes.QSchedLoadDiffusionModel.validate_inputs
-    assert check("tiny.safetensors", "nf4") is True
-    assert "unet_name='none.safetensors'" in check("none.safetensors", "nf4")
-    assert "'*mlp*=q9'" in check("tiny.safetensors", "nf4", "*mlp*=q9")
+    loader = nodes.QSchedLoadDiffusionModel
+    assert loader.validate_inputs(layers="*mlp*=int8") is True
+    assert "'*mlp*=q9'" in loader.validate_inputs(layers="*mlp*=q9")
+    with pytest.raises(ValueError, match=r"unet_name='none\.safetensors'"):
+        loader.execute("none.safetensors", "nf4")
     cut = Path(file).with_name("cut.safetensors")
     cut.write_bytes(Path(file).read_bytes()[:-9])
-    assert "cut.safetensors is cut short" in check("cut.safetensors", "nf4")
+    with pytest.raises(ValueError, match=r"cut\.safetensors is cut short"):
+        loader.execute("cut.safetensors", "nf4")
     for node in nodes.NODES:
         node.GET_SCHEMA()
         assert node.define_schema().node_id.startswith("QSched")

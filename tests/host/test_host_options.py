@@ -63,11 +63,19 @@ def test_every_node_with_options_has_its_widget(nodes):
         ("euler", -1.0, None),
     ],
 )
-def test_its_value_is_checked_before_a_graph_runs(nodes, solver, drift, says):
-    for name, node in nodes.items():
-        assert "drift" in inspect.getfullargspec(node.validate_inputs).args, name
-        answer = node.validate_inputs(solver=solver, drift=drift)
-        assert (answer is True) if says is None else (says in answer), name
+def test_its_value_is_checked_before_the_model_runs(nodes, plain, solver, drift, says):
+    """In the node's run: what ComfyUI asks before a graph, it shows as one error an input."""
+    sigmas, flow = host.sigmas_and_flow(plain, "simple", 2)
+    schedule = schedules.QSchedule.identity(
+        trajectories.Trajectory.of(sigmas.tolist(), solver, flow, {})
+    )
+    node = nodes["QSchedSampler"].PREPARE_CLASS_CLONE(None)
+    if says is None:
+        node.execute(schedule=schedule, solver=solver, drift=drift)
+        return
+    with pytest.raises(ValueError) as error:
+        node.execute(schedule=schedule, solver=solver, drift=drift)
+    assert says in str(error.value)
 
 
 @pytest.mark.parametrize(("given", "used"), [({"drift": 1.5}, 1.5), ({}, 0.25)])
