@@ -142,7 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument(
-        "--only", nargs="+", choices=FORMATS, default=("int2", "int3", "nf4", "w4a8")
+        "--only", nargs="+", choices=FORMATS, default=[n for n in FORMATS if n in BOUNDS]
     )
     parser.add_argument("--prompts", type=int, default=64, help="that calibrate")
     parser.add_argument("--heldout", type=int, default=256)

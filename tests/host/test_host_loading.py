@@ -381,3 +381,18 @@ def test_the_nodes_say_what_is_wrong_with_a_file_or_a_choice_of_layers(file, tmp
         assert node.define_schema().node_id.startswith("QSched")
     output = nodes.QSchedLoadDiffusionModel.execute("tiny.safetensors", "int2")
     assert "x smaller" in output.args[1]
+
+
+def test_a_model_that_comfyui_widened_is_as_small_as_from_its_file(loaded, plain, sample):
+    """On a CPU ComfyUI loads an fp16 file as fp32: what is kept goes back to fp16, exactly."""
+    found, wanted = loading.quantize_model(plain, Request("nf4")), loaded("nf4")
+    assert found.model_size() == wanted.model_size()
+    assert found.model.get_dtype_inference() == wanted.model.get_dtype_inference()
+    assert torch.equal(sample(found), sample(wanted))
+    weight = next(v for v in plain.model.diffusion_model.parameters() if v.dtype == torch.float32)
+    before = weight.data.clone()
+    weight.data[0] += 1e-6  # no 16-bit number now: nothing is narrowed
+    try:
+        assert loading.quantize_model(plain, Request("nf4")).model_size() > wanted.model_size()
+    finally:
+        weight.data.copy_(before)

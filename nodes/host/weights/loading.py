@@ -308,6 +308,10 @@ def quantize_model(
     config = type(base.model_config).__new__(type(base.model_config))
     config.__dict__.update(base.model_config.__dict__)  # copy.copy fails on its __getattr__
     config.custom_operations = ops
+    kept = _narrowest(state)
+    if kept is not None:  # ComfyUI widened them: it computes in what it chose, as before
+        config.unet_config = {**base.model_config.unet_config, "dtype": kept}
+        config.manual_cast_dtype = base.get_dtype_inference()
     config.model_type = lambda *args, **kwargs: base.model_type  # it was detected on loading
     new = config.get_model(state, "", device=model.offload_device)
     new.diffusion_model.load_state_dict(state, strict=False)
@@ -335,6 +339,15 @@ def quantize_model(
         out.model_options[INFO]["rounding"] = rounding_facts(rounded)
         loras.at_run_time(out)
     return out
+
+
+def _narrowest(state: Mapping[str, torch.Tensor]) -> torch.dtype | None:
+    """The 16-bit dtype that holds every fp32 value of ``state`` exactly; None if there is none."""
+    wide = [v for v in state.values() if isinstance(v, torch.Tensor) and v.dtype == torch.float32]
+    for dtype in HALF if wide else ():
+        if all(torch.equal(value.to(dtype).float(), value) for value in wide):
+            return dtype
+    return None
 
 
 def _chosen(rounded: RoundedWeights, policy: Policy, name: str, shape, kind: str) -> Choice:
