@@ -80,6 +80,18 @@ def checked_options(solver: str, options: dict[str, float]) -> dict[str, float]:
     return chosen
 
 
+def cfg_input():
+    return io.Float.Input(
+        "cfg",
+        default=1.0,
+        min=0.0,
+        max=100.0,
+        step=0.1,
+        round=0.01,
+        tooltip="Guidance; few-step models are made for 1.",
+    )
+
+
 def trajectory_inputs(lazy: Sequence[str] = ()) -> list:
     """The inputs that choose model and trajectory, alike in every node that makes images.
 
@@ -99,15 +111,7 @@ def trajectory_inputs(lazy: Sequence[str] = ()) -> list:
             tooltip="The noise levels, as in KSampler.",
         ),
         io.Int.Input("steps", default=4, min=1, max=1000, tooltip="Sampling steps."),
-        io.Float.Input(
-            "cfg",
-            default=1.0,
-            min=0.0,
-            max=100.0,
-            step=0.1,
-            round=0.01,
-            tooltip="Guidance; few-step models are made for 1.",
-        ),
+        cfg_input(),
         io.Int.Input(
             "width", default=512, min=16, max=16384, step=8, tooltip="Of the pictures, in pixels."
         ),

@@ -9,7 +9,7 @@ from ..qsched_core.solvers import SOLVERS
 from .host.remember import remember
 from .host.sampling import ksampler, make_around_sampler, make_sampler
 from .host.trajectories import AS_LEARNED, SCHEDULERS
-from .inputs import checked_options, option_inputs, with_options
+from .inputs import cfg_input, checked_options, option_inputs, with_options
 from .types import Schedule
 
 HIDDEN = [io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo]
@@ -66,15 +66,7 @@ def _trajectory_inputs() -> list:
             max=1000,
             tooltip="Sampling steps; those of the schedule where the scheduler is as learned.",
         ),
-        io.Float.Input(
-            "cfg",
-            default=1.0,
-            min=0.0,
-            max=100.0,
-            step=0.1,
-            round=0.01,
-            tooltip="Guidance; few-step models are made for 1.",
-        ),
+        cfg_input(),
         _solver_input(),
         io.Combo.Input(
             "scheduler",
