@@ -8,7 +8,7 @@ import numpy as np
 
 from .shapes import sample_scenes
 
-SIZES = {"calibration": 20, "heldout": 128, "test": 128, "weights": 64}
+SIZES = {"calibration": 20, "heldout": 128, "test": 128, "weights": 128}
 DRAWN = 720  # scenes drawn, before repeats go
 
 
