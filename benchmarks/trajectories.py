@@ -10,9 +10,11 @@ at c = 1; ``dp.uncorrected.<K>``: levels that were chosen for c = 1.
 ``levels.mixture``: a search of levels and ramp that starts from the dynamic programming's best, by the
 distance on the 16 samples; over dynamic programming's own, on the 512; ``levels.scheduler`` starts
 from the evenly spaced levels instead.
-``solvers.mixture``: 4 steps at evenly spaced levels and c = 1, the best mix of solvers on the 16 samples
-over the single solver that is best on the 512; ``solvers.shifted`` at shift 2, where single solvers
-come nearest; ``solvers.ramp`` the search over solvers and ramp over that of Euler's ramp.
+``solvers.mixture``: 4 steps at evenly spaced levels and c = 1, the best mix of solvers and correctors on
+the 16 samples over the single solver (with its corrector or without) that is best on the 512;
+``solvers.mixture.64``: the mix that is best on 64 samples, which is less a matter of luck;
+``solvers.shifted`` at shift 2, where single solvers come nearest; ``solvers.ramp`` the search over
+solvers and ramp over that of Euler's ramp.
 ``overhead``: step time of a trajectory with three solvers over Euler's, on the demo's generator.
 ``demo.<steps or cfg>.<format>``: the demo's model with levels-dp, JAQ on 96 prompts that no search
 saw, over the scheduler's levels at c = 1; its text has the interval, the control and the distance.
@@ -40,6 +42,7 @@ from demo.training import load_weights
 from qsched_core.search import CalibrationSettings, Search, best_of
 from qsched_core.search.levels import learned_levels
 from qsched_core.search.ranking import CANDIDATES
+from qsched_core.search.space import SolverSpace
 from qsched_core.search.trajectories import solver_menu
 from qsched_core.solvers import ModelInfo, sample_steps
 from qsched_core.study.journal import Journal
@@ -49,7 +52,7 @@ from ._common import BenchRow, machine, options, report, timings
 from ._demo_levels import rows as demo_rows
 from ._mixture import MixtureSource, Nearness, prompts
 
-FITTED, JUDGED = prompts(16, 1000), prompts(512, 5000)
+FITTED, MORE, JUDGED = prompts(16, 1000), prompts(64, 2000), prompts(512, 5000)
 SHIFTS = [2 ** (k / 4) for k in range(-8, 13)]
 STEPS = (3, 4, 6)
 EVEN = Trajectory.of([1 - k / 4 for k in range(5)])
@@ -182,34 +185,61 @@ def level_rows(judge: Judge) -> list[BenchRow]:
     return rows
 
 
-def best_of_solvers(judge: Judge, sigmas) -> BenchRow:
-    """The mix that is best on the fitted samples, over the single solver that is best on the judged."""
-    trajectory, near = Trajectory.of(sigmas), Nearness()
+def mixes_of(trajectory: Trajectory) -> tuple[list[Candidate], list[Candidate]]:
+    """Every mix of solvers and correctors at c = 1, and the single solvers, also corrected."""
     menu = solver_menu(trajectory)
-    steps = len(sigmas) - 2  # to sigma 0 all are Euler's
-
-    def candidate(mix):
-        return Candidate.identity(replace(trajectory, solvers=(*mix, menu[0])))
-
-    source = MixtureSource(trajectory)
-    mixes = [candidate(mix) for mix in product(menu, repeat=steps)]
-    fitted = [
-        float(near.distances(ends, FITTED.seeds).mean()) for ends in source.images(FITTED, mixes)
+    space = SolverSpace(trajectory, menu)
+    values = {
+        n: range(int(space.bounds[n][1]) + 1) if n in space.choices else (1.0,)
+        for n in space.bounds
+    }
+    found = (
+        space.candidate(dict(zip(values, map(float, point), strict=True)))
+        for point in product(*values.values())
+    )
+    singles = [
+        space.candidate(space.single(place, corrected))
+        for place in range(len(menu))
+        for corrected in (False, True)
     ]
-    best = mixes[min(range(len(mixes)), key=fitted.__getitem__)]
-    single = min((judge(candidate((step,) * steps)), step.name) for step in menu)
-    names = "+".join(step.name for step in best.trajectory.solvers)
-    said = f"{names}, of {len(mixes)} mixes at c = 1; other: {single[1]}"
-    return row("solvers.mixture", said, judge(best), single[0], bound="<= 0.8")
+    return list(dict.fromkeys(found)), list(dict.fromkeys(singles))
+
+
+def named(candidate: Candidate) -> str:
+    return "+".join(step.label for step in candidate.trajectory.solvers)
+
+
+def best_of_solvers(judge: Judge, sigmas) -> list[tuple[int, float, float, str]]:
+    """(samples, distance, the best single solver's, what they are) of the mix that is best on the
+    fitted samples, and of that on four times as many."""
+    trajectory, near = Trajectory.of(sigmas), Nearness()
+    mixes, singles = mixes_of(trajectory)
+    single = min((judge(candidate), named(candidate)) for candidate in singles)
+    found = []
+    for samples in (FITTED, MORE):
+        source = MixtureSource(trajectory)
+        fitted = [
+            float(near.distances(ends, samples.seeds).mean())
+            for ends in source.images(samples, mixes)
+        ]
+        best = mixes[min(range(len(mixes)), key=fitted.__getitem__)]
+        said = f"{named(best)}, of {len(mixes)} mixes at c = 1; other: {single[1]}"
+        found.append((len(samples), judge(best), single[0], said))
+    return found
 
 
 def solver_rows(judge: Judge) -> list[BenchRow]:
     """At evenly spaced levels, and at those where a single solver comes nearest."""
     shifted = [2 * sigma / (1 + sigma) for sigma in EVEN.sigmas]
-    rows = [best_of_solvers(judge, EVEN.sigmas)]
-    rows.append(replace(best_of_solvers(judge, shifted), id="solvers.shifted", bound=""))
+    rows = []
+    for name, sigmas in (("mixture", EVEN.sigmas), ("shifted", shifted)):
+        for count, ours, other, said in best_of_solvers(judge, sigmas):
+            fitted = len(FITTED) == count
+            bound = "<= 0.8" if name == "mixture" and fitted else ""
+            of = name if fitted else f"{name}.{count}"
+            rows.append(row(f"solvers.{of}", said, ours, other, bound=bound))
     found, other = searched("solvers", 60), searched("tpe", 60)
-    said = f"solvers, 60 trials: {found.candidate.trajectory.solver}; other: tpe over Euler's ramp"
+    said = f"solvers, 60 trials: {named(found.candidate)}; other: tpe over Euler's ramp"
     rows.append(row("solvers.ramp", said, judge(found.candidate), judge(other.candidate)))
     return rows
 

@@ -155,7 +155,7 @@ def _matched(
     nothing_learned = schedule.is_identity and schedule.replaced_sigmas is None and not several
     said = note or f"{len(sigmas) - 1} steps"
     if several and own_solvers:
-        said += f"; solvers as learned: {', '.join(step.name for step in match.solvers)}"
+        said += f"; solvers as learned: {', '.join(step.label for step in match.solvers)}"
     report(node_id, [] if nothing_learned else found, said)
     return match
 

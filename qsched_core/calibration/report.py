@@ -84,7 +84,7 @@ def report_text(result: CalibrationResult) -> str:
         if result.learned_trajectory:
             rows, what = {"sigma": best.sigmas, **rows}, "best trajectory found"
         if not best.is_uniform:
-            names = [f"  {step.name}" for step in best.solvers]
+            names = [f"  {step.label}" for step in best.solvers]
         lines += ["", f"{what}{kept}:"]
         lines += [
             f"  step {i + 1}: "

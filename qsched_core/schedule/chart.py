@@ -160,7 +160,7 @@ def _table(pen: Canvas, top: float, schedule: QSchedule) -> float:
         ),
     )
     if not schedule.trajectory.is_uniform and schedule.steps <= MAX_NAMED:
-        rows += (("solver", INK, [step.name for step in schedule.trajectory.solvers]),)
+        rows += (("solver", INK, [step.label for step in schedule.trajectory.solvers]),)
     y = base + 26
     for name, color, cells in rows:
         pen.text(LEFT - 14, y, name, color, 20, "rm")

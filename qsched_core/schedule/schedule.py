@@ -314,7 +314,7 @@ class QSchedule:
         lines = [f"{self.solver}, {self.steps} steps, {'flow' if self.flow else 'epsilon'} sigmas"]
         for i, sigma in enumerate(self.sigmas[:-1]):
             cells = "".join(f"  {name} {values[i]:.4f}" for name, values in columns.items())
-            name = "" if uniform else f"  {self.trajectory.solvers[i].name}"
+            name = "" if uniform else f"  {self.trajectory.solvers[i].label}"
             lines.append(f"  step {i + 1}: sigma {sigma:.4f}{cells}{name}")
         return "\n".join(lines)
 

@@ -13,6 +13,7 @@ import torch
 
 from ..correction.scalar import MAX_COEFFICIENT, MIN_COEFFICIENT, ScalarCorrection
 from ..sigmas import log_snr, sigma_of
+from ..solvers.registry import CORRECTOR, SECOND_ORDER
 from ..study.errors import CalibrationError
 from ..study.store import Point, Range, choices_of
 from ..text import shown
@@ -208,8 +209,9 @@ class LevelSpace:
 class SolverSpace:
     """A solver of ``menu`` for every step of a trajectory, and a ramp (USF, arXiv 2312.07243).
 
-    The first of the menu is the trajectory's own.  A step to sigma 0 keeps it: there all of them
-    return the prediction.
+    The first of the menu is the trajectory's own.  "corrector" says whether a step's end is computed
+    again, "c_1" how much a multistep solver takes of the step before, in all steps alike.  At a step
+    to sigma 0 there are only the trajectory's own and those that do not return the prediction.
     """
 
     trajectory: Trajectory
@@ -217,6 +219,8 @@ class SolverSpace:
     low: float = 0.8
     high: float = 1.2
     ends: bool = False
+
+    HISTORY: ClassVar[Range] = (0.5, 1.5)  # of c_1
 
     def __post_init__(self):
         check_range(self.low, self.high)
@@ -226,27 +230,58 @@ class SolverSpace:
         return RampSpace(self.trajectory, self.low, self.high, self.ends)
 
     @property
+    def _menus(self) -> dict[str, tuple[StepSolver, ...]]:
+        """What each step may have."""
+        steps = self.trajectory.steps
+        menus = {f"solver {i + 1}": self.menu for i in range(steps)}
+        if self.trajectory.sigmas[-1] == 0:
+            others = (step for step in self.menu[1:] if step.solver.extrapolates)
+            menus[f"solver {steps}"] = (self.menu[0], *others)
+        return {name: menu for name, menu in menus.items() if len(menu) > 1}
+
+    @property
+    def _correctors(self) -> tuple[str, ...]:
+        """After the last step there is no prediction to correct it with."""
+        return tuple(f"{CORRECTOR} {i + 1}" for i in range(self.trajectory.steps - 1))
+
+    @property
     def choices(self) -> tuple[str, ...]:
-        steps = self.trajectory.steps - (self.trajectory.sigmas[-1] == 0)
-        return tuple(f"solver {i + 1}" for i in range(steps))
+        return (*self._menus, *self._correctors)
 
     @property
     def bounds(self):
-        return dict.fromkeys(self.choices, (0.0, len(self.menu) - 1.0)) | self._ramp.bounds
+        bounds = {name: (0.0, len(menu) - 1.0) for name, menu in self._menus.items()}
+        bounds |= dict.fromkeys(self._correctors, (0.0, 1.0))
+        return bounds | {SECOND_ORDER: self.HISTORY} | self._ramp.bounds
 
     @property
     def start(self):
         return self.single(0)
 
-    def single(self, place: int) -> dict[str, float]:
-        """The menu's solver at ``place`` in every step, uncorrected."""
-        return dict.fromkeys(self.choices, float(place)) | self._ramp.start
+    def single(self, place: int, corrected: bool = False) -> dict[str, float]:
+        """The menu's solver at ``place`` in every step that may have it, with c = 1."""
+        step = self.menu[place]
+        places = {n: float(m.index(step)) if step in m else 0.0 for n, m in self._menus.items()}
+        correctors = dict.fromkeys(self._correctors, float(corrected))
+        return places | correctors | {SECOND_ORDER: 1.0} | self._ramp.start
 
     def candidate(self, point):
         own, correction = self.trajectory, self._ramp.candidate(point).correction
-        chosen = tuple(self.menu[round(point[name])] for name in self.choices)
-        kept = own.solvers[len(chosen) :]
-        return Candidate(replace(own, solvers=(*chosen, *kept)), correction)
+        solvers = [
+            self._step(own.solvers[i], f"solver {i + 1}", f"{CORRECTOR} {i + 1}", point)
+            for i in range(own.steps)
+        ]
+        return Candidate(replace(own, solvers=tuple(solvers)), correction)
+
+    def _step(self, own: StepSolver, place: str, corrector: str, point: Point) -> StepSolver:
+        step = self._menus[place][round(point[place])] if place in self._menus else own
+        wanted = {CORRECTOR: round(point.get(corrector, 0.0)), SECOND_ORDER: point[SECOND_ORDER]}
+        learned = {
+            option.name: float(wanted[option.name])
+            for option in step.solver.learned
+            if wanted[option.name] != option.default
+        }
+        return replace(step, options={**step.options, **learned}) if learned else step
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from .plan import Past, Plan, Stage, StageBuilder
 from .ranking import CANDIDATES, ranking_stages
 from .samplers import SAMPLERS
 from .space import StepSpace, grid_points, sobol_points
-from .trajectories import MIXED, level_stage, programmed_stage, refined_stage, solver_stage
+from .trajectories import SINGLES, level_stage, programmed_stage, refined_stage, solver_stage
 
 RAMP_DESIGN = 4  # points spread over the ramp's box before the sampler takes over
 RAMP_SHARE = 24 / 64  # the ramp's share of the budget, where single steps are refined after it
@@ -183,7 +183,7 @@ def _solvers(sampler: str) -> Strategy:
         "solvers",
         f"{SAMPLERS[sampler].summary}, over a solver for each step and the ramp",
         60,
-        len(MIXED) + 1,
+        SINGLES,
         lambda plan: (solver_stage(sampler),),
         sampler,
     )

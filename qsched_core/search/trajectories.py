@@ -11,8 +11,10 @@ from .plan import Past, Plan, Stage, StageBuilder
 from .space import LevelSpace, ListSpace, SolverSpace, sobol_points
 
 LEVEL_DESIGN = 8  # points spread over the box of levels and ramp before the sampler takes over
-# what a step may have in its solver's place; Euler's order 1, and order 2 for data and for noise
-MIXED = ("euler", "dpmpp_2m", "dpm_2m", "euler_ancestral", "lcm")
+# What a step may have in its solver's place: order 1, and order 2 for data and for noise.
+MIXED = ("euler", "dpmpp_2m", "dpm_2m", "res_multistep", "lms_2", "euler_ancestral", "lcm")
+# Trials that a search over solvers begins with, at most: each alone, also with its corrector.
+SINGLES = 1 + len(MIXED) + sum(get_solver(name).corrector is not None for name in MIXED)
 
 
 def programmed_stage(plan: Plan, past: Sequence[Past]) -> Stage:
@@ -66,12 +68,14 @@ def solver_menu(trajectory: Trajectory) -> tuple[StepSolver, ...]:
 
 
 def solver_stage(sampler: str) -> StageBuilder:
-    """Every single solver at c = 1 first, then mixes and ramps."""
+    """Every single solver at c = 1 first, also with its corrector; then mixes and ramps."""
 
     def build(plan: Plan, past: Sequence[Past]) -> Stage:
         menu = solver_menu(plan.trajectory)
         space = SolverSpace(plan.trajectory, menu, plan.low, plan.high, plan.ends)
-        singles = tuple(space.single(place) for place in range(len(menu)))
-        return Stage("solvers", space, 1 + plan.budget, sampler, fixed=singles)
+        singles = [space.single(place) for place in range(len(menu))]
+        corrected = [place for place, step in enumerate(menu) if step.solver.corrector is not None]
+        singles += [space.single(place, corrected=True) for place in corrected]
+        return Stage("mixes", space, 1 + plan.budget, sampler, fixed=tuple(singles))
 
     return build

@@ -5,7 +5,7 @@ Each is a factory of updates (one step from a corrected prediction) under one lo
 ``model(x, sigma * ones, **extra_args)`` returns the guided prediction D of the clean latent and
 ``correction`` is a :class:`~qsched_core.correction.StepCorrection` or None.  With None, or with one
 that changes nothing, each equals ComfyUI's sampler of the same name bit for bit (ComfyUI has no
-tcd and no dpm_2m).
+tcd, dpm_2m or lms_2).
 """
 
 from .ancestral import sample_euler_ancestral
@@ -14,7 +14,9 @@ from .ddim import sample_ddim
 from .dpmpp import sample_dpm_2m, sample_dpmpp_2m, sample_dpmpp_sde
 from .euler import sample_euler
 from .lcm import sample_lcm
+from .lms import sample_lms_2
 from .registry import SOLVERS, ModelInfo, Option, Solver, get_solver
+from .res import sample_res_multistep
 from .sequence import BoundSolver, sample_steps
 from .tcd import sample_tcd
 
@@ -35,6 +37,8 @@ __all__ = [
     "sample_euler",
     "sample_euler_ancestral",
     "sample_lcm",
+    "sample_lms_2",
+    "sample_res_multistep",
     "sample_steps",
     "sample_tcd",
 ]

@@ -105,12 +105,13 @@ def check_latent(x: torch.Tensor) -> None:
 
 
 class Before(NamedTuple):
-    """The step before, for multistep updates: its sigma, and what they ask for of it.
+    """The step before: its sigma, and what the updates of the run ask for of it (else None).
 
-    ``denoised`` is its D', ``eps`` its (x' - D') / sigma; None where no update of the run asks.
+    ``x`` and ``denoised`` are its x' and D', ``eps`` its (x' - D') / sigma.
     """
 
     sigma: torch.Tensor
+    x: torch.Tensor | None
     denoised: torch.Tensor | None
     eps: torch.Tensor | None
 
@@ -141,10 +142,37 @@ class Multistep(NamedTuple):
     """An update that looks at the step before: ``asks`` names the fields of :class:`Before`."""
 
     update: Update
-    asks: str
+    asks: tuple[str, ...]
 
     def __call__(self, step: Step) -> torch.Tensor:
         return self.update(step)
+
+
+# from the step before, and x, sigma and the prediction D at its end: another x there
+Corrector = Callable[[Before, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Corrected(NamedTuple):
+    """An update whose end is computed again when the model has been evaluated there.
+
+    ``share`` in [0, 1]: how much of the way from the update's own end to the ``corrector``'s.
+    """
+
+    update: Update
+    corrector: Corrector
+    share: float
+
+    @property
+    def asks(self) -> tuple[str, ...]:
+        return ("x", "denoised", *getattr(self.update, "asks", ()))
+
+    def __call__(self, step: Step) -> torch.Tensor:
+        return self.update(step)
+
+    def end(self, before: Before, x, sigma, denoised) -> torch.Tensor:
+        """The end x [n, ...] at ``sigma``, with what the model predicts there."""
+        again = self.corrector(before, x, sigma, denoised)
+        return again if self.share == 1 else again.sub_(x).mul_(self.share).add_(x)
 
 
 def integrate(
@@ -158,8 +186,10 @@ def integrate(
 ) -> torch.Tensor:
     """Evaluate, correct, update: the loop of every solver, from x [n, ...] at sigmas[0].
 
-    ``update`` is one for all steps, or a list with one for each.  ValueError for sigmas or a latent that cannot be sampled, and with the step's number when the
-    model returns NaN or infinity.
+    ``update`` is one for all steps, or a list with one for each.  The end of a
+    :class:`Corrected` one is computed again before c_x and c_eps of the next step are applied.
+    ValueError for sigmas or a latent that cannot be sampled, and with the step's number when the model
+    returns NaN or infinity.
     """
     check_sigmas(sigmas)
     check_latent(x)
@@ -168,7 +198,7 @@ def integrate(
     mask = extra_args.get("denoise_mask")
     steps = len(sigmas) - 1
     updates = [update] * steps if callable(update) else update
-    asked = {each.asks for each in updates if isinstance(each, Multistep)}
+    asked = {name for each in updates for name in getattr(each, "asks", ())}
     before = None
 
     def evaluate(i: int, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -183,6 +213,8 @@ def integrate(
     for i in range(steps):
         sigma = sigmas[i]
         denoised = evaluate(i, x, sigma)
+        if before is not None and isinstance(updates[i - 1], Corrected):
+            x = updates[i - 1].end(before, x, sigma, denoised)
         if callback is not None:
             callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})
 
@@ -194,8 +226,10 @@ def integrate(
             x, denoised = correction(i, x, denoised, mask)
         seen = None
         if asked and i + 1 < steps:
+            kept = {"x": x, "denoised": denoised}
+            told = {name: tensor for name, tensor in kept.items() if name in asked}
             eps = (x - denoised).div_(sigma) if "eps" in asked else None
-            seen = Before(sigma, denoised if "denoised" in asked else None, eps)
+            seen = Before(sigma, told.get("x"), told.get("denoised"), eps)
         x = updates[i](Step(x, denoised, sigma, sigmas[i + 1], predict, mask, before))
         before = seen
     return x

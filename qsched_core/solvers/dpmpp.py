@@ -16,12 +16,12 @@ from .base import (
 )
 
 
-def dpmpp_2m() -> Update:
+def dpmpp_2m(*, c_1: float = 1.0) -> Update:
     """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2) with lambda = -log(sigma).
 
     x_next = (sigma_next / sigma) * x' - (exp(-h) - 1) * ((1 + 1 / 2r) * D' - 1 / 2r * D'_before):
     the history is the previous step's *corrected* prediction, whatever its solver.  As ComfyUI, flow
-    models use the same lambda.
+    models use the same lambda.  ``c_1`` scales what the history adds: 0 is of first order.
     """
 
     def update(step: Step) -> torch.Tensor:
@@ -29,34 +29,35 @@ def dpmpp_2m() -> Update:
         h = following - now
         denoised = step.denoised
         if step.before is not None and step.sigma_next != 0:
-            half = 1 / (2 * ((now - step.before.sigma.log().neg()) / h))
+            half = c_1 / (2 * ((now - step.before.sigma.log().neg()) / h))
             denoised = ((1 + half) * denoised).sub_(half * step.before.denoised)
         moved = (following.neg().exp() / now.neg().exp()) * step.x
         return moved.sub_((-h).expm1() * denoised)
 
-    return Multistep(update, "denoised")
+    return Multistep(update, ("denoised",))
 
 
 sample_dpmpp_2m = k_diffusion(dpmpp_2m)
 
 
-def dpm_2m() -> Update:
+def dpm_2m(*, c_1: float = 1.0) -> Update:
     """DPM-Solver(2M), the same for the predicted noise (arXiv 2211.01095, eq. 8, with k = 2).
 
     x_next = x' + (sigma_next - sigma) * ((1 + 1 / 2r) * eps' - 1 / 2r * eps'_before), with lambda =
     -log(sigma) as in :func:`dpmpp_2m`; r is the ratio of the step before to this one in lambda.
+    ``c_1`` as there.
     """
 
     def update(step: Step) -> torch.Tensor:
         if step.before is None or step.sigma_next == 0:
             return euler_step(step, step.sigma_next)
         h = (step.sigma / step.sigma_next).log()
-        half = 1 / (2 * ((step.before.sigma / step.sigma).log() / h))
+        half = c_1 / (2 * ((step.before.sigma / step.sigma).log() / h))
         derivative = (step.x - step.denoised).div_(step.sigma).mul_(1 + half)
         derivative.sub_(half * step.before.eps)
         return derivative.mul_(step.sigma_next - step.sigma).add_(step.x)
 
-    return Multistep(update, "eps")
+    return Multistep(update, ("eps",))
 
 
 sample_dpm_2m = k_diffusion(dpm_2m)

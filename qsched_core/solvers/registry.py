@@ -10,17 +10,20 @@ import torch
 
 from ..text import shown
 from .ancestral import euler_ancestral
-from .base import NoiseSource, Update, brownian_noise, k_diffusion, white_noise
+from .base import Corrector, NoiseSource, Update, brownian_noise, k_diffusion, white_noise
+from .correctors import of_data, of_noise
 from .ddim import ddim
 from .dpmpp import below_one, dpm_2m, dpmpp_2m, dpmpp_sde
 from .euler import euler
 from .lcm import lcm
+from .lms import lms_2
+from .res import res_multistep
 from .tcd import tcd
 
 
 @dataclass(frozen=True)
 class Option:
-    """A number a user may set: its range includes both ends."""
+    """A number of a solver: its range includes both ends."""
 
     name: str
     default: float
@@ -64,8 +67,9 @@ class Solver:
     ``make`` gives an update; one that looks at the step before is a Multistep.
     ``noise`` makes the noise sampler of a stochastic solver from (x, sigmas, seed); None for the
     others.  ``needs`` are the fields of :class:`ModelInfo` that ``make`` takes as keywords,
-    ``options`` what a user may set.  ``prepare`` changes the sigmas of a trajectory that begins
-    with this solver.
+    ``options`` what a user may set, ``learned`` what a search alone sets, step by step.  ``prepare`` changes the sigmas of a trajectory that begins
+    with this solver.  ``corrector`` computes its steps' ends again, where the option of that name says
+    so.  ``extrapolates``: its step to sigma 0 is more than the prediction.
     ``new_inpaint_noise``: ComfyUI gives the known pixels of an inpainting their own noise with this
     sampler.
     """
@@ -76,6 +80,9 @@ class Solver:
     needs: tuple[str, ...] = ()
     prepare: Callable[..., torch.Tensor] | None = None
     new_inpaint_noise: bool = False
+    corrector: Corrector | None = None
+    extrapolates: bool = False
+    learned: tuple[Option, ...] = ()
 
     def __post_init__(self):
         unknown = set(self.needs) - {field.name for field in fields(ModelInfo)}
@@ -97,8 +104,11 @@ class Solver:
         return self.noise is not None
 
     def check(self, options: dict[str, object]) -> dict[str, float]:
-        """Every option, validated, defaults filled in; ValueError for one that is not there."""
-        known = {option.name: option for option in self.options}
+        """Every option, validated, defaults filled in; ValueError for one that is not there.
+
+        Options that are learned are there only where they are given.
+        """
+        known = {option.name: option for option in (*self.options, *self.learned)}
         for name, value in options.items():
             if name not in known:
                 there = f"it has {', '.join(known)}" if known else "it has none"
@@ -108,6 +118,7 @@ class Solver:
         return {
             name: option.check(options.get(name, option.default), self.name)
             for name, option in known.items()
+            if name in options or option in self.options
         }
 
     def bind(self, model: ModelInfo, **options: object) -> dict[str, object]:
@@ -121,10 +132,15 @@ def _share(name: str, default: float, tooltip: str) -> Option:
 
 _ETA = "Share of fresh noise in every step. 0 is deterministic"
 
+CORRECTOR, SECOND_ORDER = "corrector", "c_1"  # options that a search over solvers learns
+_CORRECTOR = _share(CORRECTOR, 0.0, "How much of the corrector's end of a step is taken.")
+_SECOND_ORDER = Option(SECOND_ORDER, 1.0, 0.0, 2.0, "Times what the step before adds.")
+_TWO_STEPS = (_CORRECTOR, _SECOND_ORDER)
+
 SOLVERS: dict[str, Solver] = {
     solver.name: solver
     for solver in (
-        Solver(euler),
+        Solver(euler, learned=(_CORRECTOR,), corrector=of_noise),
         Solver(
             euler_ancestral,
             white_noise,
@@ -152,7 +168,7 @@ SOLVERS: dict[str, Solver] = {
             ("flow", "s_noise"),
             new_inpaint_noise=True,
         ),
-        Solver(dpmpp_2m),
+        Solver(dpmpp_2m, learned=_TWO_STEPS, corrector=of_data),
         Solver(
             dpmpp_sde,
             brownian_noise,
@@ -160,7 +176,9 @@ SOLVERS: dict[str, Solver] = {
             ("flow", "s_noise", "first_sigma"),
             prepare=below_one,
         ),
-        Solver(dpm_2m),
+        Solver(dpm_2m, learned=_TWO_STEPS, corrector=of_noise),
+        Solver(res_multistep, learned=_TWO_STEPS, corrector=of_data),
+        Solver(lms_2, learned=_TWO_STEPS, corrector=of_noise, extrapolates=True),
     )
 }
 

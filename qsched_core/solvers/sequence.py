@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ..correction.base import StepCorrection
-from .base import NoiseSampler, NoiseSource, Update, integrate
-from .registry import Solver
+from .base import Corrected, NoiseSampler, NoiseSource, Update, integrate
+from .registry import CORRECTOR, Solver
 
 Noise = Callable[[NoiseSource], NoiseSampler]
 
@@ -26,7 +26,10 @@ class BoundSolver:
     def update(self, noise: Noise) -> Update:
         """The update of one step."""
         draws = () if self.solver.noise is None else (noise(self.solver.noise),)
-        return self.solver.make(*draws, **self.settings)
+        settings = dict(self.settings)
+        share = settings.pop(CORRECTOR, 0.0)
+        made = self.solver.make(*draws, **settings)
+        return Corrected(made, self.solver.corrector, share) if share else made
 
 
 @torch.no_grad()

@@ -47,6 +47,18 @@ class StepSolver:
     def solver(self) -> Solver:
         return get_solver(self.name)
 
+    @property
+    def learned(self) -> dict[str, float]:
+        """Those options that only a search sets."""
+        names = {option.name for option in self.solver.learned}
+        return {name: value for name, value in self.options.items() if name in names}
+
+    @property
+    def label(self) -> str:
+        """The name, with what was learned of the step, e.g. "dpmpp_2m (corrector 1, c_1 0.9)"."""
+        told = ", ".join(f"{name} {value:.4g}" for name, value in self.learned.items())
+        return f"{self.name} ({told})" if told else self.name
+
     def bind(self, model: ModelInfo) -> BoundSolver:
         """The solver for a model; ValueError for what the model lacks shows when it is run."""
         return BoundSolver(self.solver, self.solver.bind(model, **self.options))
@@ -110,8 +122,8 @@ class Trajectory:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether every step has the same solver."""
-        return len(set(self.solvers)) == 1
+        """Whether every step has the same solver, of which nothing was learned."""
+        return len(set(self.solvers)) == 1 and not self.solvers[0].learned
 
     @property
     def solver(self) -> str:
@@ -168,7 +180,7 @@ class Trajectory:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; :meth:`from_json` gives an equal trajectory back."""
-        solvers = self.solvers[:1] if self.is_uniform else self.solvers
+        solvers = self.solvers[:1] if len(set(self.solvers)) == 1 else self.solvers
         return {
             "sigmas": list(self.sigmas),
             "flow": self.flow,

@@ -13,7 +13,7 @@ from qsched_core.correction import ScalarCorrection
 from qsched_core.schedule import QSchedule
 from qsched_core.search import CalibrationSettings
 from qsched_core.search.space import SolverSpace, on_edge
-from qsched_core.search.trajectories import solver_menu
+from qsched_core.search.trajectories import SINGLES, solver_menu
 from qsched_core.solvers import SOLVERS
 from qsched_core.study.journal import Journal, distributions
 from qsched_core.study.store import Record
@@ -37,14 +37,36 @@ def test_the_menu_begins_with_the_trajectorys_own_and_has_one_evaluation_a_step(
 
 
 @given(st.lists(st.integers(0, len(MENU) - 1), min_size=3, max_size=3), st.floats(0.8, 1.2))
-def test_a_point_names_a_solver_for_each_step_but_the_one_to_0(places, start):
+def test_a_point_names_a_solver_for_each_step(places, start):
     point = SPACE.start | {f"solver {i + 1}": float(k) for i, k in enumerate(places)}
     found = SPACE.candidate(point | {"c_x start": start})
     assert [MENU.index(step) for step in found.trajectory.solvers] == [*places, 0]
     assert found.correction == ScalarCorrection.ramp({"c_x": (start, 1.0)}, 4)
     assert not on_edge(SPACE, point | {"c_x start": 1.0})
     partial = SolverSpace(Trajectory.of((1.0, 0.5, 0.25)), MENU)
-    assert partial.choices == ("solver 1", "solver 2")
+    assert partial.choices == ("solver 1", "solver 2", "corrector 1")
+
+
+@given(st.lists(st.booleans(), min_size=3, max_size=3), st.floats(0.5, 1.5))
+def test_a_point_says_what_is_corrected_and_how_much_of_the_step_before_counts(on, history):
+    names = [step.name for step in MENU]
+    chosen = [names.index(name) for name in ("euler", "lms_2", "lcm")]
+    point = SPACE.start | {f"solver {i + 1}": float(k) for i, k in enumerate(chosen)}
+    point |= {f"corrector {i + 1}": float(k) for i, k in enumerate(on)} | {"c_1": history}
+    first, second, third, last = SPACE.candidate(point).trajectory.solvers
+    assert first.options == ({"corrector": 1.0} if on[0] else {})  # it has no step before
+    assert second.options.get("corrector", 0.0) == on[1]
+    assert second.options.get("c_1", 1.0) == history
+    assert third.options == {} and last == EVEN.solvers[-1]  # lcm has neither
+
+
+def test_a_step_to_0_may_only_have_what_is_more_than_the_prediction_there():
+    (low, high) = SPACE.bounds["solver 4"]
+    found = [SPACE.candidate(SPACE.start | {"solver 4": k}).trajectory for k in (low, high)]
+    assert [t.solvers[-1].name for t in found] == ["euler", "lms_2"]
+    assert "corrector 4" not in SPACE.bounds
+    alone = SPACE.candidate(SPACE.single([step.name for step in MENU].index("lms_2")))
+    assert {step.name for step in alone.trajectory.solvers} == {"lms_2"}
 
 
 def test_the_start_is_the_base_solver():
@@ -55,6 +77,7 @@ def test_a_choice_is_kept_as_one_in_the_study(tmp_path):
     """Parzen estimators and Gaussian processes must not take neighbours in the menu for alike."""
     found = distributions(SPACE)
     assert found["solver 1"].choices == tuple(float(k) for k in range(len(MENU)))
+    assert found["solver 4"].choices == found["corrector 1"].choices == (0.0, 1.0)
     assert (found["c_x start"].low, found["c_x start"].high) == (0.8, 1.2)
     scores = Nearness().score(
         MixtureSource(EVEN).images(UNSEEN, [Candidate.identity(EVEN)])[0], UNSEEN.prompts
@@ -72,9 +95,13 @@ def result(tmp_path_factory):
 
 
 def test_the_search_begins_with_every_single_solver(result):
-    first = [trial.candidate for trial in result.trials[: len(MENU)]]
-    assert [candidate.trajectory.solvers[0] for candidate in first] == list(MENU)
+    first = [trial.candidate for trial in result.trials[: SINGLES - 1]]
     assert all(candidate.is_identity for candidate in first)
+    names = [candidate.trajectory.solvers[0].name for candidate in first]
+    able = [step.name for step in MENU if step.solver.corrector is not None]
+    assert names == [step.name for step in MENU] + able
+    corrected = [c.trajectory.solvers[0].options.get("corrector") for c in first]
+    assert corrected == [None] * len(MENU) + [1.0] * len(able)
 
 
 def test_a_mix_that_helps_is_a_schedule_of_its_own_solvers(result):
@@ -84,7 +111,7 @@ def test_a_mix_that_helps_is_a_schedule_of_its_own_solvers(result):
     assert best.sigmas == EVEN.sigmas
     assert QSchedule.from_json(result.schedule.to_json()) == result.schedule
     assert all(step.name in report_text(result) for step in best.solvers)
-    singles = result.trials[: len(MENU)]
+    singles = result.trials[: SINGLES - 1]
     assert result.winner.value >= max(trial.value for trial in singles)
     told = result.schedule.provenance["best_trajectory"]
     assert Trajectory.from_json(told) == best

@@ -21,7 +21,7 @@ FAMILIES = {
     "epsilon": ("EPS", "ModelSamplingDiscrete"),
     "v": ("V_PREDICTION", "ModelSamplingDiscrete"),
 }
-IN_CORE = [name for name in SOLVERS if name not in ("tcd", "dpm_2m")]  # ComfyUI has neither
+IN_CORE = [name for name in SOLVERS if name not in ("tcd", "dpm_2m", "lms_2")]  # ComfyUI lacks them
 
 
 class _Denoiser:
@@ -131,7 +131,7 @@ def test_the_seed_fixes_the_image(name, family):
     assert torch.equal(ours(name, denoiser, x, sigmas, correction, seed=5), first)
     options = {"eta": 1.0} if name == "ddim" else {}
     other = [ours(name, denoiser, x, sigmas, correction, seed=s, **options) for s in (5, 6)]
-    deterministic = name in ("euler", "dpmpp_2m", "dpm_2m")
+    deterministic = name in ("euler", "dpmpp_2m", "dpm_2m", "res_multistep", "lms_2")
     assert torch.equal(*other) == deterministic
 
 
