@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
+from ..qsched_core.calibration.beside import beside
 from ..qsched_core.prompts import PromptSet
 from ..qsched_core.schedule import QSchedule
 from ..qsched_core.search import CalibrationSettings
@@ -15,13 +16,14 @@ from .host.pictures import as_tensor
 from .host.progress import on_node
 from .host.ranking import sheet
 from .inputs import (
+    check_objective,
     negative_input,
     option_inputs,
     source_of,
     trajectory_inputs,
     with_options,
 )
-from .types import MAX_SEED, Schedule
+from .types import MAX_SEED, Objective, Prompts, Schedule
 
 MOST_PROMPTS = 4
 
@@ -71,6 +73,15 @@ class QSchedRankCandidates(io.ComfyNode):
                 ),
                 negative_input(),
                 *option_inputs(),
+                Objective.Input(
+                    "objective", optional=True,
+                    tooltip="With it and heldout the report has the best's JAQ beside your rankings. "
+                    "It overrules nothing.",
+                ),
+                Prompts.Input(
+                    "heldout", optional=True,
+                    tooltip="From Calibration Prompts: its held-out ones, for the objective.",
+                ),
             ],
             outputs=[
                 Schedule.Output(display_name="schedule", tooltip="The best so far."),
@@ -98,10 +109,16 @@ class QSchedRankCandidates(io.ComfyNode):
     @with_options
     def execute(
         cls, model, clip, vae, prompts, ranking, study, solver, scheduler, steps, cfg, width, height,
-        seed, candidates=CANDIDATES, spread=SPREAD, negative="", options=None,
+        seed, candidates=CANDIDATES, spread=SPREAD, negative="", objective=None, heldout=None,
+        options=None,
     ) -> io.NodeOutput:  # fmt: skip
         if not study.strip():
             raise CalibrationError("study is empty; give it a name")
+        if (objective is None) != (heldout is None):
+            lacks = "objective" if objective is None else "heldout"
+            raise CalibrationError(f"{lacks} is not connected; objective and heldout go together")
+        if objective is not None:
+            check_objective(objective)
         rules, members = Rules(candidates, spread, seed=seed), _prompts(prompts, seed)
         source = source_of(
             model, clip, vae, solver, scheduler, steps, cfg, width, height, negative, options
@@ -113,20 +130,29 @@ class QSchedRankCandidates(io.ComfyNode):
         }  # fmt: skip
         with RankingStudy(studies_folder(), about) as kept:
             found = ranked(kept, space, rules, ranking)
-        best = space.candidate(found.round.best)
+            best, judged = space.candidate(found.round.best), None
+            if objective is not None:
+                judged = beside(kept, source, objective, best, heldout.heldout)
         schedule = QSchedule(
             best.trajectory,
             best.correction,
             {
                 "source": "ranking",
                 **source.describe(),
-                "rankings": {"by": "a person", "count": found.rankings, "study": study},
+                "rankings": {
+                    "by": "a person",
+                    "count": found.rankings,
+                    "study": study,
+                    **({} if judged is None else {"beside": judged.to_dict()}),
+                },
             },
         )
         pictures = source.images(members, [space.candidate(p) for p in found.round.points])
         picture = as_tensor(sheet(pictures, found, members.prompts))
         report = f"{found.note}\n{found.rankings} rankings so far, kept in {kept.path}\n"
         report += f"the best so far: {schedule.describe()}"
+        if judged is not None:
+            report += f"\n{judged.text}"
         shown = ui.PreviewImage(picture, cls=cls).as_dict() | on_node(report)
         return io.NodeOutput(schedule, picture, report, ui=shown)
 

@@ -187,7 +187,7 @@ def integrate(
     """Evaluate, correct, update: the loop of every solver, from x [n, ...] at sigmas[0].
 
     ``update`` is one for all steps, or a list with one for each.  The end of a
-    :class:`Corrected` one is computed again before c_x and c_eps of the next step are applied.
+    :class:`Corrected` one is computed again before the correction of the next step is applied.
     ValueError for sigmas or a latent that cannot be sampled, and with the step's number when the model
     returns NaN or infinity.
     """

@@ -1,9 +1,9 @@
-"""A person's rankings on disk: one small JSON file a study, written whole after each ranking."""
+"""A person's rankings on disk: one small JSON file a study, written whole after each change."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from .journal import fingerprint
 
 FORMAT, VERSION = "qsched ranking", 1
 MOST_ROUNDS = 1000
+MOST_NOTES = 100  # the oldest go first
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class RankingStudy:
         self.content = dict(content)
         self.path = Path(folder) / f"ranking-{fingerprint(self.content)[:24]}.json"
         self.entries: list[Entry] = []
+        self.notes: dict[str, tuple[float, ...]] = {}
 
     def __enter__(self) -> RankingStudy:
         try:
@@ -49,7 +51,7 @@ class RankingStudy:
         except OSError as error:
             raise CalibrationError(f"the study {self.path} can't be opened: {error}") from None
         try:
-            self.entries = self._read()
+            self.entries, self.notes = self._read()
         except BaseException:
             self._lock.release()
             raise
@@ -58,17 +60,19 @@ class RankingStudy:
     def __exit__(self, *exception) -> None:
         self._lock.release()
 
-    def _read(self) -> list[Entry]:
+    def _read(self) -> tuple[list[Entry], dict[str, tuple[float, ...]]]:
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             if content["format"] != FORMAT or content["version"] != VERSION:
                 raise ValueError(f"version {shown(content['version'])} is not known here")
-            return [
+            entries = [
                 Entry(str(e["ranking"]), bool(e["named_round"]), dict(e["told"]))
                 for e in content["rounds"][:MOST_ROUNDS]
             ]
+            noted = dict(content.get("notes", {})).items()
+            return entries, {str(k): tuple(float(v) for v in values) for k, values in noted}
         except FileNotFoundError:
-            return []
+            return [], {}
         except OSError as error:
             raise CalibrationError(f"the study {self.path} can't be read: {error}") from None
         except (ValueError, LookupError, TypeError) as error:
@@ -80,8 +84,17 @@ class RankingStudy:
         """Keep the ranking; on return it is on disk."""
         if len(self.entries) >= MOST_ROUNDS:
             raise CalibrationError(f"{MOST_ROUNDS} rounds are the most that a study may have")
-        entries = [*self.entries, entry]
-        content = {
+        self._write([*self.entries, entry], self.notes)
+
+    def noted(self, key: str, make: Callable[[], Sequence[float]]) -> tuple[float, ...]:
+        """What ``make`` gave for ``key``, kept with the rankings: it is made once."""
+        if key not in self.notes:
+            notes = {**self.notes, key: tuple(float(value) for value in make())}
+            self._write(self.entries, dict(list(notes.items())[-MOST_NOTES:]))
+        return self.notes[key]
+
+    def _write(self, entries: list[Entry], notes: dict[str, tuple[float, ...]]) -> None:
+        content: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
             "content": self.content,
@@ -90,8 +103,10 @@ class RankingStudy:
                 for e in entries
             ],
         }
+        if notes:
+            content["notes"] = {key: list(values) for key, values in notes.items()}
         try:
             write_atomic(self.path, json.dumps(content, indent=1))
         except OSError as error:
             raise CalibrationError(f"the study {self.path} can't be written: {error}") from None
-        self.entries = entries
+        self.entries, self.notes = entries, notes

@@ -12,10 +12,15 @@ import sys
 from itertools import combinations
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from search_cases import World, run
 
+from qsched_core.calibration.beside import beside
+from qsched_core.correction import ScalarCorrection
+from qsched_core.objective import Scores
+from qsched_core.prompts import PromptSet
 from qsched_core.schedule import QSchedule
 from qsched_core.schedule.summary import provenance_rows
 from qsched_core.search import CalibrationSettings
@@ -32,7 +37,7 @@ from qsched_core.search.ranking import (
 from qsched_core.search.space import RampSpace
 from qsched_core.study import CalibrationError
 from qsched_core.study.rankings import RankingStudy
-from qsched_core.trajectory import Trajectory
+from qsched_core.trajectory import Candidate, Trajectory
 
 TRAJECTORY = Trajectory.of((1.0, 0.9, 0.75, 0.5, 0.0))
 SPACE = RampSpace(TRAJECTORY, 0.6, 1.6)
@@ -320,6 +325,57 @@ def test_a_damaged_study_and_one_in_use_are_named(tmp_path):
         path.write_bytes(damage)
         with pytest.raises(CalibrationError, match=f"{path.name} is damaged"):
             say(tmp_path, "")
+
+
+class Fixed:
+    """Scores pictures by nothing but their mean, and counts them."""
+
+    def __init__(self, sign=1.0):
+        self.sign, self.count = sign, 0
+
+    def describe(self):
+        return {"sign": self.sign}
+
+    def score(self, images, prompts):
+        self.count += len(images)
+        values = tuple((self.sign * images.flatten(1).mean(1)).tolist())
+        return Scores(values, (0.0,) * len(values), values)
+
+
+class Brighter:
+    """Pictures [8, 8, 1] that are brighter the higher c_x is at the first step."""
+
+    trajectory, width, height, max_batch = TRAJECTORY, 8, 8, 64
+
+    def images(self, members, candidates, on_step=None):
+        light = [candidate.correction.c_x[0] for candidate in candidates]
+        own = 1 + torch.linspace(0, 0.1, len(members))
+        return (torch.tensor(light).unsqueeze(1) * own)[..., None, None, None].expand(
+            -1, -1, 8, 8, 1
+        )
+
+
+@pytest.mark.parametrize(
+    ("c_x", "sign", "says"),
+    [(1.1, 1.0, "agrees with you"), (1.1, -1.0, "prefers c = 1"), (0.9, 1.0, "prefers c = 1")],
+)
+def test_a_scorer_speaks_beside_the_rankings_and_nothing_is_scored_twice(c_x, sign, says, tmp_path):
+    members = PromptSet(tuple("abcdefgh"), tuple(range(8)))
+    best = Candidate(TRAJECTORY, ScalarCorrection.ramp({"c_x": (c_x, 1.0)}, TRAJECTORY.steps))
+    measure = Fixed(sign)
+    for _ in range(2):
+        with RankingStudy(tmp_path, ABOUT) as study:
+            told = beside(study, Brighter(), measure, best, members)
+    assert says in told.text and "on 8 prompts" in told.text
+    assert measure.count == 16
+    assert told.to_dict()["jaq_gain"]["n"] == 8
+    assert say(tmp_path, "1: 3 1 5").rankings == 1  # the notes take no ranking's place
+    with RankingStudy(tmp_path, ABOUT) as study:
+        assert len(study.notes) == 2 and len(study.entries) == 1
+        assert beside(study, Brighter(), measure, Candidate.identity(TRAJECTORY), members) is None
+        with pytest.raises(CalibrationError, match="at least 2"):
+            beside(study, Brighter(), measure, best, members.part(0, 1))
+    assert measure.count == 16
 
 
 def test_a_schedule_says_how_many_rankings_made_it():

@@ -255,3 +255,19 @@ def test_a_schedule_is_learned_by_rankings_round_after_round(server):
     with pytest.raises(ServerError, match="prompts has 0 lines"):
         queued("", prompts=" ")
     assert "0 rankings so far" in queued("", study="another")[0]
+    parts = graph()
+
+    def beside(**more):
+        given = {
+            "model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2], "ranking": "2: 2", "study": "of this test", "solver": "euler", "scheduler": "simple",
+            "steps": 2, "cfg": 1.0, "width": 96, "height": 96, "seed": 5, "candidates": 3,
+            "spread": 0.2, "prompts": "\n".join(CALIBRATION[:2]),
+        }  # fmt: skip
+        prompt = {key: parts[key] for key in ("1", "2", "3")}
+        prompt["20"] = node("QSchedRankCandidates", **given | more)
+        return server.run(prompt)["outputs"]["20"]["text"][0]
+
+    text = beside(objective=["3", 0], heldout=["2", 0])
+    assert "JAQ over c = 1, held-out: " in text and "2 rankings so far" in text
+    with pytest.raises(ServerError, match="heldout is not connected"):
+        beside(objective=["3", 0])
