@@ -14,7 +14,8 @@ from the evenly spaced levels instead.
 the 16 samples over the single solver (with its corrector or without) that is best on the 512;
 ``solvers.mixture.64``: the mix that is best on 64 samples, which is less a matter of luck;
 ``solvers.shifted`` at shift 2, where single solvers come nearest; ``solvers.ramp`` the search over
-solvers and ramp over that of Euler's ramp.
+solvers and ramp over that of Euler's ramp.  ``solvers.gp``: trials that a Gaussian process needs for
+what a Parzen estimator finds in 60.
 ``overhead``: step time of a trajectory with three solvers over Euler's, on the demo's generator.
 ``demo.<steps or cfg>.<format>``: the demo's model with levels-dp, JAQ on 96 prompts that no search
 saw, over the scheduler's levels at c = 1; its text has the interval, the control and the distance.
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 import os
 import statistics
 import sys
@@ -159,15 +161,25 @@ def optimal() -> BenchRow:
     )
 
 
+def course(name: str, trials: int, seed: int) -> list[float]:
+    """The values of a search's trials on the fitted samples, in turn."""
+    return [trial.value for trial in search(name, trials, seed).trials]
+
+
 def searched(name: str, trials: int, seed: int = 0):
     """The winner of a search on the fitted samples."""
+    return best_of(search(name, trials, seed).trials)
+
+
+def search(name: str, trials: int, seed: int) -> Search:
+    """A finished search on the fitted samples."""
     source = MixtureSource(EVEN)
     settings = CalibrationSettings(name, trials, seed)
     levels = learned_levels(source, FITTED) if settings.learns_levels else None
     with tempfile.TemporaryDirectory() as folder, Journal(folder, "bench") as journal:
         run = Search(journal, source, Nearness(), settings, FITTED)
         run.stages(source.trajectory, levels)
-    return best_of(run.trials)
+    return run
 
 
 def level_rows(judge: Judge) -> list[BenchRow]:
@@ -241,7 +253,18 @@ def solver_rows(judge: Judge) -> list[BenchRow]:
     found, other = searched("solvers", 60), searched("tpe", 60)
     said = f"solvers, 60 trials: {named(found.candidate)}; other: tpe over Euler's ramp"
     rows.append(row("solvers.ramp", said, judge(found.candidate), judge(other.candidate)))
-    return rows
+    return [*rows, solvers_by_prediction(5)]
+
+
+def solvers_by_prediction(seeds: int) -> BenchRow:
+    """Trials until a Gaussian process has what a Parzen estimator finds in 60."""
+    counts = []
+    for seed in range(seeds):
+        known = max(course("solvers", 60, seed))
+        reached = (k for k, value in enumerate(course("solvers-gp", 60, seed), 1) if value >= known)
+        counts.append(next(reached, math.inf))
+    said = f"solvers-gp, until it has what solvers has after 60: median of {', '.join(map(str, counts))}"
+    return row("solvers.gp", said, statistics.median(counts), 60, "trials", seeds, "<= 0.99")
 
 
 def ranking_rounds(seeds: int) -> BenchRow:

@@ -53,7 +53,7 @@ class Trial:
             "number": self.number,
             "stage": self.stage,
             "sigmas": list(self.candidate.trajectory.sigmas),
-            "solvers": [step.name for step in self.candidate.trajectory.solvers],
+            "solvers": [step.label for step in self.candidate.trajectory.solvers],
             **self.candidate.correction.to_json(),
             "jaq": self.value,
             "means": self.scores.means(),

@@ -178,9 +178,9 @@ def _levels_dp_and(sampler: str) -> Strategy:
     )
 
 
-def _solvers(sampler: str) -> Strategy:
+def _solvers(sampler: str, name: str) -> Strategy:
     return Strategy(
-        "solvers",
+        name,
         f"{SAMPLERS[sampler].summary}, over a solver for each step and the ramp",
         60,
         SINGLES,
@@ -245,7 +245,8 @@ STRATEGIES: dict[str, Strategy] = {
         _levels_dp(),
         *(_levels(name) for name in SAMPLERS),
         *(_levels_dp_and(name) for name in SAMPLERS),
-        _solvers("tpe"),
+        _solvers("tpe", "solvers"),
+        _solvers("gp", "solvers-gp"),
         _ranking(),
     )
 }

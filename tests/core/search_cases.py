@@ -22,7 +22,7 @@ SMALL |= {"tpe": 40, "tpe+steps": 60}  # it learns slowest
 SMALL["levels-dp"] = 3  # it proposes no more
 SMALL["levels-tpe"] = SMALL["levels-dp+tpe"] = 40
 SMALL["levels-dp+gp"] = 20
-SMALL["solvers"] = 40
+SMALL["solvers"] = SMALL["solvers-gp"] = 40
 SMALL["ranking"] = 60
 
 
