@@ -21,6 +21,7 @@ schedule_nodes = importlib.import_module("qsched_pack.nodes.schedules")
 sharing = importlib.import_module("qsched_pack.nodes.sharing")
 schedules = importlib.import_module("qsched_pack.qsched_core.schedule")
 core = importlib.import_module("qsched_pack.qsched_core.trajectory")
+solvers = importlib.import_module("qsched_pack.qsched_core.solvers")
 corrections = importlib.import_module("qsched_pack.qsched_core.correction")
 
 TWO = [core.StepSolver("euler"), core.StepSolver("euler")]
@@ -90,6 +91,41 @@ def test_stochastic_solvers_of_a_schedule_draw_by_the_seed(files):
     schedule = schedule_of(model, MIXED)
     assert torch.equal(drawn(model, schedule), drawn(model, schedule))
     assert not torch.equal(drawn(model, schedule), drawn(model, schedule, seed=SEED + 1))
+
+
+@pytest.mark.parametrize("small", [SD15, FLUX_SCHNELL], ids=lambda small: small.name)
+def test_what_was_learned_of_each_step_is_run_by_the_sampler(small, files, caplog):
+    """Correctors and c_1, in the graph's own sampler: equal to the core's, and no Euler's picture."""
+    model, positive = plain(files, small), conditioning(small)
+    learned = (
+        core.StepSolver("euler", {"corrector": 1.0}),
+        core.StepSolver("res_multistep", {"corrector": 1.0, "c_1": 0.8}),
+        core.StepSolver("lms_2", {"c_1": 1.2}),
+        core.StepSolver("lms_2"),
+    )
+    schedule = schedule_of(model, learned)
+    schedule = schedules.QSchedule.from_json(schedule.to_json())
+    found = drawn(model, schedule, small, "as learned", mode="strict")
+    assert not caplog.text
+    latent = torch.zeros(small.latent)
+
+    def sample(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        base = model.inner_model.inner_model
+        info = sampling.solver_info(base.model_sampling, base.model_config)
+        return solvers.sample_steps(
+            schedule.trajectory.bind(info), model, x, sigmas, extra_args,
+            correction=schedule.correction,
+        )  # fmt: skip
+
+    wanted = comfy_sample.sample_custom(
+        model, comfy_sample.prepare_noise(latent, SEED), 1.0, samplers.KSAMPLER(sample),
+        torch.tensor(schedule.sigmas), positive, positive, latent, disable_pbar=True, seed=SEED,
+    )  # fmt: skip
+    assert torch.equal(found, wanted)
+    assert not torch.allclose(found, drawn(model, schedule_of(model, named("euler")), small))
+    uniform = schedule_of(model, (core.StepSolver("euler", {"corrector": 1.0}),))
+    corrected = drawn(model, uniform, small, "as learned", mode="strict")
+    assert not torch.allclose(corrected, drawn(model, schedule_of(model, named("euler")), small))
 
 
 def test_options_of_a_schedule_of_several_solvers_are_its_own(files, caplog):
