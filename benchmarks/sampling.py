@@ -37,6 +37,7 @@ NAMED_IN_CORE = {
     "ddim": "euler",
     "tcd": "lcm",
     "dpm_2m": "dpmpp_2m",
+    "lms_2": "lms",
 }  # what ComfyUI runs, or the nearest that it has
 
 
