@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-WIDGETS = ("COMBO", "INT", "FLOAT", "STRING", "BOOLEAN")
+DYNAMIC = "COMFY_DYNAMICCOMBO_V3"  # a list whose choice decides which inputs follow
+WIDGETS = ("COMBO", DYNAMIC, "INT", "FLOAT", "STRING", "BOOLEAN")
 COLUMN, GAP_X, GAP_Y = 460, 90, 80  # pixels; room for the larger of both canvases' nodes
 PICTURE = 420  # below the widgets of a node that shows a picture
 SHOWS_PICTURES = ("SaveImage", "PreviewImage", "LoadImage", "QSchedJAQCalibrator", "QSchedCalibrateWeights",
@@ -61,7 +62,7 @@ class Graph:
 
         ValueError for an input that its schema does not have, or one that is missing.
         """
-        schema = self._schema(kind)
+        schema = self._schema(kind, inputs)
         unknown = set(inputs) - set(schema)
         missing = {n for n, (spec, needed) in schema.items() if needed and not _default(spec)}
         if unknown or missing - set(inputs):
@@ -75,21 +76,27 @@ class Graph:
         """A text for the reader, above the column's nodes."""
         self.notes.append((column, title, text))
 
-    def _schema(self, kind: str) -> dict[str, tuple[list, bool]]:
-        """Every input in its order: its description, and whether it is required."""
-        node = self.info[kind]
-        return {
-            name: (node["input"][group][name], group == "required")
-            for group in ("required", "optional")
-            for name in node["input_order"].get(group, ())
-        }
+    def _schema(self, kind: str, given: Mapping[str, Any]) -> dict[str, tuple[list, bool]]:
+        """Every input in its order: its description, and whether it is required.
+
+        ``given`` says what is chosen in lists that decide which inputs follow.
+        """
+        node, found = self.info[kind], {}
+        for group in ("required", "optional"):
+            for name in node["input_order"].get(group, ()):
+                spec, needed = node["input"][group][name], group == "required"
+                found[name] = (spec, needed)
+                chosen = given.get(name, _default(spec)[0]) if spec[0] == DYNAMIC else None
+                for inner, description in followers(spec, chosen).items():
+                    found[f"{name}.{inner}"] = (description, needed or name in given)
+        return found
 
     def api(self) -> dict[str, Any]:
         """The graph as a server takes it."""
         found = {}
         for node in self.nodes:
             values = {}
-            for name, (spec, needed) in self._schema(node.kind).items():
+            for name, (spec, needed) in self._schema(node.kind, node.inputs).items():
                 given = node.inputs.get(name)
                 if isinstance(given, tuple):
                     values[name] = [str(given[0].key), given[1]]
@@ -140,7 +147,7 @@ class Graph:
 
     def _height(self, node: Node) -> int:
         """Enough for both canvases: a row a socket, a taller one a widget."""
-        schema, sockets, widgets = self._schema(node.kind), 0, 0
+        schema, sockets, widgets = self._schema(node.kind, node.inputs), 0, 0
         for spec, _ in schema.values():
             if not _is_widget(spec):
                 sockets += 1
@@ -158,9 +165,8 @@ class Graph:
         """[id, from, its output, to, its input, type] of every connection."""
         found = []
         for node in self.nodes:
-            sockets = [
-                n for n, (spec, _) in self._schema(node.kind).items() if _socket(node, n, spec)
-            ]
+            schema = self._schema(node.kind, node.inputs)
+            sockets = [n for n, (spec, _) in schema.items() if _socket(node, n, spec)]
             for place, name in enumerate(sockets):
                 given = node.inputs.get(name)
                 if isinstance(given, tuple):
@@ -170,7 +176,7 @@ class Graph:
         return found
 
     def _written(self, node: Node, order: int, links: Sequence[tuple]) -> dict[str, Any]:
-        schema, info = self._schema(node.kind), self.info[node.kind]
+        schema, info = self._schema(node.kind, node.inputs), self.info[node.kind]
         into = {link[4]: link[0] for link in links if link[3] == node.key}
         inputs: list[dict[str, Any]] = []
         values: list[Any] = []
@@ -214,6 +220,17 @@ class Graph:
             "properties": properties,
             "widgets_values": values,
         }
+
+
+def followers(spec: Sequence, chosen: str | None) -> dict[str, Sequence]:
+    """Name and description of the inputs that follow the choice ``chosen`` of a dynamic list."""
+    return {
+        name: description
+        for option in (_options(spec)["options"] if spec[0] == DYNAMIC else ())
+        if option["key"] == chosen
+        for group in option["inputs"].values()
+        for name, description in group.items()
+    }
 
 
 def _left(column: int) -> int:
@@ -271,7 +288,7 @@ def _default(spec: Sequence) -> list:
         return []
     choices = spec[0] if isinstance(spec[0], list) else options.get("options")
     if choices:
-        return [choices[0]]
+        return [choices[0]["key"] if spec[0] == DYNAMIC else choices[0]]
     return (
         [{"INT": 0, "FLOAT": 0.0, "STRING": "", "BOOLEAN": False}[spec[0]]]
         if choices is None

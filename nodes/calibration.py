@@ -8,13 +8,15 @@ from comfy_api.latest import io, ui
 
 from ..qsched_core.calibration import calibrate
 from ..qsched_core.calibration.report import report_text, verdict_text
-from ..qsched_core.correction.scalar import MAX_COEFFICIENT
+from ..qsched_core.correction.scalar import MAX_COEFFICIENT, MIN_COEFFICIENT
 from ..qsched_core.optional import MissingDependencyError
 from ..qsched_core.schedule import chart, summary
 from ..qsched_core.search import PRUNERS, STRATEGIES, CalibrationSettings
 from ..qsched_core.search.levels import GRID, MOST_GRID
 from ..qsched_core.search.presets import OWN, PRESETS, chosen
+from ..qsched_core.search.strategies import PAPER, WIDE
 from ..qsched_core.study import Database, StudyPlace, check_shared, workflow_rule
+from .choices import Choice, own_inputs, with_choices
 from .host.calibration import CalibrationLive, report_of
 from .host.folders import studies_folder
 from .host.pictures import as_tensor
@@ -30,6 +32,28 @@ from .inputs import (
 )
 from .types import MAX_SEED, Schedule
 
+SEARCH_OWN = "search's own"
+BUDGET = Choice(
+    "budget", SEARCH_OWN, meant=0, start=24, least=1, most=100000,
+    tooltip="Candidates to try: a number, or the search's own "
+    f"({', '.join(f'{s.name} {s.default_budget}' for s in STRATEGIES.values())}).",
+)  # fmt: skip
+LOW, HIGH = (
+    Choice(
+        name, SEARCH_OWN, meant=0.0, start=PAPER[place], least=least, most=most, step=0.05,
+        tooltip=f"{what} value of the ramps: a number, or the search's own "
+        f"({WIDE[place]}; of grid {PAPER[place]}).",
+    )
+    for place, (name, what, least, most) in enumerate(
+        (("low", "Least", MIN_COEFFICIENT, 1.0), ("high", "Largest", 1.0, MAX_COEFFICIENT))
+    )
+)  # fmt: skip
+LEVEL_GRID = Choice(
+    "level_grid", "automatic", meant=0, start=GRID, least=2, most=MOST_GRID,
+    tooltip="For searches of noise levels by dynamic programming: how many steps of the scheduler "
+    f"to choose from. Automatic is {GRID}, or twice the steps if that is more. For a distilled "
+    "model the step count that it was made for: finer paths are not what it was trained on.",
+)  # fmt: skip
 LAZY = ("clip", "vae", "prompts", "objective", "reference_model")  # only needed to learn
 
 
@@ -37,7 +61,6 @@ class QSchedJAQCalibrator(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         searches = "; ".join(f"{s.name}: {s.summary}" for s in STRATEGIES.values())
-        budgets = ", ".join(f"{s.name} {s.default_budget}" for s in STRATEGIES.values())
         return io.Schema(
             node_id="QSchedJAQCalibrator",
             display_name="JAQ Calibrator",
@@ -63,14 +86,7 @@ class QSchedJAQCalibrator(io.ComfyNode):
                 io.Combo.Input(
                     "search", options=list(STRATEGIES), advanced=True, tooltip=f"{searches}."
                 ),
-                io.Int.Input(
-                    "budget",
-                    default=0,
-                    min=0,
-                    max=100000,
-                    advanced=True,
-                    tooltip=f"Candidates to try; 0 is the search's own number ({budgets}).",
-                ),
+                BUDGET.input(optional=False),
                 io.Int.Input(
                     "seed",
                     default=0,
@@ -105,6 +121,7 @@ class QSchedJAQCalibrator(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
+            accept_all_inputs=True,
         )
 
     @classmethod
@@ -115,6 +132,7 @@ class QSchedJAQCalibrator(io.ComfyNode):
         return [name for name in LAZY if name in inputs and inputs[name] is None]
 
     @classmethod
+    @own_inputs
     def validate_inputs(cls, storage=""):
         """One input alone, for ComfyUI gives an error for each that is asked for here."""
         try:
@@ -124,19 +142,19 @@ class QSchedJAQCalibrator(io.ComfyNode):
         return True
 
     @classmethod
+    @with_choices(BUDGET, LOW, HIGH, LEVEL_GRID)
     @with_options
     def execute(
         cls, model, clip, vae, prompts, objective, solver, scheduler, steps, cfg, width, height,
-        search, budget, seed, guard, negative="", low=0.0, high=0.0, radius=0.1, ramp_ends=False,
-        fidelity="full", proposals=1, storage="", study="", reference_model=None, level_grid=0,
-        learned="", preset=OWN,
-        options=None,
+        search, seed, guard, budget=None, negative="", low=None, high=None, radius=0.1,
+        ramp_ends=False, fidelity="full", proposals=1, storage="", study="", reference_model=None,
+        level_grid=None, learned="", preset=OWN, options=None,
     ) -> io.NodeOutput:  # fmt: skip
         before = recalled(learned, cls.hidden.prompt, cls.hidden.unique_id)
         if before is not None:
             return cls._as_before(before)
         check_objective(objective)
-        search, budget = chosen(preset, search, budget)
+        search, budget = chosen(preset, search, budget or 0)
         settings = _settings(
             search,
             budget,
@@ -189,14 +207,8 @@ class QSchedJAQCalibrator(io.ComfyNode):
 def search_inputs() -> list:
     """Rarely needed settings of the search: its range, its pruner, and a study that servers share."""
     return [
-        io.Float.Input(
-            "low", default=0.0, min=0.0, max=1.0, step=0.05, optional=True, advanced=True,
-            tooltip="Least value of the ramps; 0 is the search's own.",
-        ),
-        io.Float.Input(
-            "high", default=0.0, min=0.0, max=MAX_COEFFICIENT, step=0.05, optional=True,
-            advanced=True, tooltip="Largest value of the ramps; 0 is the search's own.",
-        ),
+        LOW.input(),
+        HIGH.input(),
         io.Float.Input(
             "radius", default=0.1, min=0.01, max=1.0, step=0.01, optional=True, advanced=True,
             tooltip="How far a step's own coefficients may go from the best found before.",
@@ -230,12 +242,7 @@ def search_inputs() -> list:
             "quantization or would come to any model, and how much could be repaired at all.",
             lazy=True,
         ),
-        io.Int.Input(
-            "level_grid", default=0, min=0, max=MOST_GRID, optional=True, advanced=True,
-            tooltip="For searches of noise levels by dynamic programming: how many steps of the "
-            f"scheduler to choose from; 0 is {GRID}. For a distilled model the step count that it "
-            "was made for: finer paths are not what it was trained on.",
-        ),
+        LEVEL_GRID.input(),
         io.String.Input(
             LEARNED, default="", optional=True, advanced=True, dynamic_prompts=False,
             tooltip="Filled in by itself in the workflow of every picture: what was learned. As long "
@@ -251,11 +258,11 @@ def search_inputs() -> list:
 
 
 def _settings(
-    search, budget, low, high, radius, ramp_ends, fidelity, proposals, seed=0, guard=True, grid=0
+    search, budget, low, high, radius, ramp_ends, fidelity, proposals, seed, guard, grid
 ) -> CalibrationSettings:
     return CalibrationSettings(
-        strategy=search, budget=budget, seed=seed, guard=guard, low=low or None, high=high or None,
-        radius=radius, ends=ramp_ends, pruner=fidelity, proposals=proposals, grid=grid,
+        strategy=search, budget=budget, seed=seed, guard=guard, low=low, high=high, radius=radius,
+        ends=ramp_ends, pruner=fidelity, proposals=proposals, grid=grid or 0,
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from ..qsched_core.files import check_room, write_atomic
 from ..qsched_core.prompts import CalibrationPrompts, PromptSet
 from ..qsched_core.source import check_reference
 from ..qsched_core.statistics import mean_interval
+from .choices import own_inputs
 from .host.evaluation import (
     BASELINE,
     QUANTIZED,
@@ -128,9 +129,11 @@ class QSchedEvaluate(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
+            accept_all_inputs=True,
         )
 
     @classmethod
+    @own_inputs
     def validate_inputs(cls, csv_name=""):
         """One input alone, for ComfyUI gives an error for each that is asked for here."""
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -14,39 +14,43 @@ from ..qsched_core.scorers import ScorerError
 from ..qsched_core.solvers import SOLVERS, get_solver
 from ..qsched_core.text import shown
 from ..qsched_core.trajectory import MEMO_BYTES
+from .choices import Choice, with_choices
 from .host.source import ComfySource
 from .host.trajectories import SCHEDULERS, trajectory_of
 from .types import Objective, Prompts
 
-OWN = -1.0  # A widget's value for "the solver's own default"; every option's range lies above it.
 
-
-OPTIONS = tuple(dict.fromkeys(o.name for solver in SOLVERS.values() for o in solver.options))
-
-
-def option_inputs() -> list:
-    """A number for each option that some solver has, all optional."""
+def _option_choices() -> dict[str, Choice]:
+    """By name: a choice for each option that some solver has."""
     found: dict[str, list] = {}
     for solver in SOLVERS.values():
         for option in solver.options:
             found.setdefault(option.name, []).append((solver.name, option))
-    return [
-        io.Float.Input(
+    return {
+        name: Choice(
             name,
-            default=OWN,
-            min=OWN,
-            max=max(option.maximum for _, option in users),
+            word="solver's own",
+            meant=-1.0,
+            start=max(option.default for _, option in users),
+            least=min(option.minimum for _, option in users),
+            most=max(option.maximum for _, option in users),
             step=0.01,
-            optional=True,
-            advanced=True,
-            tooltip="-1 is the solver's own default. "
+            tooltip="An option of some solvers, whose own values are in parentheses. "
             + " ".join(f"{solver} ({o.default:g}): {o.tooltip}" for solver, o in users),
         )
         for name, users in found.items()
-    ]
+    }
 
 
-def collected(argument: str, names: Sequence[str], default: Any = None) -> Callable:
+OPTIONS = _option_choices()
+
+
+def option_inputs() -> list:
+    """An input for each option that some solver has, all optional."""
+    return [choice.input() for choice in OPTIONS.values()]
+
+
+def collected(argument: str, names: Iterable[str], default: Any = None) -> Callable:
     """Decorator: the inputs ``names`` reach the function as one dict, its ``argument``.
 
     ComfyUI passes inputs by name and inspects the signature.  So the decorated function shows an
@@ -70,12 +74,14 @@ def collected(argument: str, names: Sequence[str], default: Any = None) -> Calla
     return decorate
 
 
-with_options = collected("options", OPTIONS, OWN)
+def with_options(function: Callable) -> Callable:
+    """Decorator: the solvers' options reach a node's function as one dict, ``options``."""
+    return with_choices(*OPTIONS.values())(collected("options", OPTIONS)(function))
 
 
-def checked_options(solver: str, options: dict[str, float]) -> dict[str, float]:
+def checked_options(solver: str, options: dict[str, float | None]) -> dict[str, float]:
     """The options that the user set; ValueError for one that ``solver`` does not have."""
-    chosen = {name: v for name, v in options.items() if v is not None and v != OWN}
+    chosen = {name: value for name, value in options.items() if value is not None}
     get_solver(solver).check(chosen)
     return chosen
 

@@ -11,6 +11,7 @@ from ..qsched_core.search import CalibrationSettings
 from ..qsched_core.search.ranking import CANDIDATES, LEAST, MOST, SPREAD, Rules, ranked
 from ..qsched_core.study.errors import CalibrationError
 from ..qsched_core.study.rankings import RankingStudy
+from .choices import own_inputs
 from .host.folders import studies_folder
 from .host.pictures import as_tensor
 from .host.progress import on_node
@@ -93,9 +94,11 @@ class QSchedRankCandidates(io.ComfyNode):
                 ),
             ],
             is_output_node=True,
+            accept_all_inputs=True,
         )  # fmt: skip
 
     @classmethod
+    @own_inputs
     def validate_inputs(cls, prompts=None):
         """One input alone, for ComfyUI gives an error for each that is asked for here."""
         try:

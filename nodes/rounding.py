@@ -12,6 +12,7 @@ from ..qsched_core.rounding import GRIDS, calibrate_weights, figures, report, ve
 from ..qsched_core.rounding.budget import Budget
 from ..qsched_core.rounding.picture import report_picture
 from ..qsched_core.rounding.sized import calibrate_to_size, sized_figures, sized_report
+from .choices import own_inputs
 from .host.folders import rounding_folder
 from .host.pictures import as_tensor
 from .host.progress import RoundingLive, on_node
@@ -141,9 +142,11 @@ class QSchedCalibrateWeights(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
+            accept_all_inputs=True,
         )
 
     @classmethod
+    @own_inputs
     def validate_inputs(cls, weight_format=None):
         """One input alone, for ComfyUI gives an error for each that is asked for here."""
         if weight_format is None:  # wired: checked when it runs

@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..qsched_core.schedule import MODES
 from ..qsched_core.solvers import SOLVERS
+from .choices import own_inputs
 from .host.remember import remember
 from .host.sampling import ksampler, make_around_sampler, make_sampler
 from .host.trajectories import AS_LEARNED, SCHEDULERS
@@ -102,6 +103,7 @@ class QSchedSampler(io.ComfyNode):
             ],
             outputs=[io.Sampler.Output(tooltip="For SamplerCustom and SamplerCustomAdvanced.")],
             hidden=[io.Hidden.unique_id],
+            accept_all_inputs=True,
         )
 
     @classmethod
@@ -173,9 +175,11 @@ class QSchedKSampler(io.ComfyNode):
             ],
             outputs=[io.Latent.Output(tooltip="The denoised latent.")],
             hidden=HIDDEN,
+            accept_all_inputs=True,
         )
 
     @classmethod
+    @own_inputs
     def validate_inputs(cls, denoise=1.0):
         """One input alone, for ComfyUI gives an error for each that is asked for here."""
         if denoise is not None and denoise <= 0:
@@ -240,6 +244,7 @@ class QSchedKSamplerAdvanced(io.ComfyNode):
             ],
             outputs=[io.Latent.Output(tooltip="The latent after the last of the steps.")],
             hidden=HIDDEN,
+            accept_all_inputs=True,
         )
 
     @classmethod

@@ -19,6 +19,7 @@ from ..qsched_core.schedule.naming import AUTOMATIC, file_name, is_automatic, sa
 from ..qsched_core.solvers import SOLVERS
 from ..qsched_core.text import shown
 from ..qsched_core.trajectory import Trajectory
+from .choices import Choice, own_inputs, with_choices
 from .host.folders import new_schedule_path, schedule_files, schedule_path
 from .host.progress import on_node
 from .host.trajectories import SCHEDULERS, sigmas_and_flow, sigmas_of
@@ -28,6 +29,26 @@ from .types import Schedule
 PARAMETERS = DEFAULT.parameters
 OUT = "For the samplers of this pack, Show Schedule and Save Q-Sched Schedule."
 with_changes = collected("changes", [parameter.name for parameter in PARAMETERS])
+STEP = Choice(
+    "step",
+    word="all steps",
+    meant=0,
+    start=1,
+    least=1,
+    most=MAX_STEPS,
+    asks="one step",
+    number_first=True,
+    tooltip="What is changed: one step, where 1 is the first, or all of them.",
+)
+STEPS = Choice(
+    "steps",
+    word="as the schedule",
+    meant=0,
+    start=4,
+    least=1,
+    most=MAX_STEPS,
+    tooltip="Used with a model: as many as the schedule has, or a number.",
+)
 
 
 def _widget(parameter: Parameter, end: str) -> str:
@@ -224,25 +245,21 @@ class QSchedEditSchedule(io.ComfyNode):
             search_aliases=["nudge", "tweak schedule", "change coefficients"],
             inputs=[
                 Schedule.Input("schedule", tooltip="What to change."),
-                io.Int.Input(
-                    "step",
-                    default=1,
-                    min=0,
-                    max=MAX_STEPS,
-                    tooltip="1 is the first; 0 is all steps.",
-                ),
+                STEP.input(optional=False, advanced=False),
                 io.Combo.Input(
                     "mode", options=list(EDITS), tooltip="What is done with the two numbers below."
                 ),
                 *(_change_input(parameter) for parameter in PARAMETERS),
             ],
             outputs=[Schedule.Output(display_name="schedule", tooltip=OUT)],
+            accept_all_inputs=True,
         )
 
     @classmethod
+    @with_choices(STEP)
     @with_changes
-    def execute(cls, schedule, step, mode, changes) -> io.NodeOutput:
-        edited = schedule.edited({n: by or None for n, by in changes.items()}, step, mode)
+    def execute(cls, schedule, mode, changes, step=None) -> io.NodeOutput:
+        edited = schedule.edited({n: by or None for n, by in changes.items()}, step or 0, mode)
         return io.NodeOutput(edited, ui=on_node(edited.describe()))
 
 
@@ -255,7 +272,8 @@ def _change_input(parameter: Parameter):
         max=parameter.high,
         step=0.001,
         round=False,
-        tooltip=f"Is added to {name}, multiplies it, or takes its place. 0 leaves {name} as it is.",
+        tooltip=f"0 leaves {name} as it is; another number is added to it, multiplies it or takes its "
+        "place.",
     )
 
 
@@ -287,14 +305,7 @@ class QSchedSigmas(io.ComfyNode):
                     optional=True,
                     tooltip="Used with a model.",
                 ),
-                io.Int.Input(
-                    "steps",
-                    default=0,
-                    min=0,
-                    max=MAX_STEPS,
-                    optional=True,
-                    tooltip="Used with a model; 0 is as many as the schedule has.",
-                ),
+                STEPS.input(advanced=False),
                 io.Float.Input(
                     "denoise",
                     default=1.0,
@@ -309,17 +320,20 @@ class QSchedSigmas(io.ComfyNode):
                 ),
             ],
             outputs=[io.Sigmas.Output(tooltip="Noise levels, from the largest to 0.")],
+            accept_all_inputs=True,
         )
 
     @classmethod
+    @own_inputs
     def validate_inputs(cls, denoise=None):
         if denoise is None or 0 < denoise <= 1:
             return True
         return f"denoise={denoise} must be above 0 and at most 1; 1 denoises fully"
 
     @classmethod
+    @with_choices(STEPS)
     def execute(
-        cls, schedule=None, model=None, scheduler="simple", steps=0, denoise=1.0
+        cls, schedule=None, model=None, scheduler="simple", steps=None, denoise=1.0
     ) -> io.NodeOutput:
         return io.NodeOutput(sigmas_of(schedule, model, scheduler, steps, denoise))
 

@@ -81,23 +81,26 @@ def levels(
 
 
 def sigmas_of(
-    schedule: QSchedule | None, model, scheduler: str, steps: int, denoise: float
+    schedule: QSchedule | None, model, scheduler: str, steps: int | None, denoise: float
 ) -> torch.Tensor:
     """Sigmas [steps + 1] (CPU): the schedule's own; with a model those of BasicScheduler.
 
+    ``steps`` None is as many as the schedule has.
     ScheduleError if neither is given; ValueError if what was asked for does not decrease.
     """
     if model is None:
         if schedule is None:
             raise ScheduleError("schedule and model are both missing; connect one of them")
-        if steps not in (0, schedule.steps):
+        if steps not in (None, schedule.steps):
             raise ScheduleError(
                 f"steps={steps} needs a model: the schedule's own noise levels are {schedule.steps} "
-                "steps; connect a model, or set steps to 0"
+                "steps; connect a model, or set steps to those of the schedule"
             )
         sigmas = torch.tensor(schedule.tail(denoise))
-    elif steps == 0 and schedule is None:
-        raise ScheduleError("steps=0 needs a schedule, whose step count it is; set steps")
+    elif steps is None and schedule is None:
+        raise ScheduleError(
+            "steps is as the schedule, but there is none; connect one, or set steps to a number"
+        )
     else:
         steps = steps or schedule.steps
         sigmas, _ = sigmas_and_flow(model, scheduler, steps, denoise)

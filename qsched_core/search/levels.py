@@ -94,7 +94,7 @@ def check_grid(grid: int, steps: int | None = None) -> int:
     if not least <= grid <= MOST_GRID:
         need = "" if steps is None else f" for {steps} steps"
         raise CalibrationError(
-            f"grid={shown(grid)} must be from {least} to {MOST_GRID}{need}, or 0 for {GRID}"
+            f"grid={shown(grid)} must be from {least} to {MOST_GRID}{need} (by itself it is {GRID})"
         )
     return grid
 

@@ -63,7 +63,7 @@ class Strategy:
             free = " with the ramps' ends free" if ends else ""
             raise CalibrationError(
                 f"budget={shown(asked)} is too small for search {self.name!r}{free}; give at least "
-                f"{least}, or 0 for its default of {self.default_budget}"
+                f"{least} (by itself it takes {self.default_budget})"
             )
         return asked
 

@@ -9,8 +9,8 @@ from standins import NO_T5
 
 from devtools.server import PACK_NAME
 
-OPEN = """async ([url, name]) => {
-    const workflow = await (await fetch(url)).json()
+FETCH = "async ([url]) => (await fetch(url)).json()"
+OPEN = """async ([workflow, name]) => {
     await window.app.loadGraphData(workflow, true, true, name)
     return (await window.app.graphToPrompt()).output
 }"""
@@ -29,7 +29,8 @@ SHRINK = """([size, few, types]) => {
         if (node.type === 'QSchedJAQObjective')
             set(node, 'clip_name', 'qsched_demo_scorer.safetensors')
         if (node.type === 'QSchedJAQCalibrator') {
-            set(node, 'budget', 6)
+            set(node, 'budget', 'number')
+            set(node, 'budget.number', 6)
             set(node, 'guard', false)
         }
         if (node.type === 'DualCLIPLoader') {
@@ -41,8 +42,14 @@ SHRINK = """([size, few, types]) => {
 
 
 def opened(page, name: str) -> dict:
+    """The template ``name`` in the page; the graph that would be queued."""
     url = f"/api/workflow_templates/{quote(PACK_NAME)}/{quote(name)}.json"
-    return page.evaluate(OPEN, [url, name])
+    return opened_file(page, page.evaluate(FETCH, [url]), name)
+
+
+def opened_file(page, workflow: dict, name: str) -> dict:
+    """A workflow in the page; the graph that would be queued."""
+    return page.evaluate(OPEN, [workflow, name])
 
 
 def few_prompts(page) -> None:

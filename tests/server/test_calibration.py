@@ -227,6 +227,22 @@ def test_learned_noise_levels_go_from_the_search_to_the_picture(server):
     assert entry["outputs"]["9"]["images"]
 
 
+def test_a_search_goes_on_whichever_way_its_numbers_are_given(server):
+    """A plain number, as graphs of before have it, and a chosen one are the same search."""
+    prompt, plain = graph(seed=8, search="gp"), {"low": 0.7, "high": 0.0, "level_grid": 0}
+    prompt["4"]["inputs"] |= plain
+    before = report_of(server.run(prompt))
+    assert before["new_trials"] == 5
+    chosen = {
+        "budget": "number", "budget.number": 4, "low": "number", "low.number": 0.7,
+        "high": "search's own", "level_grid": "automatic",
+    }  # fmt: skip
+    prompt["4"]["inputs"] |= chosen
+    after = report_of(server.run(prompt))
+    assert after["new_trials"] == 0
+    assert coefficients(after) == coefficients(before)
+
+
 def test_a_schedule_is_learned_by_rankings_round_after_round(server):
     def queued(ranking: str, **more):
         given = {

@@ -332,7 +332,7 @@ def test_half_of_the_schedule_is_img2img_at_learned_sigmas(server, learned):
     [
         ({}, "schedule and model are both missing"),
         ({"schedule": ["5", 0], "steps": 6}, "steps=6 needs a model"),
-        ({"model": ["1", 0]}, "steps=0 needs a schedule"),
+        ({"model": ["1", 0]}, "steps is as the schedule, but there is none"),
         ({"schedule": ["5", 0], "denoise": 0.0}, "denoise=0.0 must be above 0"),
         ({"model": ["1", 0], "steps": 4, "scheduler": "none"}, "scheduler"),
     ],

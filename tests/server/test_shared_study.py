@@ -105,7 +105,7 @@ def test_two_servers_share_a_search_and_one_may_be_killed(start, storage, server
         ({"storage": "mine", "study": ""}, "study is empty"),
         ({"storage": "postgresql://u:w@127.0.0.1:9/x", "study": "x"}, "QSCHED_ALLOW_STORAGE_URLS"),
         ({"fidelity": "low"}, "fidelity"),
-        ({"high": 0.9}, "1, the base solver"),
+        ({"high": 0.9}, "high=0.9 must be"),
     ],
 )
 def test_what_can_not_be_shared_is_named(server, change, says):
