@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-WORKFLOW = Path(__file__).parent.parent / "workflows" / "api" / "qsched_learn_and_sample.json"
+WORKFLOW = Path(__file__).parent / "workflow" / "api" / "qsched_learn_and_sample.json"
 CHECKPOINT = "qsched_demo.safetensors"
 SIZE, STEPS = 96, 4
 TRAJECTORY = {

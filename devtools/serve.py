@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from pathlib import Path
 
 from .console import SetupError, note
 from .environment import Environment
 from .server import ComfyServer, device_args
+
+WORKFLOW = Path("demo", "workflow", "qsched_learn_and_sample.json")
 
 
 def model_paths(comfyui: Path) -> str:
@@ -17,6 +20,14 @@ def model_paths(comfyui: Path) -> str:
     folders = sorted(path.name for path in models.iterdir() if path.is_dir())
     entry = {"base_path": str(models)} | {name: name for name in folders if name != "configs"}
     return json.dumps({"own": entry}, indent=1)  # JSON is YAML
+
+
+def show_workflow(workflow: Path, base: Path) -> None:
+    """Put the demo's workflow into the page's list, unless it is there (it may have been changed)."""
+    listed = base / "user" / "default" / "workflows" / workflow.name
+    if not listed.exists():
+        listed.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(workflow, listed)
 
 
 def serve(environment: Environment, port: int, more: tuple[str, ...] = ()) -> int:
@@ -28,6 +39,7 @@ def serve(environment: Environment, port: int, more: tuple[str, ...] = ()) -> in
         paths = base / "extra_model_paths.yaml"
         paths.write_text(model_paths(environment.comfyui), encoding="utf-8")
         more = ("--extra-model-paths-config", str(paths), *more)
+    show_workflow(environment.root / WORKFLOW, base)
     python = str(environment.python)
     server = ComfyServer(
         environment.comfyui,

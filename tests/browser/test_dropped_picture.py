@@ -8,7 +8,8 @@ import json
 import shutil
 
 import pytest
-from pages import few_prompts, opened, queued
+from hostpath import ROOT
+from pages import few_prompts, opened_file, queued
 from PIL import Image
 from standins import CANVASES
 
@@ -23,7 +24,8 @@ LEARNED = """() => window.app.graph.nodes.find((n) => n.type === 'QSchedJAQCalib
 @pytest.fixture(scope="module")
 def picture(server, page) -> bytes:
     """Of the demo's template, learned with few prompts and a small budget."""
-    opened(page, "qsched_learn_and_sample")
+    path = ROOT / "demo" / "workflow" / "qsched_learn_and_sample.json"
+    opened_file(page, json.loads(path.read_text(encoding="utf-8")), path.stem)
     few_prompts(page)
     entry = server.wait(queued(page), 240)
     (made,) = entry["outputs"]["11"]["images"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -66,9 +64,8 @@ def test_prompt_sets_are_disjoint_and_held_out_of_training():
     assert not trained & set.union(*sets)
 
 
-def test_the_shipped_workflow_has_the_demos_prompts(repo_root):
-    path = repo_root / "workflows" / "api" / "qsched_learn_and_sample.json"
-    inputs = json.loads(path.read_text(encoding="utf-8"))["2"]["inputs"]
+def test_the_shipped_workflow_has_the_demos_prompts():
+    inputs = graphs.shipped()["2"]["inputs"]
     prompts = demo_prompts()
     assert inputs["calibration"].splitlines() == list(prompts.calibration)
     assert inputs["heldout"].splitlines() == list(prompts.heldout)

@@ -105,6 +105,17 @@ def test_two_servers_get_two_ports(tmp_path):
     assert servers[0].port != servers[1].port
 
 
+def test_serve_lists_the_demos_workflow_and_keeps_a_changed_one(tmp_path):
+    from devtools.serve import WORKFLOW, show_workflow
+
+    show_workflow(PACK_ROOT / WORKFLOW, tmp_path)
+    listed = tmp_path / "user" / "default" / "workflows" / WORKFLOW.name
+    assert listed.read_bytes() == (PACK_ROOT / WORKFLOW).read_bytes()
+    listed.write_text("changed")
+    show_workflow(PACK_ROOT / WORKFLOW, tmp_path)
+    assert listed.read_text() == "changed"
+
+
 def test_serve_offers_the_users_own_models(tmp_path):
     from devtools.serve import model_paths
 

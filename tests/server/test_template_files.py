@@ -7,7 +7,7 @@ import json
 import pytest
 
 from demo.templates import FOLDER, TEMPLATES, thumbnail
-from devtools.server import PACK_ROOT
+from devtools.server import PACK_NAME, PACK_ROOT
 
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: t.name)
@@ -48,6 +48,10 @@ def test_it_has_notes_and_a_thumbnail(template):
 
 
 def test_no_template_is_left_over_from_a_title_of_before():
-    """The demo's own is for dev.py serve."""
     names = {path.stem for path in (PACK_ROOT / "workflows").glob("*.json")}
-    assert names == {t.name for t in TEMPLATES} | {"qsched_learn_and_sample"}
+    assert names == {t.name for t in TEMPLATES}
+
+
+def test_the_demos_workflow_is_no_template(server):
+    """Users have none of its models; dev.py serve puts it among the workflows."""
+    assert set(server.get("/api/workflow_templates")[PACK_NAME]) == {t.name for t in TEMPLATES}

@@ -1,4 +1,4 @@
-"""The template in a real page: it opens without an error, and is the graph of its API twin."""
+"""The demo's workflow in a real page: it opens without an error, and is the graph of its API twin."""
 
 from __future__ import annotations
 
@@ -43,9 +43,10 @@ def page(server) -> Iterator:
         running.close()
 
 
-def test_the_template_opens_as_its_api_twin(page, server, repo_root):
+def test_the_demos_workflow_opens_as_its_api_twin(page, server, repo_root):
     """What the page would queue is what the API file queues; what it adds are optional inputs."""
-    files = (repo_root / "workflows" / NAME, repo_root / "workflows" / "api" / NAME)
+    folder = repo_root / "demo" / "workflow"
+    files = (folder / NAME, folder / "api" / NAME)
     template, twin = (json.loads(file.read_text(encoding="utf-8")) for file in files)
     deadline = time.monotonic() + 60
     while (queued := page.evaluate(OPENED, template)) is None:

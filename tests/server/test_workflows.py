@@ -23,7 +23,7 @@ NAME = "qsched_learn_and_sample.json"
 
 @pytest.fixture(scope="module")
 def workflow(repo_root):
-    return json.loads((repo_root / "workflows" / "api" / NAME).read_text(encoding="utf-8"))
+    return json.loads((repo_root / "demo" / "workflow" / "api" / NAME).read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
