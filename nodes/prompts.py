@@ -15,10 +15,11 @@ from ..qsched_core.prompts import (
     read_prompts,
 )
 from ..qsched_core.text import shown
-from .host.folders import input_file
+from .host.folders import input_file, prompt_set, prompt_sets
 from .types import MAX_SEED, Prompts
 
 ONE = "bundled: "  # of one category, its name after it
+OWN = "set: "  # a file of the user's, its name after it
 SOURCES = ("bundled", "text", "file", *(f"{ONE}{name}" for name in categories()))
 LABELS = {
     "calibration": "# calibration: searched on, one prompt a line",
@@ -43,9 +44,10 @@ class QSchedCalibrationPrompts(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "source",
-                    options=list(SOURCES),
-                    tooltip="bundled: 20 + 64 general prompts, or those of one kind. text: your own, below. file: your own, in "
-                    "ComfyUI's input folder.",
+                    options=[*SOURCES, *(f"{OWN}{name}" for name in prompt_sets())],
+                    tooltip="bundled: 20 + 64 general prompts, or those of one kind. text: your own, "
+                    "below. file: your own, in ComfyUI's input folder. set: your own, a file in "
+                    "models/qsched_prompts.",
                 ),
                 io.String.Input(
                     "calibration",
@@ -97,10 +99,14 @@ class QSchedCalibrationPrompts(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, source, file="", **inputs):
-        source, file = _one(source), _one(file)
-        if source != "file":
+        source, path = _one(source), None
+        if source == "file":
+            path = input_file(_one(file))
+        elif source and source.startswith(OWN):
+            path = prompt_set(source.removeprefix(OWN))
+        if path is None:
             return source
-        stat = input_file(file).stat()
+        stat = path.stat()
         return f"{stat.st_size} {stat.st_mtime_ns}"
 
     @classmethod
@@ -124,6 +130,8 @@ def _prompts(
 
 def _lists(source: str, calibration: str, heldout: str, chosen: str, file: str):
     """Calibration and held-out prompts."""
+    if source.startswith(OWN):
+        return read_prompts(prompt_set(source.removeprefix(OWN)))
     if source not in SOURCES:
         raise PromptError(f"source={shown(source)} is unknown; choose one of {', '.join(SOURCES)}")
     if source == "bundled":

@@ -14,12 +14,13 @@ from ...qsched_core.schedule import ScheduleError
 from ...qsched_core.text import shown
 from ...qsched_core.workspace import remove_abandoned
 
-SCHEDULE_FOLDER, SCORER_FOLDER = "qsched", "clip_score"
+SCHEDULE_FOLDER, SCORER_FOLDER, PROMPT_FOLDER = "qsched", "clip_score", "qsched_prompts"
+PROMPT_FILES = (".txt", ".json")
 
 
 def register_folders() -> None:
-    """Make ``models/qsched`` and ``models/clip_score`` known to ComfyUI."""
-    for name in (SCHEDULE_FOLDER, SCORER_FOLDER):
+    """Make this pack's folders below ``models`` known to ComfyUI."""
+    for name in (SCHEDULE_FOLDER, SCORER_FOLDER, PROMPT_FOLDER):
         folder_paths.add_model_folder_path(name, str(Path(folder_paths.models_dir) / name))
 
 
@@ -45,8 +46,7 @@ def start_cleaning() -> Thread:
 
 def schedule_files() -> list[str]:
     """Schedules in every folder registered for them, by their path inside it."""
-    names = folder_paths.get_filename_list(SCHEDULE_FOLDER)
-    return [name for name in names if name.lower().endswith(".json")]
+    return _listed(SCHEDULE_FOLDER, (".json",))
 
 
 def schedule_path(name: str) -> Path:
@@ -90,6 +90,34 @@ def input_file(name: str) -> Path:
             "name"
         )
     return path
+
+
+def prompt_sets() -> list[str]:
+    """The user's files of prompts, in every folder registered for them, by their path inside it."""
+    return _listed(PROMPT_FOLDER, PROMPT_FILES)
+
+
+def _listed(folder: str, endings: tuple[str, ...]) -> list[str]:
+    try:
+        names = folder_paths.get_filename_list(folder)
+    except FileNotFoundError:  # it was there when ComfyUI looked before
+        return []
+    return [name for name in names if name.lower().endswith(endings)]
+
+
+def prompt_set(name: str) -> Path:
+    """Where the user's file of prompts ``name`` is; PromptError if there is none."""
+    found = None
+    if len(name) <= MOST_NAME and name.lower().endswith(PROMPT_FILES):
+        # ComfyUI looks for no name outside of the folder; a workflow may come from Windows.
+        for written in (name, name.replace("\\", "/")):
+            found = found or folder_paths.get_full_path(PROMPT_FOLDER, written)
+    if found is None:
+        raise PromptError(
+            f"source={shown(name)} is no file of prompts in models/{PROMPT_FOLDER}; refresh the "
+            f"list, or put a file ({' or '.join(PROMPT_FILES)}) of that name there"
+        )
+    return Path(found)
 
 
 def studies_folder() -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import open_clip
 import pytest
@@ -128,6 +129,52 @@ def test_prompts_come_from_a_file_in_the_input_folder(server, kind):
     path.write_text(content, encoding="utf-8")
     given = {"source": "file", "calibration": "", "heldout": "", "seed": 1, "file": path.name}
     assert prompts_seen(server, **given) == HELDOUT[:2]
+
+
+def sets(server) -> list[str]:
+    node = server.object_info()["QSchedCalibrationPrompts"]
+    options = node["input"]["required"]["source"][1]["options"]
+    return [name for name in options if name.startswith("set: ")]
+
+
+def test_a_users_own_sets_are_listed_by_name(server):
+    folder = server.base / "models" / "qsched_prompts"
+    (folder / "birds").mkdir(parents=True)
+    (folder / "mine.txt").write_text("\n".join([*CALIBRATION, "[heldout]", HELDOUT[0]]))
+    content = json.dumps({"calibration": CALIBRATION, "heldout": HELDOUT[:2]})
+    (folder / "birds" / "small.json").write_text(content)
+    (folder / "no-border.txt").write_text("a robin\na wren\n")
+    (folder / "notes.md").write_text("not prompts")
+    listed = [name.replace("\\", "/") for name in sets(server)]
+    assert listed == ["set: birds/small.json", "set: mine.txt", "set: no-border.txt"]
+    given = {"calibration": "", "heldout": "", "seed": 1}
+    assert prompts_seen(server, source="set: mine.txt", **given) == HELDOUT[:1]
+    assert prompts_seen(server, source=sets(server)[0], **given) == HELDOUT[:2]
+    with pytest.raises(ServerError, match=r"no-border.txt has no line \[heldout\]"):
+        prompts_seen(server, source="set: no-border.txt", **given)
+    (folder / "mine.txt").write_text("\n".join([*CALIBRATION, "[heldout]", HELDOUT[3]]))
+    assert prompts_seen(server, source="set: mine.txt", **given) == [HELDOUT[3]]
+    shutil.rmtree(folder)
+    assert sets(server) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["../qsched/x.json", "/etc/passwd.txt", "no.txt", "mine.md", "a\0.txt"]
+)
+def test_a_set_that_is_not_there_is_refused_wired_or_not(server, name):
+    """A wired name is judged when the node runs."""
+    prompt = graph()
+    prompt["2"]["inputs"]["source"] = f"set: {name}"
+    with pytest.raises(ServerError, match="source"):
+        server.run(prompt)
+    outside = server.base / "models" / "qsched" / "x.json"
+    outside.parent.mkdir(parents=True, exist_ok=True)
+    outside.write_text(json.dumps({"calibration": ["a"], "heldout": ["b"]}))
+    prompt["9"] = node("PrimitiveString", value=f"set: {name}")
+    prompt["2"]["inputs"]["source"] = ["9", 0]
+    with pytest.raises(ServerError, match="source"):
+        server.run(prompt)
+    outside.unlink()
 
 
 def test_prompts_come_as_a_list_of_strings(server):
