@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -24,7 +24,7 @@ class ComfySource(ModelSource):
     """Each prompt's picture is the one that KSampler makes for this prompt and seed alone.
 
     With the ``scheduler`` that gave the trajectory, finer paths have its levels too.  The free memory decides the batch, at most 128 latents.  ``memory`` bytes of model outputs are
-    kept.  ValueError for a size that the model can't have.  The user's interrupt is raised between
+    kept.  SourceError for a size that the model can't have.  The user's interrupt is raised between
     steps.
     """
 
@@ -60,17 +60,10 @@ class ComfySource(ModelSource):
 
     def _empty_latent(self, width: int, height: int) -> torch.Tensor:
         latent_format = self.model.get_model_object("latent_format")
+        if latent_format.latent_dimensions < 2:
+            raise SourceError("this model makes no pictures; connect a model that does")
         ratio = latent_format.spacial_downscale_ratio
-        largest = largest_latent(self.model)
-        for name, value in (("width", width), ("height", height)):
-            if value < ratio or value % ratio:
-                raise ValueError(
-                    f"{name}={value} must be a positive multiple of {ratio} for this model"
-                )
-            if largest and value > largest * ratio:
-                raise SourceError(
-                    f"{name}={value} is more than this model knows; set at most {largest * ratio}"
-                )
+        check_size({"width": width, "height": height}, ratio, largest_latent(self.model))
         latent = torch.zeros(1, latent_format.latent_channels, height // ratio, width // ratio)
         return latent.unsqueeze(2) if latent_format.latent_dimensions == 3 else latent
 
@@ -170,6 +163,25 @@ class ComfySource(ModelSource):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         pictures = self.vae.decode(self._for_decoding(latents))
         return pictures[:, 0] if pictures.ndim == 5 else pictures  # a video: its first frame
+
+
+def check_size(sides: Mapping[str, int], ratio: int, largest: int | None) -> None:
+    """SourceError, naming the nearest sizes, for sides in pixels that a model can't have.
+
+    ``ratio`` is the pixels of a latent's row or column, ``largest`` how many of these there may be.
+    A model that works on patches of latents needs no more: ComfyUI fills the last patch.
+    """
+    for name, value in sides.items():
+        if largest and value > largest * ratio:
+            raise SourceError(
+                f"{name}={value} is more than this model knows; set at most {largest * ratio}"
+            )
+        if value < ratio or value % ratio:
+            near = sorted({max(1, value // ratio) * ratio, (value // ratio + 1) * ratio})
+            raise SourceError(
+                f"{name}={value} must be a multiple of {ratio} for this model; set it to "
+                f"{' or '.join(map(str, near))}"
+            )
 
 
 def _signature(row: list) -> Hashable:

@@ -29,7 +29,7 @@ class Small:
     latent: tuple[int, ...]
     context: int
     pooled: int | None = None
-    extra: Mapping[str, float] = field(default_factory=dict)
+    extra: Mapping[str, float | torch.Tensor] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -119,6 +119,18 @@ WAN = Small(
     ),
     (1, 16, 3, 8, 8),
     4096,
+)
+# Another, whose latents are of 32 pixels.
+LTXV = Small(
+    Family(
+        "ltxv",
+        "comfy.ldm.lightricks.model:LTXVModel",
+        {"num_layers": 1, "attention_head_dim": 8, "cross_attention_dim": 256},
+        "LTXV",
+    ),
+    (1, 128, 1, 3, 3),
+    4096,
+    extra={"attention_mask": torch.ones(1, CONTEXT_TOKENS)},
 )
 QWEN_IMAGE = Small(real.QWEN_IMAGE.smaller(num_layers=1), (1, 16, 1, 8, 8), 3584)
 
