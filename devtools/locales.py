@@ -1,7 +1,7 @@
-"""The nodes' words in several languages: ``python -m devtools.locales`` writes ``locales/``.
+"""The nodes' texts in several languages: ``python -m devtools.locales`` writes ``locales/``.
 
-English is the schemas' own.  Names in other languages come from ``words.json``, which was translated
-by machine; where it has nothing, the page shows the English text.
+English is the schemas' own.  The other languages' are in ``words/``, a file for each, which were
+translated by machine.  A text that changed needs a new translation in every one of them.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ import argparse
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .graph_file import DYNAMIC, followers
 from .server import ComfyServer, device_args
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDER, WORDS = ROOT / "locales", Path(__file__).with_name("words.json")
+FOLDER, WORDS = ROOT / "locales", Path(__file__).with_name("words")
+LANGUAGES = tuple(sorted(path.stem for path in WORDS.glob("*.json")))  # but for English
 # Their tooltips say what this machine can run: a fixed text would take their place.
 OF_THE_MACHINE = ("weight_format",)
 
@@ -28,11 +30,7 @@ def english(info: Mapping[str, Any]) -> dict[str, Any]:
         name: {
             "display_name": node["display_name"],
             "description": node["description"],
-            "inputs": {
-                key: _entry(key, spec[1].get("tooltip") if len(spec) > 1 else None)
-                for group in ("required", "optional")
-                for key, spec in node["input"].get(group, {}).items()
-            },
+            "inputs": dict(_inputs(node)),
             "outputs": {
                 str(place): {"name": label, "tooltip": tooltip}
                 for place, (label, tooltip) in enumerate(
@@ -45,73 +43,82 @@ def english(info: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _entry(key: str, tooltip: str | None) -> dict[str, str]:
-    entry = {"name": key}
-    if tooltip and key not in OF_THE_MACHINE:
+def _inputs(node: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Every input's key and entry, then those of the inputs that follow one of its choices.
+
+    These have no tooltip of their own: the input's says what they are for.  The page looks for the key of ``eta.number`` with "_" in place of ".".
+    """
+    for group in ("required", "optional"):
+        for key, spec in node["input"].get(group, {}).items():
+            yield key, _entry(key, spec)
+            for option in spec[1]["options"] if spec[0] == DYNAMIC else ():
+                for inner in followers(spec, option["key"]):
+                    yield f"{key}_{inner}", _entry(f"{key}: {inner}", spec)
+
+
+def _entry(name: str, spec: Sequence) -> dict[str, str]:
+    tooltip = spec[1].get("tooltip") if len(spec) > 1 else None
+    entry = {"name": name}
+    if tooltip and name not in OF_THE_MACHINE:
         entry["tooltip"] = tooltip
     return entry
 
 
-def terms(defs: Mapping[str, Any]) -> list[str]:
-    """Every name that a translation needs, once."""
-    found: dict[str, None] = {}
-    for node in defs.values():
-        found[node["display_name"]] = None
-        for part in ("inputs", "outputs"):
-            found |= {entry["name"]: None for entry in node[part].values()}
-    return list(found)
+def texts(defs: Any) -> list[str]:
+    """Every text that needs a translation, once, in the order of the nodes."""
+    if isinstance(defs, str):
+        return [defs]
+    return list(dict.fromkeys(text for part in defs.values() for text in texts(part)))
 
 
-def words() -> dict[str, dict[str, str]]:
-    """By English name: its translations by language."""
-    return json.loads(WORDS.read_text(encoding="utf-8"))["words"]
+def words(language: str) -> dict[str, str]:
+    """By English text: its translation."""
+    return json.loads((WORDS / f"{language}.json").read_text(encoding="utf-8"))["texts"]
 
 
-def translated(defs: Mapping[str, Any], language: str) -> dict[str, Any]:
-    """``nodeDefs.json`` in another language; KeyError for a name that has no translation."""
-    known = words()
-    return {
-        name: {
-            "display_name": known[node["display_name"]][language],
-            "inputs": _names(node["inputs"], known, language),
-            "outputs": _names(node["outputs"], known, language),
-        }
-        for name, node in defs.items()
-    }
-
-
-def _names(entries: Mapping[str, Any], known, language: str) -> dict[str, Any]:
-    return {key: {"name": known[entry["name"]][language]} for key, entry in entries.items()}
-
-
-def languages() -> tuple[str, ...]:
-    return tuple(json.loads(WORDS.read_text(encoding="utf-8"))["languages"])
+def translated(defs: Any, known: Mapping[str, str]) -> Any:
+    """``nodeDefs.json`` with every text as ``known`` says; KeyError for one it does not have."""
+    if isinstance(defs, str):
+        return known[defs]
+    return {key: translated(part, known) for key, part in defs.items()}
 
 
 def make(info: Mapping[str, Any], folder: Path = FOLDER) -> None:
     """Write every language's file below ``folder``."""
     defs = english(info)
-    for language in ("en", *languages()):
-        content = defs if language == "en" else translated(defs, language)
+    for language in ("en", *LANGUAGES):
+        content = defs if language == "en" else translated(defs, words(language))
         target = folder / language / "nodeDefs.json"
         target.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
         target.write_text(text, encoding="utf-8")
 
 
+def report(info: Mapping[str, Any]) -> str:
+    """What the languages lack, and what they have of texts that are no more."""
+    wanted, found = texts(english(info)), {language: words(language) for language in LANGUAGES}
+    lines = []
+    for text in dict.fromkeys([*wanted, *(text for known in found.values() for text in known)]):
+        wrong = [name for name, known in found.items() if (text in known) != (text in wanted)]
+        if wrong:
+            has = "lacks" if text in wanted else "has too much"
+            lines.append(f"{', '.join(wrong)} {has}: {text}")
+    return "\n".join(lines) or "every language has every text"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     comfyui = os.environ.get("COMFYUI_PATH", str(ROOT / ".host" / "ComfyUI-0.30.0"))
     parser.add_argument("--comfyui", type=Path, default=Path(comfyui))
-    parser.add_argument("--terms", action="store_true", help="print what needs a translation")
+    parser.add_argument("--check", action="store_true", help="say what needs a translation")
     arguments = parser.parse_args()
     with (
         tempfile.TemporaryDirectory() as base,
         ComfyServer(arguments.comfyui, Path(base), extra_args=device_args()) as server,
     ):
         info = server.object_info()
-    if arguments.terms:
-        print("\n".join(terms(english(info))))
+    if arguments.check:
+        print(report(info))
     else:
         make(info)
 
