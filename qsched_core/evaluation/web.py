@@ -6,7 +6,7 @@ from PIL import Image
 
 from ..calibration.report import typical
 from ..statistics import Interval
-from ..webpage import Curves, Pair, Part, Table, page
+from ..webpage import Compared, Curves, Part, Table, page
 from .results import Evaluation
 from .table import cost_line, distance_lines, verdict
 
@@ -51,11 +51,11 @@ def _compared(evaluation: Evaluation) -> list[Part]:
     if len(gains) > 1:
         lines = {"gain": sorted(gains), "zero": [0.0] * len(gains)}
         parts.append(Curves("JAQ gain of every prompt, sorted", lines, "prompts"))
-    parts.append(f"Worst, median and best gain. Left of the slider: {before.label}.")
+    parts.append("Worst, median and best gain.")
     parts += [
-        Pair(
+        Compared(
             f"{gains[i]:+.4f}: {evaluation.prompts.prompts[i]}",
-            *(Image.fromarray(arm.picture(i).numpy()) for arm in (before, after)),
+            [(arm.label, Image.fromarray(arm.picture(i).numpy())) for arm in (before, after)],
         )
         for i in typical(gains)
     ]

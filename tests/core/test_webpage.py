@@ -7,13 +7,14 @@ import re
 from html.parser import HTMLParser
 from io import BytesIO
 
+import pytest
 from evaluation_cases import ONE, Brightness, PaintSource
 from PIL import Image
 
 from qsched_core.evaluation import Arm, evaluate
 from qsched_core.evaluation.web import report_page
 from qsched_core.prompts import PromptSet
-from qsched_core.webpage import Curves, Pair, Table, page
+from qsched_core.webpage import Bars, Compared, Curves, Table, page
 
 HOSTILE = '<img src="http://x.example/a.png" onerror=alert(1)> & </script>'
 
@@ -39,13 +40,22 @@ def picture(colour: str, size=(64, 32)) -> Image.Image:
 
 
 def test_nothing_is_read_from_anywhere():
+    two = [(HOSTILE, picture("red")), (HOSTILE, picture("blue"))]
+    bars = Bars(HOSTILE, [HOSTILE, "b"], {HOSTILE: [1.0, 2.0]})
     text = page(
-        "t", [HOSTILE, Pair(HOSTILE, picture("red"), picture("blue")), Table([HOSTILE], [])]
+        HOSTILE,
+        [
+            HOSTILE,
+            Compared(HOSTILE, two),
+            Table([HOSTILE], [], HOSTILE),
+            bars,
+            Compared("", two * 2),
+        ],
     )
     found = Tags(text)
     assert not re.search(r"(src|href|action)=\"?(?!data:)[a-z]+:", text)
     sources = [a["src"] for _, a in found.tags if "src" in a]
-    assert len(sources) == 2
+    assert len(sources) == 6
     assert all(source.startswith("data:image/jpeg;base64,") for source in sources)
     policy = next(a["content"] for t, a in found.tags if t == "meta" and "content" in a)
     assert policy.startswith("default-src 'none'")
@@ -53,16 +63,31 @@ def test_nothing_is_read_from_anywhere():
     assert HOSTILE in found.texts
 
 
-def test_a_pair_holds_both_pictures_under_a_slider():
-    found = Tags(page("t", [Pair("c", picture("red"), picture("blue"))]))
+def test_pictures_lie_under_a_slider_with_their_labels():
+    found = Tags(page("t", [Compared("c", [("one", picture("red")), ("two", picture("blue"))])]))
     images = [a for tag, a in found.tags if tag == "img"]
-    assert [a["alt"] for a in images] == ["before", "after"]
+    assert [a["alt"] for a in images] == ["one", "two"]
+    assert {"one", "two"} <= set(found.texts)
     for attributes, colour in zip(images, ((255, 0, 0), (0, 0, 255)), strict=True):
         data = base64.b64decode(attributes["src"].partition(",")[2])
         shown = Image.open(BytesIO(data))
         assert shown.size == (64, 32)
         assert max(abs(a - b) for a, b in zip(shown.getpixel((30, 10)), colour, strict=True)) < 8
     assert any(a.get("type") == "range" for tag, a in found.tags if tag == "input")
+
+
+@pytest.mark.parametrize("values", [{"a": [0.0, 0.0]}, {"a": [1.0, 1e-9], "b": [3.0, 1e9]}])
+def test_bars_stay_inside_their_drawing_and_say_their_values(values):
+    found = Tags(page("t", [Bars("bars", ["first", "second"], values)]))
+    drawn = [
+        {k: float(v) for k, v in a.items() if k != "fill"} for t, a in found.tags if t == "rect"
+    ]
+    assert len(drawn) == 3 * len(values)
+    for box in drawn:
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 1060
+        assert box["y"] >= 0 and box["y"] + box["height"] <= 260
+    told = ", ".join(f"{name} {series[1]:.3g}" for name, series in values.items())
+    assert f"second, {told}" in found.texts
 
 
 def test_curves_stay_inside_their_drawing():
