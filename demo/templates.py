@@ -17,7 +17,7 @@ from devtools.graph_file import Graph, Model, Node, write
 from devtools.server import ComfyServer, device_args
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ROOT / "workflows"
+FOLDER, SHEET = ROOT / "workflows", ROOT / "docs" / "demo.png"
 HUB = "https://huggingface.co"
 PROMPT = (
     "a lighthouse on a cliff at dusk, warm light in its windows, waves below, detailed oil painting"
@@ -340,7 +340,7 @@ class Template:
     title: str
     family: Family
     build: Callable[[Graph, Family], None]
-    rows: tuple[int, ...]  # of the demo's contact sheet, for the thumbnail
+    rows: tuple[str, str]  # of the demo's contact sheet, for the thumbnail
 
     @property
     def name(self) -> str:
@@ -352,18 +352,26 @@ class Template:
         return graph
 
 
+# The rows of the demo's contact sheet, as a template's reader calls them.
+FULL, TWO, TWO_LEARNED, TWO_CALIBRATED, FOUR = (
+    "full precision", "2 bits", "2 bits + schedule", "2 bits, calibrated", "4 bits",
+)  # fmt: skip
+ROWS = (
+    FULL, TWO, TWO_LEARNED, TWO_CALIBRATED, f"{TWO_CALIBRATED} + schedule", FOUR,
+    f"{FOUR}, calibrated",
+)  # fmt: skip
+LEFT, TOP, CELL = 180, 66, 144  # pixels of the sheet: left of and above its pictures, and a picture
 TEMPLATES = (
-    Template("1 Quantize on load", FLUX, quantize, (0, 1)),
-    Template("1 Quantize on load", LIGHTNING, quantize, (0, 1)),
-    Template("2 Calibrate weights and save", FLUX, calibrate_weights, (0, 3)),
-    Template("3 Learn a schedule", FLUX, learn, (3, 4)),
-    Template("3 Learn a schedule", LIGHTNING, learn, (3, 4)),
-    Template("4 Use a schedule", FLUX, use, (3, 4)),
-    Template("4 Use a schedule", LIGHTNING, use, (3, 4)),
-    Template("5 Image to image and inpaint", LIGHTNING, image_to_image, (1, 2)),
-    Template("6 SamplerCustomAdvanced", TURBO, custom, (1, 2)),
+    Template("1 Quantize on load", FLUX, quantize, (FULL, FOUR)),
+    Template("1 Quantize on load", LIGHTNING, quantize, (FULL, FOUR)),
+    Template("2 Calibrate weights and save", FLUX, calibrate_weights, (TWO, TWO_CALIBRATED)),
+    Template("3 Learn a schedule", FLUX, learn, (TWO, TWO_LEARNED)),
+    Template("3 Learn a schedule", LIGHTNING, learn, (TWO, TWO_LEARNED)),
+    Template("4 Use a schedule", FLUX, use, (TWO, TWO_LEARNED)),
+    Template("4 Use a schedule", LIGHTNING, use, (TWO, TWO_LEARNED)),
+    Template("5 Image to image and inpaint", LIGHTNING, image_to_image, (TWO, TWO_LEARNED)),
+    Template("6 SamplerCustomAdvanced", TURBO, custom, (FULL, FOUR)),
 )
-LABELS = ("full precision", "4 bits", "4 bits + schedule", "2 bits", "2 bits + schedule")
 
 
 def thumbnail(template: Template):
@@ -372,16 +380,16 @@ def thumbnail(template: Template):
 
     from qsched_core.canvas import GREY, INK, Canvas
 
-    sheet = Image.open(ROOT / "docs" / "demo.png").convert("RGB")
+    sheet = Image.open(SHEET).convert("RGB")
     canvas = Canvas(512, 2)
     canvas.text(24, 22, template.title, INK, 30, width=464)
     canvas.text(24, 64, template.family.name, GREY, 24, width=464)
     y = 106
-    for row in template.rows:
-        canvas.text(24, y, LABELS[row], INK, 18)
+    for name in template.rows:
+        canvas.text(24, y, name, INK, 18)
         for place, column in enumerate((3, 4, 7)):
-            left, top = 152 + 144 * column, 68 + 144 * row
-            picture = sheet.crop((left, top, left + 140, top + 140))
+            left, top = LEFT + CELL * column + 2, TOP + CELL * ROWS.index(name) + 2
+            picture = sheet.crop((left, top, left + CELL - 4, top + CELL - 4))
             canvas.picture(24 + 158 * place, y + 26, picture, 148, 148)
         y += 196
     return canvas.finish(512)

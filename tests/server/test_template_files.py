@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+from PIL import Image
 
-from demo.templates import FOLDER, TEMPLATES, thumbnail
+from demo.run import CELL as SHEET_CELL
+from demo.run import SHOWN
+from demo.templates import CELL, FOLDER, LEFT, ROWS, SHEET, TEMPLATES, TOP, thumbnail
 from devtools.server import PACK_NAME, PACK_ROOT
 
 
@@ -45,6 +48,13 @@ def test_it_has_notes_and_a_thumbnail(template):
     assert notes and all(len(note["widgets_values"][0]) > 40 for note in notes)
     assert thumbnail(template).size == (512, 512)
     assert (FOLDER / f"{template.name}.jpg").is_file()
+
+
+def test_thumbnails_are_cut_where_the_demos_pictures_are():
+    """A sheet with other rows would put a picture under another's name."""
+    assert SHEET_CELL == CELL
+    with Image.open(SHEET) as sheet:
+        assert sheet.size == (LEFT + SHOWN * CELL, TOP + len(ROWS) * CELL)
 
 
 def test_no_template_is_left_over_from_a_title_of_before():
