@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -13,6 +14,7 @@ from comfy_execution.utils import get_executing_context
 from ...qsched_core.evaluation import Arm
 from ...qsched_core.evaluation import Progress as EvaluationProgress
 from ...qsched_core.rounding import PROVING, SAMPLING, BlockDone, Progress
+from ...qsched_core.search.course import duration
 from ...qsched_core.text import markup_free, plain
 
 BLOCKS = "blocks"
@@ -31,7 +33,7 @@ def report(node_id: str | None, warnings: Sequence[str], note: str) -> None:
 
 
 def progress_text(node_id: str | None, text: str) -> None:
-    """Show ``text`` on the running node, where there is a server to show it.
+    """Show ``text`` on the running node, in the page that queued it, where there is a server.
 
     The page takes it for HTML: what would be a tag is escaped.
     """
@@ -39,7 +41,8 @@ def progress_text(node_id: str | None, text: str) -> None:
 
     server = getattr(PromptServer, "instance", None)
     if server is not None and node_id is not None:
-        server.send_progress_text(markup_free(text), node_id)
+        # Without the id every open page would show it, on whatever node has that number there.
+        server.send_progress_text(markup_free(text), node_id, server.client_id)
 
 
 def on_node(text: str, content: str | None = None) -> dict:
@@ -56,39 +59,67 @@ def on_node(text: str, content: str | None = None) -> dict:
 class RoundingLive:
     """Progress of calibrated rounding: one bar for all its parts, and a line of text.
 
-    The parts take about as long as ``SHARES`` says.
+    A walk's parts take about as long as ``SHARES`` says.  For a size there are several ``walks``, after
+    layers were weighed.  ``compared`` are the pictures that a walk's comparison makes.  The bar never
+    falls.
     """
 
     SHARES: ClassVar[dict[str, tuple[float, float]]] = {
         SAMPLING: (0.0, 0.15), BLOCKS: (0.15, 0.8), PROVING: (0.8, 1.0),
     }  # fmt: skip
+    WEIGHED = 0.15  # of the whole, where layers are weighed
 
-    def __init__(self, node_id: str | None):
-        self.node_id = node_id
+    def __init__(self, node_id: str | None, walks: int, compared: int):
+        self.node_id, self.walks, self.compared = node_id, walks, compared
         self.bar = comfy.utils.ProgressBar(1000, node_id=node_id)
+        self.at, self.walk, self.now = 0, 0, SAMPLING
+        self.timed: tuple[float, int] | None = None  # when so many of a part's pictures were made
+        self.pace = 0.0  # seconds a picture takes
 
     def part(self, part: str, done: int, total: int) -> None:
         """``done`` of ``total`` prompts; the user's interrupt is raised here too."""
-        self._moved(part, done / total, f"{part}: {done} of {total}")
+        text, now = f"{part}: {done} of {total}", time.monotonic()
+        if part == SAMPLING and not done:
+            text = f"loading the models, {text}"
+        if not done or self.timed is None:
+            self.timed = (now, done)
+        elif done > self.timed[1]:
+            self.pace = (now - self.timed[0]) / (done - self.timed[1])
+            if part == PROVING:
+                text += _left((total - done) * self.pace)
+        self._moved(part, done / total, text)
 
     def block(self, done: BlockDone) -> None:
         text = f"{done.name}: block {done.index + 1} of {done.total}"
         if done.resumed:
             text += ", kept of an earlier run"
         elif done.index + 1 < done.total:
-            text += f", about {_duration(done.seconds_left)} left"
+            text += _left(done.seconds_left + self.compared * self.pace)
         self._moved(BLOCKS, (done.index + 1) / done.total, text)
 
     def within(self, progress: Progress) -> None:
         """Inside a long block."""
         share = (progress.index + progress.done) / progress.total
         text = f"{progress.name}: block {progress.index + 1} of {progress.total}"
-        text += f", about {_duration(progress.seconds_left)} left"
+        text += _left(progress.seconds_left + self.compared * self.pace)
         self._moved(BLOCKS, share, text)
 
     def _moved(self, part: str, share: float, text: str) -> None:
-        start, end = self.SHARES.get(part, (0.0, 0.15))
-        self.bar.update_absolute(round(1000 * (start + share * (end - start))))
+        if part in self.SHARES:
+            order = list(self.SHARES)
+            if order.index(part) < order.index(self.now):
+                self.walk = min(self.walk + 1, self.walks - 1)
+            self.now = part
+            start, end = self.SHARES[part]
+            before = self.WEIGHED if self.walks > 1 else 0.0
+            within = (self.walk + start + share * (end - start)) / self.walks
+            share = before + (1 - before) * within
+            if self.walks > 1:
+                text = f"walk {self.walk + 1} of {self.walks}: {text}"
+        else:
+            share *= self.WEIGHED
+        self.at = max(self.at, round(1000 * share))
+        self.bar.update_absolute(self.at)
         progress_text(self.node_id, text)
         comfy.model_management.throw_exception_if_processing_interrupted()
 
@@ -97,9 +128,8 @@ class RoundingLive:
         self.bar.update_absolute(1000, None, ("PNG", picture, None))
 
 
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes:02}:{rest:02}"
+def _left(seconds: float) -> str:
+    return f", about {duration(seconds)} left"
 
 
 class EvaluationLive:

@@ -16,6 +16,8 @@ from ..trajectory import Candidate, rollout
 from .file import RoundedWeights
 from .subject import Subject
 
+MODELS = 3  # that are compared: unquantized, plain, calibrated
+
 
 @dataclass(frozen=True)
 class Arm:

@@ -20,7 +20,7 @@ from ..study import fingerprint
 from ..text import markdown
 from .file import RoundedWeights
 from .layer import Calibrated, RoundingSettings, plain
-from .proof import Proof, Sample, prove
+from .proof import MODELS, Proof, Sample, prove
 from .shelf import Shelf
 from .subject import Subject
 from .walk import BlockDone, Limits, ParametersOf, calibrate_module, choices
@@ -92,7 +92,8 @@ def calibrate_weights(
     goes on there, to the same weights, and one that is finished is not repeated.  On the held-out
     prompts the result is compared with plain rounding, by distance to the unquantized model and by
     ``measure``, if given; where it is not nearer, plain rounding is what is returned.  ``samples``
-    asks for pictures.  ``on_part(part, done, total)`` tells of the parts before and after the blocks.
+    asks for pictures.  ``on_part(part, done, total)`` tells of the parts before and after the blocks,
+    from 0 on.
     The states are in ``folder`` too, unless ``limits`` names another; what these tell is kept with
     the weights.  RoundingError, FormatError or DiskError before any work, or naming the layer that
     can't be rounded.
@@ -120,6 +121,7 @@ def calibrate_weights(
         check_folder(folder, 2 * packed_bytes(model, chosen))
         shelf.begin()
         began = time.monotonic()
+        on_part(SAMPLING, 0, len(prompts.calibration))
         states = subject.states(
             prompts.calibration, states_per_prompt, seed, partial(on_part, SAMPLING)
         )
@@ -166,6 +168,8 @@ def _proven(
         "samples": samples,
     }
     found, plainly = shelf.proof(judged_by), None
+    if found is None:
+        on_part(PROVING, 0, MODELS * len(heldout))
     if found is None or not found[0].holds:
         plainly = RoundedWeights(
             rounded_plainly(plain_chosen, subject.parameters_of), plain_chosen, made.provenance

@@ -188,6 +188,7 @@ def _costs(
         return [known[name] for name in chosen], round(spent), before
     check_folder(folder, 0)
     began = time.monotonic()
+    on_part(WEIGHING, len(known), len(chosen))
     states = subject.states(few, per_prompt, seed)
     sweep = Sweep(
         subject.module, states, chosen, fixed, budget.ladder, settings, subject.parameters_of,
