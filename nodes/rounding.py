@@ -11,13 +11,15 @@ from ..qsched_core.formats.recommend import table as format_table
 from ..qsched_core.rounding import GRIDS, calibrate_weights, figures, report, verdict
 from ..qsched_core.rounding.budget import Budget
 from ..qsched_core.rounding.picture import report_picture
+from ..qsched_core.rounding.proof import MODELS
 from ..qsched_core.rounding.sized import calibrate_to_size, sized_figures, sized_report
+from ..qsched_core.rounding.web import report_page
 from .choices import own_inputs
 from .host.folders import rounding_folder
 from .host.pictures import as_tensor
 from .host.progress import RoundingLive, on_node
 from .host.weights import recommended
-from .host.weights.calibrated import ComfySubject
+from .host.weights.calibrated import ComfySubject, ReportFile
 from .host.weights.loading import Request
 from .host.weights.provenance import model_info
 from .inputs import (
@@ -31,6 +33,8 @@ from .inputs import (
 from .types import MAX_SEED, Objective
 
 OWN_SIZE = "of the format"
+REPORT = "{model}-{format}-report"
+WALKS = 3  # for a size: the mix, and the formats next to it
 SIZES = {"bits a weight": "bits", "GB of the model": "gb"}
 
 
@@ -129,6 +133,15 @@ class QSchedCalibrateWeights(io.ComfyNode):
                 ),
                 negative_input(),
                 *option_inputs(),
+                io.String.Input(
+                    "report_name",
+                    default=REPORT,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Writes NAME.html into the output folder: figures, layers and pictures "
+                    "in one page to post. {model} and {format} are filled in. Another report is "
+                    "never replaced: the name gets a number. Empty writes nothing.",
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -162,21 +175,22 @@ class QSchedCalibrateWeights(io.ComfyNode):
     def execute(
         cls, model, clip, vae, prompts, solver, scheduler, steps, cfg, width, height, weight_format,
         objective=None, states_per_prompt=4, size=OWN_SIZE, amount=3.0, layers="", seed=0,
-        negative="", options=None,
+        negative="", report_name="", options=None,
     ) -> io.NodeOutput:  # fmt: skip
         if objective is not None:
             check_objective(objective)
         request = Request(weight_format, layers)
         request.check_device()
+        named = weight_format if size == OWN_SIZE else f"{amount:g}-{SIZES[size]}"
+        file = ReportFile.of(report_name, model, named)
 
         def source(of):
             sampling = (solver, scheduler, steps, cfg, width, height, negative, options)
             return source_of(of, clip, vae, *sampling, memory=0)
 
-        subject, live = (
-            ComfySubject(source(model), request, source),
-            RoundingLive(cls.hidden.unique_id),
-        )
+        walks = 1 if size == OWN_SIZE else WALKS
+        live = RoundingLive(cls.hidden.unique_id, walks, MODELS * len(prompts.heldout))
+        subject = ComfySubject(source(model), request, source)
         walk = {
             "states_per_prompt": min(states_per_prompt, subject.source.trajectory.steps),
             "seed": seed,
@@ -192,15 +206,20 @@ class QSchedCalibrateWeights(io.ComfyNode):
             result = calibrate_weights(*given, **walk)
         else:
             found = calibrate_to_size(*given, Budget(**{SIZES[size]: amount}), **walk)
-            result, lines = found.result, [sized_report(found)]
+            result, lines = found.result, sized_report(found).splitlines()
             content = {"size": sized_figures(found)}
         made = subject.with_weights(result.weights)
-        title = f"{model_info(model)['source'] or 'model'}: {model_info(made)['format']}"
+        info = model_info(made)
+        title = f"{file.model or 'model'}: {info['format']}"
         picture, text = report_picture(result, title), "\n".join([report(result), *lines])
+        sizes = info["unquantized_bytes"], info["weight_bytes"]
+        files = file.save(report_page(result, title, sizes, lines))
         live.finished(picture)
         shown = ui.PreviewImage(as_tensor(picture), cls=cls).as_dict()
-        content = json.dumps(figures(result) | content | {"report": text})
-        shown |= on_node("\n".join(f"{line}." for line in (verdict(result), *lines)), content)
+        content |= {"report": text, "files": [str(path) for path in files]}
+        said = [f"{line}." for line in (verdict(result), *result.remarks, *lines)]
+        said += [f"report: {path}" for path in files]
+        shown |= on_node("\n".join(said), json.dumps(figures(result) | content))
         return io.NodeOutput(made, as_tensor(picture), text, ui=shown)
 
 

@@ -142,13 +142,21 @@ def scratch_folder() -> Path:
     return folder
 
 
-def output_path(name: str, extension: str) -> Path:
-    """``name`` with ``extension`` in ComfyUI's output folder; EvaluationError for one that may leave it."""
+def output_path(
+    name: str,
+    extension: str,
+    argument: str = "csv_name",
+    error: type[ValueError] = EvaluationError,
+) -> Path:
+    """``name`` with ``extension`` in ComfyUI's output folder.
+
+    An ``error`` that names the input ``argument``, for a name that may leave it.
+    """
     root = Path(folder_paths.get_output_directory()).resolve()
     try:
         path = (root / safe_name(name, extension)).resolve()
-    except (ValueError, OSError) as error:
-        raise EvaluationError(f"csv_name: {error}") from None
+    except (ValueError, OSError) as reason:
+        raise error(f"{argument}: {reason}") from None
     if not path.is_relative_to(root):  # through a link
-        raise EvaluationError(f"csv_name={shown(name)} must stay inside the output folder")
+        raise error(f"{argument}={shown(name)} must stay inside the output folder")
     return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 
@@ -48,7 +49,7 @@ def figures_of(entry: dict) -> dict:
 
 @pytest.fixture(scope="module")
 def run(server) -> dict:
-    prompt = graph()
+    prompt = graph(report_name="reports/{model}-{format}")
     prompt["8"] = node(
         "QSchedSaveModel", model=["2", 0], filename_prefix="diffusion_models/calibrated"
     )
@@ -92,6 +93,36 @@ def test_a_finished_walk_is_not_repeated(server, run):
     again = server.run(graph(states_per_prompt=2))  # as many as there are: the same states
     one, other = figures_of(run), figures_of(again)
     assert one["proof"] == other["proof"] and one["seconds"] == other["seconds"]
+
+
+def test_the_report_is_one_page(server, run):
+    path = server.base / "output" / "reports" / "qsched_demo-int2.html"
+    found = figures_of(run)
+    assert found["files"] == [str(path)]
+    text = path.read_text(encoding="utf-8")
+    change = found["proof"]["change"]
+    assert f"{change['mean']:+.5f} [{change['low']:+.5f}, {change['high']:+.5f}]" in text
+    assert text.count("<img ") == 9 and "<h2>Layers</h2>" in text
+    assert not re.search(r'(src|href)="(?!data:)', text)
+
+
+def test_another_report_is_never_replaced(server, run):
+    path = server.base / "output" / "reports" / "qsched_demo-int2.html"
+    again = graph(report_name="reports/{model}-{format}.html", amount=4.0)  # which is not used
+    assert figures_of(server.run(again))["files"] == [str(path)]
+    mine = path.read_bytes() + b"\n"
+    path.write_bytes(mine)
+    again["2"]["inputs"]["amount"] = 5.0
+    other = path.with_name("qsched_demo-int2-2.html")
+    assert figures_of(server.run(again))["files"] == [str(other)]
+    assert path.read_bytes() == mine == other.read_bytes() + b"\n"
+    assert figures_of(server.run(graph()))["files"] == []
+
+
+@pytest.mark.parametrize("name", ["../out", "con", "a/{seed}", "x" * 3000])
+def test_a_report_of_a_bad_name_is_refused_before_any_work(server, name):
+    with pytest.raises(ServerError, match=r"node 2 .*RoundingError: report_name: name="):
+        server.run(graph(report_name=name, seed=99), 60)
 
 
 @pytest.mark.full

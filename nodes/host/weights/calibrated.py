@@ -4,18 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import comfy.lora
 import comfy.model_management
 import torch
 
+from ....qsched_core.files import check_room, write_atomic
 from ....qsched_core.prompts import PromptSet
-from ....qsched_core.rounding import Limits, Progress, RecordedStates, RoundedWeights, Subject
+from ....qsched_core.rounding import (
+    Limits,
+    Progress,
+    RecordedStates,
+    RoundedWeights,
+    RoundingError,
+    Subject,
+)
+from ....qsched_core.schedule.naming import filled, model_parts
 from ....qsched_core.source import ModelSource
+from ..folders import output_path
 from ..source import ComfySource
 from .loading import Request, check_model, quantize_model
-from .provenance import unpatched_state
+from .provenance import file_of, unpatched_state
 
 MOST_MEMORY = 6 << 30  # bytes of the device for sums and their rounding: FLUX's largest layers
 # Arguments of ComfyUI's models that belong to a call, not to its rows.
@@ -100,3 +113,44 @@ class ComfySubject(Subject):
     def with_weights(self, weights: RoundedWeights):
         """The MODEL with ``weights``, as its user gets it."""
         return quantize_model(self.model, self.request, rounded=weights)
+
+
+@dataclass(frozen=True)
+class ReportFile:
+    """Where the report of calibrated weights goes: ``name`` in the output folder, "" for nowhere.
+
+    {model} and {format} are filled in.  RoundingError for a name that is no file's, before any work.
+    """
+
+    name: str
+    model: str  # the file that it comes from
+    format: str
+
+    @classmethod
+    def of(cls, name: str, model, weight_format: str) -> ReportFile:
+        made = cls(name, file_of(model), weight_format)
+        if name:
+            check_room(made._path(1))
+        return made
+
+    def save(self, page: str) -> list[Path]:
+        """Write ``page``; its path, if it was to be written.
+
+        Another report of that name stays: this one gets a number.
+        """
+        for number in count(1) if self.name else ():
+            path = self._path(number)
+            try:
+                return [write_atomic(path, page, overwrite=False)]
+            except FileExistsError:
+                if path.is_file() and path.read_bytes() == page.encode():
+                    return [path]
+        return []
+
+    def _path(self, number: int) -> Path:
+        try:
+            name = filled(self.name.removesuffix(".html"), model_parts(self.model, self.format))
+        except ValueError as error:
+            raise RoundingError(f"report_name: {error}") from None
+        name = name if number == 1 else f"{name}-{number}"
+        return output_path(name, ".html", "report_name", RoundingError)

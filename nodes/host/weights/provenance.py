@@ -6,6 +6,7 @@ import copy
 import hashlib
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 
 import comfy.model_management
 import torch
@@ -106,6 +107,16 @@ def model_info(model) -> dict:
             "unquantized_bytes": weight_bytes(model),
         }
     return info | {"patches": patches_hash(model)}
+
+
+def file_of(model) -> str:
+    """The name of the file that a MODEL comes from, "" where neither it nor its loader tells."""
+    known = model.model_options.get(INFO, {}).get("source", "")
+    if known:
+        return known
+    factory, values = (*(model.cached_patcher_init or (None, ())), ())[:2]
+    first = values[0] if factory is not None and values else None
+    return Path(first).name if isinstance(first, str | Path) else ""
 
 
 def _host_quantization(model) -> str:
