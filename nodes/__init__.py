@@ -36,10 +36,12 @@ class QSchedExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Every family that can be imported; one that cannot is left out with its reason logged."""
+        from .host.telling import telling
+
         nodes: list[type[io.ComfyNode]] = []
         for family in FAMILIES:
             try:
-                nodes += importlib.import_module(f".{family}", __name__).NODES
+                nodes += map(telling, importlib.import_module(f".{family}", __name__).NODES)
             except ImportError as error:
                 logger.warning(
                     "ComfyUI-QSched: the %s nodes are off: %s; "

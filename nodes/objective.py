@@ -159,11 +159,10 @@ class QSchedJAQObjective(io.ComfyNode):
         _check_weights(formula, quality, names)
         place = scoring.ManagedPlacement()
         encoder = scoring.load_encoder(clip_name, architecture, allow_download, place)
-        return io.NodeOutput(
-            jaq.Objective(
-                encoder, quality.strip(), quality_weight, place, formula, files, allow_download
-            )
+        found = jaq.Objective(
+            encoder, quality.strip(), quality_weight, place, formula, files, allow_download
         )
+        return io.NodeOutput(found, ui=on_node(f"JAQ: {found.preset}"))
 
 
 def _check_weights(formula: str, quality: str, names: dict[str, str]) -> None:

@@ -16,6 +16,7 @@ from ..qsched_core.prompts import (
 )
 from ..qsched_core.text import shown
 from .host.folders import input_file, prompt_set, prompt_sets
+from .host.progress import on_node
 from .types import MAX_SEED, Prompts
 
 ONE = "bundled: "  # of one category, its name after it
@@ -112,7 +113,9 @@ class QSchedCalibrationPrompts(io.ComfyNode):
     @classmethod
     def execute(cls, source, calibration, heldout, seed, categories="", file="") -> io.NodeOutput:
         values = [_one(value) for value in (source, calibration, heldout, categories, file, seed)]
-        return io.NodeOutput(_prompts(*values))
+        found = _prompts(*values)
+        text = f"{len(found.calibration)} prompts to search on, {len(found.heldout)} to judge by"
+        return io.NodeOutput(found, ui=on_node(text))
 
 
 def _one(value):

@@ -335,7 +335,8 @@ class QSchedSigmas(io.ComfyNode):
     def execute(
         cls, schedule=None, model=None, scheduler="simple", steps=None, denoise=1.0
     ) -> io.NodeOutput:
-        return io.NodeOutput(sigmas_of(schedule, model, scheduler, steps, denoise))
+        sigmas = sigmas_of(schedule, model, scheduler, steps, denoise)
+        return io.NodeOutput(sigmas, ui=on_node(", ".join(f"{s:.4g}" for s in sigmas.tolist())))
 
 
 NODES = (
