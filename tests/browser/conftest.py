@@ -1,8 +1,12 @@
-"""One ComfyUI and one Chromium for every test of this folder."""
+"""One ComfyUI and one Chromium for every test of this folder.
+
+Pictures of the page are kept in $QSCHED_SCREENSHOTS, or output/screenshots.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,19 +53,46 @@ def server(chromium, tmp_path_factory) -> Iterator[ComfyServer]:
 
 
 @pytest.fixture(scope="session")
-def page(server, playwright, chromium) -> Iterator:
-    """ComfyUI's page, with every node of the pack known; ``page.faults`` are its errors."""
+def browser(playwright, chromium) -> Iterator:
     with playwright.sync_playwright() as tools:
         running = tools.chromium.launch(executable_path=chromium, args=[*FLAGS])
-        opened = running.new_page(viewport={"width": 1600, "height": 1000})
-        opened.faults = []
-        opened.on("pageerror", lambda error: opened.faults.append(str(error)))
-        opened.goto(server.url)
-        opened.wait_for_function(READY, timeout=120_000)
-        # The page opens a workflow of its own while it starts.
-        opened.wait_for_function("() => window.app.graph.nodes?.length > 0", timeout=60_000)
-        yield opened
+        yield running
         running.close()
+
+
+def entered(browser, server):
+    """ComfyUI's page, for a user of its own, with every node of the pack known.
+
+    ``page.faults`` are its errors.
+    """
+    opened = browser.new_context(viewport={"width": 1600, "height": 1000}).new_page()
+    opened.faults = []
+    opened.on("pageerror", lambda error: opened.faults.append(str(error)))
+    opened.goto(server.url)
+    opened.wait_for_function(READY, timeout=120_000)
+    # The page opens a workflow of its own while it starts.
+    opened.wait_for_function("() => window.app.graph.nodes?.length > 0", timeout=60_000)
+    return opened
+
+
+@pytest.fixture(scope="session")
+def page(server, browser):
+    return entered(browser, server)
+
+
+@pytest.fixture(scope="module")
+def other(server, browser) -> Iterator:
+    """The page of a second user of the same server, at the same time."""
+    opened = entered(browser, server)
+    yield opened
+    opened.context.close()
+
+
+@pytest.fixture(scope="session")
+def screenshots(repo_root) -> Path:
+    folder = Path(os.environ.get("QSCHED_SCREENSHOTS", repo_root / "output" / "screenshots"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @pytest.fixture

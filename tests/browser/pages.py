@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from urllib.parse import quote
 
+from hostpath import ROOT
 from standins import NO_T5
 
 from devtools.server import PACK_NAME
@@ -52,6 +54,12 @@ def opened_file(page, workflow: dict, name: str) -> dict:
     return page.evaluate(OPEN, [workflow, name])
 
 
+def opened_demo(page) -> dict:
+    """The demo's workflow in the page; the graph that would be queued."""
+    path = ROOT / "demo" / "workflow" / "qsched_learn_and_sample.json"
+    return opened_file(page, json.loads(path.read_text(encoding="utf-8")), path.stem)
+
+
 def few_prompts(page) -> None:
     """Small pictures, few prompts, few candidates."""
     few = {
@@ -69,3 +77,26 @@ def queued(page) -> str:
     answer = posted.value.json()
     assert "prompt_id" in answer and not answer["node_errors"], json.dumps(answer)[:2000]
     return answer["prompt_id"]
+
+
+SHOW = """async ([id]) => {
+    const node = window.app.graph.getNodeById(id), {ds} = window.app.canvas
+    const [x, y, wide, tall] = node.getBounding()
+    ds.scale = Math.min(1, 800 / tall)
+    ds.offset[0] = 150 / ds.scale - x
+    ds.offset[1] = 120 / ds.scale - y
+    window.app.canvas.draw(true, true)
+    for (let i = 0; i < 3; i++) await new Promise(requestAnimationFrame)
+    return [150, 120, wide * ds.scale, tall * ds.scale]
+}"""
+
+
+def photographed(page, node_id, canvas: str, path: Path) -> None:
+    """A picture of one node as it is drawn."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    left, top, wide, tall = page.evaluate(SHOW, [node_id])
+    if canvas != "classic":
+        page.locator(f'[data-node-id="{node_id}"]').screenshot(path=path)
+        return
+    clip = {"x": left - 8, "y": top - 8, "width": wide + 16, "height": tall + 16}
+    page.screenshot(path=path, clip=clip)

@@ -8,8 +8,7 @@ import json
 import shutil
 
 import pytest
-from hostpath import ROOT
-from pages import few_prompts, opened_file, queued
+from pages import few_prompts, opened_demo, queued
 from PIL import Image
 from standins import CANVASES
 
@@ -24,8 +23,7 @@ LEARNED = """() => window.app.graph.nodes.find((n) => n.type === 'QSchedJAQCalib
 @pytest.fixture(scope="module")
 def picture(server, page) -> bytes:
     """Of the demo's template, learned with few prompts and a small budget."""
-    path = ROOT / "demo" / "workflow" / "qsched_learn_and_sample.json"
-    opened_file(page, json.loads(path.read_text(encoding="utf-8")), path.stem)
+    opened_demo(page)
     few_prompts(page)
     entry = server.wait(queued(page), 240)
     (made,) = entry["outputs"]["11"]["images"]
