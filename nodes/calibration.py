@@ -173,7 +173,7 @@ class QSchedJAQCalibrator(io.ComfyNode):
         source, reference = source_of(model, clip, vae, *sampling), None
         if reference_model is not None:
             reference = source_of(reference_model, clip, vae, *sampling)
-        live = CalibrationLive(cls.hidden.unique_id, source)
+        live = CalibrationLive(cls.hidden.unique_id, source, prompts)
         result = calibrate(source, objective, prompts, settings, place, reference, live.monitor())
         picture, text = report_of(result, source, live.thumbnails, prompts), report_text(result)
         live.finished(picture)

@@ -11,7 +11,6 @@ from ..qsched_core.formats.recommend import table as format_table
 from ..qsched_core.rounding import GRIDS, calibrate_weights, figures, report, verdict
 from ..qsched_core.rounding.budget import Budget
 from ..qsched_core.rounding.picture import report_picture
-from ..qsched_core.rounding.proof import MODELS
 from ..qsched_core.rounding.sized import calibrate_to_size, sized_figures, sized_report
 from ..qsched_core.rounding.web import report_page
 from .choices import own_inputs
@@ -184,12 +183,15 @@ class QSchedCalibrateWeights(io.ComfyNode):
         named = weight_format if size == OWN_SIZE else f"{amount:g}-{SIZES[size]}"
         file = ReportFile.of(report_name, model, named)
 
+        walks = 1 if size == OWN_SIZE else WALKS
+        live = RoundingLive(cls.hidden.unique_id, walks, prompts)
+
         def source(of):
             sampling = (solver, scheduler, steps, cfg, width, height, negative, options)
-            return source_of(of, clip, vae, *sampling, memory=0)
+            made = source_of(of, clip, vae, *sampling, memory=0)
+            made.on_encoded = live.prompt_encoded
+            return made
 
-        walks = 1 if size == OWN_SIZE else WALKS
-        live = RoundingLive(cls.hidden.unique_id, walks, MODELS * len(prompts.heldout))
         subject = ComfySubject(source(model), request, source)
         walk = {
             "states_per_prompt": min(states_per_prompt, subject.source.trajectory.steps),

@@ -38,9 +38,13 @@ class CalibrationLive:
     dropped, so that the pictures of the held-out prompts remain at the end.
     """
 
-    def __init__(self, node_id: str | None, source: ComfySource):
+    def __init__(self, node_id: str | None, source: ComfySource, prompts: CalibrationPrompts):
         self.node_id, self.source = node_id, source
+        self.texts = {*prompts.calibration.prompts, *prompts.heldout.prompts}
+        self.encoded: set[str] = set()
+        source.on_encoded = self.prompt_encoded
         self.bar: comfy.utils.ProgressBar | None = None
+        self.standing: Standing | None = None
         self.preview: Image.Image | None = None
         self.text = ""
         self.thumbnails: Thumbnails = {}
@@ -70,13 +74,27 @@ class CalibrationLive:
         self.thumbnails = {k: v for k, v in self.thumbnails.items() if k[0] != done_with}
         comfy.model_management.throw_exception_if_processing_interrupted()
 
+    def prompt_encoded(self, text: str) -> None:
+        """Of all prompts, each of which counts as a step of a picture."""
+        if text in self.encoded or text not in self.texts:
+            return
+        self.encoded.add(text)
+        if self.standing is not None:
+            said = f"encoding prompts: {len(self.encoded)} of {len(self.texts)}"
+            self._draw(self.standing, said)
+
     def moved(self, standing: Standing) -> None:
+        self.standing = standing
+        self._draw(standing, standing.text)
+
+    def _draw(self, standing: Standing, text: str) -> None:
+        total = round(standing.total) + len(self.texts)
         if self.bar is None:
-            self.bar = comfy.utils.ProgressBar(round(standing.total), node_id=self.node_id)
-        self.bar.update_absolute(round(standing.done), round(standing.total))
-        if standing.text != self.text:
-            self.text = standing.text
-            progress_text(self.node_id, self.text)
+            self.bar = comfy.utils.ProgressBar(total, node_id=self.node_id)
+        self.bar.update_absolute(round(standing.done) + len(self.encoded), total)
+        if text != self.text:
+            self.text = text
+            progress_text(self.node_id, text)
 
     def finished(self, picture: Image.Image) -> None:
         """The report's picture, as it is."""

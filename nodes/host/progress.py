@@ -13,7 +13,9 @@ from comfy_execution.utils import get_executing_context
 
 from ...qsched_core.evaluation import Arm
 from ...qsched_core.evaluation import Progress as EvaluationProgress
+from ...qsched_core.prompts import CalibrationPrompts
 from ...qsched_core.rounding import PROVING, SAMPLING, BlockDone, Progress
+from ...qsched_core.rounding.proof import MODELS
 from ...qsched_core.search.course import duration
 from ...qsched_core.text import markup_free, plain
 
@@ -59,29 +61,40 @@ def on_node(text: str, content: str | None = None) -> dict:
 class RoundingLive:
     """Progress of calibrated rounding: one bar for all its parts, and a line of text.
 
-    A walk's parts take about as long as ``SHARES`` says.  For a size there are several ``walks``, after
-    layers were weighed.  ``compared`` are the pictures that a walk's comparison makes.  The bar never
-    falls.
+    A walk's parts take about as long as ``SHARES`` says, encoding their prompts included.  For a size
+    there are several ``walks``, after layers were weighed.  The bar never falls.
     """
 
     SHARES: ClassVar[dict[str, tuple[float, float]]] = {
         SAMPLING: (0.0, 0.15), BLOCKS: (0.15, 0.8), PROVING: (0.8, 1.0),
     }  # fmt: skip
     WEIGHED = 0.15  # of the whole, where layers are weighed
+    ENCODED = 0.3  # of a part, where its prompts are encoded
 
-    def __init__(self, node_id: str | None, walks: int, compared: int):
-        self.node_id, self.walks, self.compared = node_id, walks, compared
+    def __init__(self, node_id: str | None, walks: int, prompts: CalibrationPrompts):
+        self.node_id, self.walks = node_id, walks
+        self.compared = MODELS * len(prompts.heldout)  # pictures that are made to compare
+        texts = {SAMPLING: set(prompts.calibration.prompts), PROVING: set(prompts.heldout.prompts)}
+        self.texts, self.encoded = texts, {part: set() for part in texts}
         self.bar = comfy.utils.ProgressBar(1000, node_id=node_id)
         self.at, self.walk, self.now = 0, 0, SAMPLING
-        self.timed: tuple[float, int] | None = None  # when so many of a part's pictures were made
+        self.timed: tuple[float, float] | None = None  # when so many of a part's pictures were made
         self.pace = 0.0  # seconds a picture takes
+        progress_text(node_id, "loading the models")
 
-    def part(self, part: str, done: int, total: int) -> None:
+    def prompt_encoded(self, text: str) -> None:
+        for part, texts in self.texts.items():
+            if text in texts and text not in self.encoded[part]:
+                self.encoded[part].add(text)
+                told = f"encoding prompts: {len(self.encoded[part])} of {len(texts)}"
+                self._moved(part, 0.0, told)
+
+    def part(self, part: str, done: float, total: int) -> None:
         """``done`` of ``total`` prompts; the user's interrupt is raised here too."""
-        text, now = f"{part}: {done} of {total}", time.monotonic()
+        text, now = f"{part}: {int(done)} of {total}", time.monotonic()
         if part == SAMPLING and not done:
             text = f"loading the models, {text}"
-        if not done or self.timed is None:
+        if not done or self.timed is None or done < self.timed[1]:
             self.timed = (now, done)
         elif done > self.timed[1]:
             self.pace = (now - self.timed[0]) / (done - self.timed[1])
@@ -111,6 +124,9 @@ class RoundingLive:
                 self.walk = min(self.walk + 1, self.walks - 1)
             self.now = part
             start, end = self.SHARES[part]
+            if part in self.texts:
+                encoded = len(self.encoded[part]) / len(self.texts[part])
+                share = self.ENCODED * encoded + (1 - self.ENCODED) * share
             before = self.WEIGHED if self.walks > 1 else 0.0
             within = (self.walk + start + share * (end - start)) / self.walks
             share = before + (1 - before) * within

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -57,6 +57,8 @@ class ComfySource(ModelSource):
             relieve=lambda: comfy.model_management.soft_empty_cache(True),
         )
         self._negative: list | None = None
+        # Called with each prompt that is encoded, or was: a large text encoder takes its time.
+        self.on_encoded: Callable[[str], None] = lambda text: None
 
     def _empty_latent(self, width: int, height: int) -> torch.Tensor:
         latent_format = self.model.get_model_object("latent_format")
@@ -121,12 +123,18 @@ class ComfySource(ModelSource):
         """By the conditioning: T5 and language models give a token for each of the prompt's."""
         found: dict[Hashable, list[int]] = {}
         for place, text in enumerate(prompts.prompts):
-            found.setdefault(_signature(encode(self.clip, text)), []).append(place)
+            found.setdefault(_signature(self._encoded(text)), []).append(place)
         return list(found.values())
 
     def _conditioning(self, prompts: PromptSet) -> list:
         """One conditioning for all prompts: its tensors have a row for each prompt."""
-        return [_stack_conditioning([encode(self.clip, text) for text in prompts.prompts])]
+        return [_stack_conditioning([self._encoded(text) for text in prompts.prompts])]
+
+    def _encoded(self, text: str) -> list:
+        self.interrupted()
+        found = encode(self.clip, text)
+        self.on_encoded(text)
+        return found
 
     def sample(self, prompts: PromptSet, trajectory: Trajectory, copies: int, run) -> torch.Tensor:
         size = len(prompts)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from .file import RoundedWeights
 from .subject import Subject
 
 MODELS = 3  # that are compared: unquantized, plain, calibrated
+SCORING = 0.2  # of a model's part of the comparison, about, where its pictures are scored
 
 
 @dataclass(frozen=True)
@@ -145,24 +148,29 @@ def prove(
     arms: Sequence[RoundedWeights],
     measure: Measure | None = None,
     samples: bool = False,
-    on_prompts: Callable[[int, int], None] = lambda done, total: None,
+    on_prompts: Callable[[float, int], None] = lambda done, total: None,
 ) -> tuple[Proof, torch.Tensor | None]:
     """Plain and calibrated weights (``arms``) on held-out prompts.
 
     With ``samples`` also the pictures of its typical prompts, for :meth:`Proof.samples`.
-    ``on_prompts(done, total)`` is called after each batch.
+    ``on_prompts(done, total)`` is called after each step.
     """
-    models = [nullcontext(subject.source), *map(subject.rounded, arms)]
     latents, scores, found = [], [], []
-    total = len(models) * len(prompts)
-    for k, model in enumerate(models):
+    total, scoring = MODELS * len(prompts), 0.0 if measure is None else SCORING
+    for k, arm in enumerate((None, *arms)):
 
-        def told(done: int, before: int = k * len(prompts)) -> None:
-            on_prompts(before + done, total)
+        def told(done: float, share: float, before: float = k * len(prompts)) -> None:
+            on_prompts(before + share * done, total)
 
-        with model as source:
-            latents.append(final_latents(source, prompts, told))
-            scores.append(None if measure is None else jaq(source, latents[-1], prompts, measure))
+        def scored(done: int, before: float = (k + 1 - scoring) * len(prompts)) -> None:
+            on_prompts(before + scoring * done, total)
+
+        # One at a time is made: both quantized models need not be in memory together.
+        with nullcontext(subject.source) if arm is None else subject.rounded(arm) as source:
+            latents.append(final_latents(source, prompts, partial(told, share=1 - scoring)))
+            scores.append(
+                None if measure is None else jaq(source, latents[-1], prompts, measure, scored)
+            )
         if len(latents) > 1:
             pair = (latents[-1], latents[0])
             found.append(Arm(distances(*pair), details(*pair), scores[-1]))
@@ -177,15 +185,22 @@ def prove(
 
 @torch.no_grad()
 def final_latents(
-    source: ModelSource, prompts: PromptSet, on_prompts: Callable[[int], None] = lambda done: None
+    source: ModelSource, prompts: PromptSet, on_prompts: Callable[[float], None] = lambda done: None
 ) -> torch.Tensor:
     """The latents [prompts, ...] at the end of the source's trajectory, on the CPU.
 
-    ``on_prompts(done)`` is called after each batch.
+    ``on_prompts(done)`` is called after each step.
     """
     candidate = Candidate.identity(source.trajectory)
+    found: list[torch.Tensor] = []
 
     def sampled(part: PromptSet, start: int) -> torch.Tensor:
+        finished, steps = sum(map(len, found)), count(1)
+
+        def stepped(state) -> None:
+            source.interrupted()
+            on_prompts(finished + len(part) * min(1.0, next(steps) / source.trajectory.steps))
+
         def run(model, x, sigmas, extra_args=None):
             result = rollout(
                 model,
@@ -195,13 +210,12 @@ def final_latents(
                 info=source.info,
                 seeds=part.seeds,
                 extra_args=extra_args,
-                callback=lambda state: source.interrupted(),
+                callback=stepped,
             )
             return result.latents.flatten(0, 1)
 
         return source.sample(part, source.trajectory, 1, run).float().cpu()
 
-    found: list[torch.Tensor] = []
     for _, latents in source.batches.each(sampled, prompts):
         found.append(latents)
         on_prompts(sum(map(len, found)))
@@ -216,13 +230,18 @@ def pictures_of(source: ModelSource, latents: torch.Tensor) -> Iterator[torch.Te
 
 
 def jaq(
-    source: ModelSource, latents: torch.Tensor, prompts: PromptSet, measure: Measure
+    source: ModelSource,
+    latents: torch.Tensor,
+    prompts: PromptSet,
+    measure: Measure,
+    on_prompts: Callable[[int], None] = lambda done: None,
 ) -> tuple[float, ...]:
-    """Scores of the pictures of ``latents``."""
+    """Scores of the pictures of ``latents``; ``on_prompts(done)`` is called after each batch."""
     scores: list[float] = []
     for pictures in pictures_of(source, latents):
         texts = prompts.prompts[len(scores) : len(scores) + len(pictures)]
         scores += measure.score(pictures, texts).jaq
+        on_prompts(len(scores))
     return tuple(scores)
 
 

@@ -29,7 +29,7 @@ ALGORITHM = 3  # of the rounding: a walk of another one is not gone on with
 MIXED = "mixed"  # of a walk whose formats are given by layer
 KEPT_PLAIN = "plain rounding was kept"
 SAMPLING, PROVING = "sampling the unquantized model", "comparing on held-out prompts"
-OnPart = Callable[[str, int, int], None]
+OnPart = Callable[[str, float, int], None]
 
 
 @dataclass(frozen=True)

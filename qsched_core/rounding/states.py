@@ -54,7 +54,7 @@ class RecordedStates:
         per_prompt: int = 0,
         seed: int = 0,
         of_call: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda named: {},
-        on_prompts: Callable[[int, int], None] = lambda done, total: None,
+        on_prompts: Callable[[float, int], None] = lambda done, total: None,
     ):
         steps = source.trajectory.steps
         if not 0 <= per_prompt <= steps:
@@ -73,8 +73,13 @@ class RecordedStates:
         for places in source.alike(prompts):
             own = [wanted[i] for i in places]
 
-            def recorded(part: PromptSet, start: int, own=own) -> list[tuple[int, State]]:
-                return self._recorded(source, part, own[start:], of_call)
+            def recorded(
+                part: PromptSet, start: int, own=own, before=done
+            ) -> list[tuple[int, State]]:
+                def stepped(share: float) -> None:
+                    on_prompts(before + start + share * len(part), len(prompts))
+
+                return self._recorded(source, part, own[start:], of_call, stepped)
 
             for start, found in source.batches.each(recorded, prompts.at(places)):
                 states += [(places[start + row], state) for row, state in found]
@@ -89,8 +94,18 @@ class RecordedStates:
         self._states = [state for _, state in states]
         self.evaluations = source.nfe - before
 
-    def _recorded(self, source, prompts: PromptSet, wanted: Sequence[set[int]], of_call):
-        """The states of some prompts, with their rows: of each, those of its ``wanted`` steps."""
+    def _recorded(
+        self,
+        source: ModelSource,
+        prompts: PromptSet,
+        wanted: Sequence[set[int]],
+        of_call,
+        on_step: Callable[[float], None],
+    ):
+        """The states of some prompts, with their rows: of each, those of its ``wanted`` steps.
+
+        ``on_step`` gets the share of the steps that is done.
+        """
         found: list[tuple[int, State]] = []
         known: dict[Hashable, torch.Tensor] = {}
         ends = torch.tensor(source.trajectory.sigmas[1:], dtype=torch.float32).tolist()
@@ -99,6 +114,7 @@ class RecordedStates:
         def at(sigma: float) -> None:
             nonlocal step
             step = next(i for i, end in enumerate(ends) if sigma > end)
+            on_step(step / len(ends))
 
         def record(module, arguments, named) -> None:
             rest = of_call(named)

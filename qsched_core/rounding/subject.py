@@ -47,7 +47,7 @@ class Subject(ABC):
         prompts: PromptSet,
         per_prompt: int,
         seed: int,
-        on_prompts: Callable[[int, int], None] = lambda done, total: None,
+        on_prompts: Callable[[float, int], None] = lambda done, total: None,
     ) -> RecordedStates:
         return RecordedStates(
             self.source, self.module, prompts, per_prompt, seed, self.of_call, on_prompts

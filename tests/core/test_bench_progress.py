@@ -22,7 +22,7 @@ def test_what_is_slower_than_the_patience_stands():
     slow = run([0.5, 50.0], [(0.0, "search"), (40.0, "check")])
     assert slow.moving() == pytest.approx(4)
     assert slow.standing() == [(0.0, 0.5, "search"), (2.5, 50.0, "search"), (52.0, 100.0, "check")]
-    assert slow.moving(patience=0.6) == pytest.approx(99.5)
+    assert slow.moving(patience=60) == pytest.approx(99.5)
 
 
 def test_time_before_the_first_text_does_not_count():

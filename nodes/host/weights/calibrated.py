@@ -59,7 +59,7 @@ class ComfySubject(Subject):
         prompts: PromptSet,
         per_prompt: int,
         seed: int,
-        on_prompts: Callable[[int, int], None] = lambda done, total: None,
+        on_prompts: Callable[[float, int], None] = lambda done, total: None,
     ) -> RecordedStates:
         found = super().states(prompts, per_prompt, seed, on_prompts)
         # The walk runs the module itself.  What does not fit beside its sums stays in the host's
@@ -111,8 +111,8 @@ class ComfySubject(Subject):
         return nullcontext(self.source_of(self.with_weights(weights)))
 
     def with_weights(self, weights: RoundedWeights):
-        """The MODEL with ``weights``, as its user gets it."""
-        return quantize_model(self.model, self.request, rounded=weights)
+        """The MODEL with ``weights``, as its user gets it; the walk's bar goes on meanwhile."""
+        return quantize_model(self.model, self.request, rounded=weights, drawn=False)
 
 
 @dataclass(frozen=True)

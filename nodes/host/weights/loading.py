@@ -86,13 +86,14 @@ def _compute_in(model, config) -> None:
         model.manual_cast_dtype = dtype
 
 
-def watch(record: LoadRecord, total: int) -> None:
-    """Show ``total`` layers' progress on the node that runs, and stop when the user says so."""
-    bar = comfy.utils.ProgressBar(total)
+def watch(record: LoadRecord, total: int, drawn: bool = True) -> None:
+    """Stop when the user says so; ``drawn``: show ``total`` layers' progress on the node that runs."""
+    bar = comfy.utils.ProgressBar(total) if drawn else None
 
     def progress():
         comfy.model_management.throw_exception_if_processing_interrupted()
-        bar.update(1)
+        if bar is not None:
+            bar.update(1)
 
     record.progress = progress
 
@@ -284,11 +285,13 @@ def quantize_model(
     request: Request,
     disable_dynamic: bool = False,
     rounded: RoundedWeights | None = None,
+    drawn: bool = True,
 ):
     """A new MODEL like ``model`` with its weights quantized; ``model`` itself stays as it is.
 
     LoRAs on quantized layers are merged in full precision before the rounding.  All other patches
     of ``model`` are carried over.  Layers of ``rounded`` take its weights; LoRAs are in them.
+    ``drawn``: the node that runs shows how far it is.
     """
     check_model(model)
     request.check_device(model.load_device)
@@ -298,7 +301,7 @@ def quantize_model(
     merged: set[str] = set()
     state = dict(base.diffusion_model.state_dict())
     record = LoadRecord()
-    watch(record, sum(v.ndim in (2, 4) for v in state.values()))
+    watch(record, sum(v.ndim in (2, 4) for v in state.values()), drawn)
     merge = merger(model.patches, model.load_device, "diffusion_model.", merged)
     policy = request.policy
     if rounded is not None:
