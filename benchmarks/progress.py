@@ -43,10 +43,11 @@ class Heard:
 
 @dataclass(frozen=True)
 class Run:
-    """A node's run of ``seconds``, as a page heard of it."""
+    """A node's run of ``seconds``, as a page heard of it; ``prompt`` is the id that it was queued by."""
 
     seconds: float
     heard: tuple[Heard, ...]
+    prompt: str = ""
 
     @property
     def moves(self) -> list[float]:
@@ -96,7 +97,7 @@ async def _listen(server: ComfyServer, graph: dict, node: str) -> Run:
         aiohttp.ClientSession() as session,
         session.ws_connect(f"{server.url}/ws?clientId={CLIENT}", max_msg_size=0) as socket,
     ):
-        await asyncio.to_thread(server.queue, graph, client_id=CLIENT)
+        prompt = await asyncio.to_thread(server.queue, graph, client_id=CLIENT)
         async for message in socket:
             now = time.monotonic()
             if message.type == aiohttp.WSMsgType.BINARY:
@@ -119,7 +120,7 @@ async def _listen(server: ComfyServer, graph: dict, node: str) -> Run:
             elif kind in ENDS:
                 if kind != "execution_success" or began is None:
                     raise RuntimeError(f"{kind}: {data.get('exception_message', 'no such node')}")
-                return Run((ended or now) - began, tuple(heard))
+                return Run((ended or now) - began, tuple(heard), prompt)
     raise RuntimeError(f"the server closed the connection:\n{server.log_tail()}")
 
 

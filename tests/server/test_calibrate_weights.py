@@ -11,6 +11,7 @@ import time
 import pytest
 from test_calibration import captions, node
 
+from benchmarks.progress import listen
 from devtools.server import ComfyServer, ServerError
 
 CHECKPOINT = "qsched_demo.safetensors"
@@ -55,7 +56,22 @@ def run(server) -> dict:
     )
     prompt["9"] = node("QSchedQuantizationReport", model=["2", 0])
     prompt["10"] = node("SaveImage", images=["2", 1], filename_prefix="report")
-    return server.run(prompt)
+    heard = listen(server, prompt, "2")
+    return server.wait(heard.prompt) | {"heard": heard}
+
+
+def test_one_bar_rises_over_all_parts_and_each_is_named(run):
+    shares = [each.share for each in run["heard"].heard if each.share is not None]
+    assert shares == sorted(shares) and shares[0] == 0 and shares[-1] == 1
+    said = [text for _, text in run["heard"].texts]
+    wanted = (
+        "loading the models", "encoding prompts: 12 of 12", "sampling the unquantized model: 12 of 12",
+        "block 4 of 4", "comparing on held-out prompts: 36 of 36", "calibrated: ",
+    )  # fmt: skip
+    places = [next(i for i, text in enumerate(said) if part in text) for part in wanted]
+    assert places == sorted(places)
+    assert said[-1].count("\n") == 2  # the verdict, the warning, the report's file
+    assert "few calibration prompts" in said[-1] and "report: " in said[-1]
 
 
 def test_the_distance_falls_on_prompts_that_it_never_saw(run):
