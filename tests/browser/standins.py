@@ -52,8 +52,7 @@ def place(models: Path) -> None:
 
 
 def _families(models: Path, texts: dict[str, torch.Tensor]) -> None:
-    for folder in (comfyui_folder(), ROOT / "tests" / "host"):
-        sys.path.insert(0, str(folder))
+    sys.path.insert(0, str(comfyui_folder()))
     importlib.import_module("comfy.cli_args").args.cpu = True
     families = importlib.import_module("families")
     small = families.FLUX_SCHNELL
