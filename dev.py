@@ -7,7 +7,10 @@ python dev.py serve [--port N]        ComfyUI with this pack and the demo model,
 python dev.py bench NAME [--json F]   one benchmark
 
 Each makes or reuses the project's virtual environment (.venv) and ComfyUI (.host).  The variable
-COMFYUI_PATH names a ComfyUI of your own to use instead.
+COMFYUI_PATH names a ComfyUI of your own to use instead.  Before the command, --python and --with ask
+for an environment of its own, of another Python or with other packages:
+
+python dev.py --python 3.12 --with comfy-kitchen==0.2.40 test tests/host
 """
 
 import argparse
@@ -23,6 +26,11 @@ def arguments(argv):
     parser = argparse.ArgumentParser(
         prog="dev.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--python", metavar="VERSION", help="of the environment; 3.12, or a path")
+    parser.add_argument(
+        "--with", action="append", default=[], metavar="PACKAGE", dest="packages",
+        help="a package as pip takes it, in place of the version that ComfyUI asks for",
+    )  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     demo = commands.add_parser("demo", help="run the demo (further options go to demo/run.py)")
     demo.add_argument("--out", type=Path, default=ROOT / "output" / "demo", metavar="DIR")
@@ -99,7 +107,8 @@ def main(argv=None):
     try:
         check_python(sys.version_info)
         check(options)
-        environment = Setup(ROOT, os.environ.get("COMFYUI_PATH")).prepare()
+        comfyui = os.environ.get("COMFYUI_PATH")
+        environment = Setup(ROOT, comfyui, options.python, options.packages).prepare()
         return COMMANDS[options.command](environment, options, more)
     except (SetupError, ServerError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,32 @@ def check_python(version: tuple[int, ...]) -> None:
             f"Python {found} is not supported; run this with Python {oldest} to {newest}, "
             "for example: python3.12 dev.py ..."
         )
+
+
+def interpreter(named: str) -> tuple[str, str]:
+    """The program and the version ("3.12.1") of the Python ``named``: a version as "3.12", or a path.
+
+    SetupError if there is none, or if it is one that is not supported.
+    """
+    is_version = re.fullmatch(r"\d+\.\d+", named)
+    program = shutil.which(f"python{named}" if is_version else named)
+    found = version_of(program) if program else None
+    if found is None:
+        raise SetupError(
+            f"--python {named}: no such Python runs here; install it, or give its program's path"
+        )
+    check_python(tuple(int(n) for n in found.split(".")))
+    return program, found
+
+
+def version_of(program: str) -> str | None:
+    """The version of a Python as "3.12.1"; None if it does not run."""
+    script = "import sys; print('%d.%d.%d' % sys.version_info[:3])"
+    try:
+        answer = subprocess.run([program, "-c", script], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return answer.stdout.strip()
 
 
 def uv_variables(pip: dict[str, str]) -> dict[str, str]:
@@ -102,10 +129,31 @@ class Environment:
 
 
 class Setup:
-    """Makes the environment of the checkout at ``root``: ``.venv`` and ``.host``."""
+    """Makes the environment of the checkout at ``root``: ``.venv`` and ``.host``.
 
-    def __init__(self, root: Path, comfyui_path: str | None = None):
+    With another ``python`` (see :func:`interpreter`) or other ``packages`` (what pip takes, in place of
+    the versions that ComfyUI asks for) it is one of its own, below ``.host``.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        comfyui_path: str | None = None,
+        python: str | None = None,
+        packages: Sequence[str] = (),
+    ):
         self.root, self.venv, self.host = root, root / ".venv", root / ".host"
+        self.base, version = (
+            getattr(sys, "_base_executable", sys.executable),
+            sys.version.split()[0],
+        )
+        self.packages = tuple(packages)
+        if python:
+            self.base, version = interpreter(python)
+        if python or packages:
+            name = "-".join(("venv", version, *packages))
+            self.venv = self.host / re.sub(r"[^\w.-]+", "-", name)
+        self.version = version
         self.own_comfyui = bool(comfyui_path)
         if comfyui_path:
             self.comfyui = Path(comfyui_path).expanduser().resolve()
@@ -129,7 +177,7 @@ class Setup:
 
     def fingerprint(self) -> dict[str, str]:
         """What the environment was made from; it is current while this stays the same."""
-        lists = [",".join((*TORCH, *TOOLS))]
+        lists = [",".join((*TORCH, *TOOLS, *self.packages))]
         for folder in (self.comfyui, self.root):
             lists.append((folder / "requirements.txt").read_text(encoding="utf-8"))
         return {
@@ -146,14 +194,7 @@ class Setup:
 
     def _python_version(self) -> str | None:
         """The version of the environment's Python; None if there is none that runs."""
-        script = "import sys; print('%d.%d.%d' % sys.version_info[:3])"
-        try:
-            answer = subprocess.run(
-                [str(self.python), "-c", script], capture_output=True, text=True, check=True
-            )
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        return answer.stdout.strip()
+        return version_of(str(self.python))
 
     def _install(self) -> None:
         self.host.mkdir(exist_ok=True)
@@ -202,14 +243,13 @@ class Setup:
                 f"{free:.1f} GB free on the disk of {self.root}; the environment needs about "
                 f"{DISK_GB} GB: free some space and run this again"
             )
-        base = getattr(sys, "_base_executable", sys.executable)
-        title = f"virtual environment, Python {sys.version.split()[0]}"
-        if self._stage(title, [base, "-m", "venv", str(self.venv)]) is None:
+        title = f"virtual environment, Python {self.version}"
+        if self._stage(title, [self.base, "-m", "venv", str(self.venv)]) is None:
             return
         # Debian splits ensurepip off; the system's pip can serve the environment from outside.
         shutil.rmtree(self.venv, ignore_errors=True)
         failure = self._stage(
-            f"{title}, without pip", [base, "-m", "venv", "--without-pip", str(self.venv)]
+            f"{title}, without pip", [self.base, "-m", "venv", "--without-pip", str(self.venv)]
         )
         if failure is not None:
             raise SetupError(explain(failure, self.log))
@@ -241,10 +281,13 @@ class Setup:
         lists = [self.comfyui / "requirements.txt", self.root / "requirements.txt"]
         rest = [item for path in lists for item in ("-r", str(path))]
         size = f" (about {DISK_GB - 2} GB)" if sys.platform == "linux" else ""
-        for title, packages in (
+        steps = [
             (f"PyTorch {TORCH[0].split('==')[1]}{size}", list(TORCH)),
             ("ComfyUI's and the pack's packages", [*rest, *TOOLS, "-c", str(pins)]),
-        ):
+        ]
+        if self.packages:
+            steps.append((", ".join(self.packages), [*self.packages, "-c", str(pins)]))
+        for title, packages in steps:
             for command, variables in installers:
                 failure = self._stage(title, [*command, *packages], **variables)
                 if failure is None:

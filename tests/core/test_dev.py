@@ -144,6 +144,12 @@ def test_options_of_pytest_pass_through_in_order(dev):
     options, more = dev.arguments(["demo", "--out", "here", "--seed", "3"])
     assert options.out == Path("here")
     assert more == ["--seed", "3"]
+    options, more = dev.arguments(
+        ["--python", "3.12", "--with", "a==1", "--with", "b", "test", "-x"]
+    )
+    assert (options.python, options.packages, more) == ("3.12", ["a==1", "b"], ["-x"])
+    options, more = dev.arguments(["test", "--with", "c"])
+    assert (options.packages, more) == ([], ["--with", "c"])
 
 
 def test_what_a_module_imported_is_read_from_pythons_own_log():

@@ -13,7 +13,14 @@ import pytest
 
 from devtools import environment, host
 from devtools.console import SetupError
-from devtools.environment import PYTHON_NEWEST, PYTHON_OLDEST, Setup, check_python, uv_variables
+from devtools.environment import (
+    PYTHON_NEWEST,
+    PYTHON_OLDEST,
+    Setup,
+    check_python,
+    interpreter,
+    uv_variables,
+)
 
 
 def _comfyui(folder: Path, requirements: str = "torch\n") -> Path:
@@ -37,6 +44,44 @@ def test_unsupported_python_is_refused(version):
 @pytest.mark.parametrize("version", [PYTHON_OLDEST, (3, 11, 7), (*PYTHON_NEWEST, 1)])
 def test_supported_python_is_accepted(version):
     check_python(version)
+
+
+def test_a_python_is_named_by_version_or_path(monkeypatch):
+    here = "{}.{}.{}".format(*sys.version_info[:3])
+    assert interpreter(sys.executable) == (sys.executable, here)
+    monkeypatch.setattr(environment.shutil, "which", {"python3.12": sys.executable}.get)
+    assert interpreter("3.12") == (sys.executable, here)
+    with pytest.raises(SetupError, match=r"--python 3\.13: no such Python runs here"):
+        interpreter("3.13")
+    monkeypatch.setattr(environment, "version_of", lambda program: "3.9.18")
+    with pytest.raises(SetupError, match=r"Python 3\.9 is not supported"):
+        interpreter("3.12")
+
+
+def test_another_python_or_package_has_an_environment_of_its_own(tmp_path):
+    comfyui = str(_comfyui(tmp_path / "comfyui"))
+    (tmp_path / "requirements.txt").write_text("", encoding="utf-8")
+    made = [
+        Setup(tmp_path, comfyui, *more)
+        for more in ((), (sys.executable,), (None, ["numpy<3"]), (None, ["numpy<4", "scipy"]))
+    ]
+    assert len({setup.venv for setup in made}) == len(made)
+    assert made[0].venv == tmp_path / ".venv"
+    assert all(setup.venv.parent == tmp_path / ".host" for setup in made[1:])
+    lists = [setup.fingerprint()["requirements"] for setup in made]
+    assert lists[0] == lists[1] and len(set(lists)) == 3
+
+
+def test_other_packages_come_last_and_torch_stays(tmp_path, monkeypatch):
+    setup = Setup(tmp_path, str(_comfyui(tmp_path / "comfyui")), None, ["comfy-kitchen==0.2.40"])
+    setup.host.mkdir()
+    asked = []
+    monkeypatch.setattr(setup, "_stage", lambda title, command, **_: asked.append(command))
+    setup._install_packages(["pip"])
+    *_, lists, packages = asked
+    assert str(tmp_path / "requirements.txt") in lists
+    pins = str(setup.host / "constraints.txt")
+    assert packages[-3:] == ["comfy-kitchen==0.2.40", "-c", pins]
 
 
 def test_full_disk_is_said_before_the_download(tmp_path, monkeypatch):
