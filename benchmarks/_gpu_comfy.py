@@ -102,4 +102,4 @@ def rows() -> Iterator[Row]:
         ("step", step, "its forward, ComfyUI's own over nf4's"),
         ("lora", lora, "offloaded nf4 with a LoRA at run time, over without"),
     ):
-        yield Row(f"comfyui.{name}.nf4", what, 12, 30, run, ("safetensors",))
+        yield Row(f"comfyui.{name}.nf4", what, 5, 30, run, ("safetensors",))

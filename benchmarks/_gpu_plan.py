@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import re
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,9 +39,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the plan; its id is stable.  ``gb`` of device memory and ``seconds`` are estimates.
+    """A row of the plan; its id is stable.  ``gb``, ``host_gb`` and ``seconds`` are estimates.
 
-    ``needs`` are packages; ``format`` is asked whether it can run on the device.
+    With less than ``gb`` of free device memory a row can't run; some use more where there is more.
+    ``host_gb`` is pinned memory of the host.  ``needs`` are packages; ``format`` is asked whether it
+    can run on the device.
     """
 
     id: str
@@ -49,6 +53,24 @@ class Row:
     run: Callable[[Bench], Measured]
     needs: tuple[str, ...] = ()
     format: str = ""
+    host_gb: float = 0.0
+
+    def too_large(self, free: float, host: float | None) -> str:
+        """Why it does not run with so many bytes free on device and host (None: unknown); "" if it does."""
+        if self.gb * 1e9 > free:
+            return f"needs {self.gb:.1f} GB; {free / 1e9:.1f} GB are free"
+        if host is not None and self.host_gb * 1e9 > host:
+            return f"needs {self.host_gb:.1f} GB of the host's memory; {host / 1e9:.1f} GB are free"
+        return ""
+
+
+def host_memory() -> float | None:
+    """Bytes of the host that are free; None where the system does not say."""
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+        return 1024.0 * int(re.search(r"^MemAvailable:\s+(\d+) kB$", text, re.MULTILINE)[1])
+    except (OSError, TypeError):
+        return None
 
 
 class Bench:
@@ -79,8 +101,9 @@ class Bench:
             raise SkipRow(f"needs {', '.join(missing)}, not installed here")
         if row.format:
             self.format(row.format)
-        if self.cuda and row.gb * 1e9 > self.memory:
-            raise SkipRow(f"needs {row.gb:.1f} GB; {self.memory / 1e9:.1f} GB are free")
+        reason = "" if self.tiny or not self.cuda else row.too_large(self.memory, host_memory())
+        if reason:
+            raise SkipRow(reason)
 
     def format(self, name: str) -> WeightFormat:
         form = get(name)

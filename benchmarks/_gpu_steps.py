@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -31,7 +32,10 @@ ARMS = {  # of each family, the most telling first
     "sd35": ("nf4", "gguf_q4_0", "int8", "int2", "w4a8", "fp8_e4m3", "nvfp4"),
     "sdxl": ("nf4", "gguf_q4_0", "int8", "int2", "w4a8", "fp8_e4m3", "nvfp4"),
 }
-FILE_LAYERS = 10  # of 12288 times 3072: 0.75 GB in 16 bits
+WIDE = (12288, 3072)
+FILE_LAYERS = 10  # of WIDE: 0.75 GB in 16 bits
+FREE_GB = 3  # of a card for latents, text and temporaries
+PINNED = 1.35  # FLUX's layers, each rounded up to a power of two
 MOST_BATCHES = 64
 
 
@@ -39,9 +43,15 @@ def shape_of(bench: Bench, family: str) -> Shape:
     return (TINY if bench.tiny else SHAPES)[family]
 
 
-def share_of(bench: Bench, shape: Shape) -> float:
-    """The share of the depth with which the model in 16 bits takes at most .6 of the memory."""
-    return min(1.0, 0.6 * bench.memory / (2e9 * shape.weights))
+@cache
+def bytes_of(arm: str) -> float:
+    """Of one weight of a wide layer."""
+    return 2.0 if arm == "bf16" else get(arm).packed_bytes(WIDE) / math.prod(WIDE)
+
+
+def share_of(bench: Bench, shape: Shape, arm: str = "bf16") -> float:
+    """The share of the depth with which the model in ``arm`` takes at most .6 of the memory."""
+    return min(1.0, 0.6 * bench.memory / (1e9 * bytes_of(arm) * shape.weights))
 
 
 class Packing:
@@ -149,7 +159,7 @@ def load(name: str, bench: Bench) -> Measured:
     form = bench.format(name)
     with tempfile.TemporaryDirectory(prefix="qsched-bench-") as folder:
         path = Path(folder) / "weights.safetensors"
-        write_file(path, *((2, (96, 256)) if bench.tiny else (FILE_LAYERS, (12288, 3072))))
+        write_file(path, *((2, (96, 256)) if bench.tiny else (FILE_LAYERS, WIDE)))
 
         def read(change: Callable) -> tuple[float, float | None]:
             bench.clear()
@@ -192,7 +202,7 @@ def offloaded(gigabytes: int, arm: str, bench: Bench) -> Measured:
     if arm != "bf16":
         bench.format(arm)
     shape, pack = shape_of(bench, "flux"), Packing(bench, arm)
-    room = 0.0 if bench.tiny else 1e9 * (gigabytes - 3)  # 3 GB for latents, text, temporaries
+    room = 0.0 if bench.tiny else 1e9 * (gigabytes - FREE_GB)
     resident = streamed = 0
 
     def place(name: str, layer: nn.Module) -> nn.Module:
@@ -229,7 +239,8 @@ def batches(family: str, arm: str, bench: Bench) -> Measured:
     if arm != "bf16":
         bench.format(arm)
     shape, best, times = shape_of(bench, family), 0, {}
-    model = made(bench, shape, arm, share_of(bench, shape))
+    share = share_of(bench, shape, arm)
+    model = made(bench, shape, arm, share)
     batch = 1
     while batch <= (2 if bench.tiny else MOST_BATCHES):
         try:
@@ -248,6 +259,7 @@ def batches(family: str, arm: str, bench: Bench) -> Measured:
     if not best:
         raise SkipRow("not even one picture fits")
     detail = {"seconds_a_picture": times, "largest": best, "peak_gb": bench.peak()}
+    detail["share_of_depth"] = round(share, 3)
     return Measured(times[best], times[1], times[1] / times[best], "s/picture", 1, detail)
 
 
@@ -256,7 +268,7 @@ def steps() -> Iterator[Row]:
         for arm in ARMS[family]:
             yield Row(
                 f"step.{family}.{arm}", f"a step of a {family}-shaped model, bf16 over {arm}",
-                8, 8 if family == "flux" else 6,
+                3, 8 if family == "flux" else 6,
                 partial(step, family, arm), format="" if arm.startswith("gguf") else arm,
             )  # fmt: skip
 
@@ -275,14 +287,21 @@ def offloading() -> Iterator[Row]:
             yield Row(
                 f"offload.{gigabytes}gb.{arm}",
                 f"a step of FLUX's shape with {gigabytes} GB, bf16 over {arm}",
-                gigabytes, 25 if arm == "bf16" else 12, partial(offloaded, gigabytes, arm),
-                format="" if arm == "bf16" else arm,
+                gigabytes - FREE_GB / 2, 25 if arm == "bf16" else 12,
+                partial(offloaded, gigabytes, arm), format="" if arm == "bf16" else arm,
+                host_gb=pinned_gb(gigabytes, arm),
             )  # fmt: skip
+
+
+def pinned_gb(gigabytes: int, arm: str) -> float:
+    """What waits on the host, pinned: each tensor takes a power of two of bytes there."""
+    copied = bytes_of(arm) * SHAPES["flux"].weights - (gigabytes - FREE_GB)
+    return max(0.0, PINNED * copied)
 
 
 def batch_sizes() -> Iterator[Row]:
     for family in SHAPES:
         yield Row(
             f"batch.{family}.nf4", f"pictures at once that a search with {family}'s shape can use",
-            8, 15, partial(batches, family, "nf4"), format="nf4",
+            3, 15, partial(batches, family, "nf4"), format="nf4",
         )  # fmt: skip

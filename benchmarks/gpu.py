@@ -22,6 +22,7 @@ import argparse
 import importlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import queue
@@ -273,12 +274,19 @@ def unpack_wheels(folder: Path, target: Path) -> list[str]:
     return sorted(names)
 
 
-def print_plan(rows: list[Row]) -> None:
+def print_plan(rows: list[Row], memory: float | None, host: float | None) -> None:
+    """The rows and what they need; with GB that are free on the device and host, which don't fit."""
+    fit = []
     for row in rows:
         needs = f"  needs {', '.join(row.needs)}" if row.needs else ""
-        print(f"{row.id:32} {row.gb:6.1f} GB {row.seconds:5.0f} s  {row.what}{needs}")
-    total = sum(row.seconds for row in rows)
-    print(f"{len(rows)} rows, about {total / 60:.0f} minutes where every one can run")
+        reason = row.too_large(math.inf if memory is None else 1e9 * memory, host and 1e9 * host)
+        print(
+            f"{row.id:32} {row.gb:6.1f} GB {row.seconds:5.0f} s  {row.what}{needs}"
+            + (f"  left out: {reason}" if reason else "")
+        )
+        fit += [] if reason else [row]
+    total = sum(row.seconds for row in fit)
+    print(f"{len(fit)} rows, about {total / 60:.0f} minutes where every one can run")
 
 
 def options() -> argparse.Namespace:
@@ -293,6 +301,10 @@ def options() -> argparse.Namespace:
         "--tiny", action="store_true", help="toy sizes, to try the benchmark itself"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    parser.add_argument("--memory", type=float, help="with --dry-run: GB that a card has free")
+    parser.add_argument(
+        "--host-memory", type=float, help="with --dry-run: GB that the host has free"
+    )
     parser.add_argument(
         "--wheels", type=Path, help="a folder of wheels of packages that may be missing"
     )
@@ -310,7 +322,7 @@ def main() -> int:
         return 0
     rows = [row for row in plan() if row.id.startswith(tuple(args.only))]
     if args.dry_run:
-        print_plan(rows)
+        print_plan(rows, args.memory, args.host_memory)
         return 0
     if device.type == "cpu" and not args.tiny:
         print("torch sees no CUDA device; --tiny tries the benchmark on a CPU", file=sys.stderr)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import weakref
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -78,6 +79,27 @@ def test_the_plan_names_each_row_once_and_says_what_it_needs(main):
     status, printed, _ = main("--dry-run")
     assert status == 0 and all(row.id in printed for row in rows)
     assert "GB" in printed and "minutes" in printed
+
+
+@pytest.mark.parametrize(
+    ("memory", "left_out"),
+    [(22.8, ()), (11.2, ()), (7.3, ("offload.12gb.",)), (5.2, ("offload.12gb.", "offload.8gb."))],
+    ids=lambda value: f"{value} GB" if isinstance(value, float) else "",
+)
+def test_every_part_has_rows_for_a_small_card(memory, left_out, main):
+    """What is free on cards of 24, 12, 8 and 6 GB: five parts of the 8 GB one once had none."""
+    _, printed, _ = main("--dry-run", "--memory", str(memory), "--host-memory", "60")
+    lines = {line.split()[0]: line for line in printed.splitlines()}
+    for row in gpu.plan():
+        expected = bool(left_out) and row.id.startswith(left_out)
+        assert ("left out: needs" in lines[row.id]) == expected, lines[row.id]
+
+
+def test_what_waits_on_the_host_must_fit_there(main):
+    _, printed, _ = main("--dry-run", "--host-memory", "14", "--only", "offload.")
+    found = {line.split()[0]: "of the host's memory" in line for line in printed.splitlines()}
+    assert found["offload.8gb.bf16"] and found["offload.12gb.bf16"]
+    assert not any(found[f"offload.{size}gb.int2"] for size in (8, 12))
 
 
 def test_some_of_every_part_runs_in_toy_size(tmp_path):
@@ -153,6 +175,24 @@ def test_a_row_that_fails_is_recorded_and_the_rest_goes_on():
     assert results["b"]["status"] == "done" and results["b"]["ratio"] == 2.0
     assert results["c"]["status"] == "skipped" and "no_such_package" in results["c"]["why"]
     assert "sm_100" in results["d"]["why"] or "comfy_kitchen" in results["d"]["why"]
+
+
+def test_what_a_row_held_that_ran_out_of_memory_is_free_for_the_next():
+    held = []
+
+    def greedy(bench):
+        model = nn.Linear(4, 4)
+        held.append(weakref.ref(model))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def next_one(bench):
+        return Measured(float(held[0]() is not None), None, None, "models")
+
+    found: list[dict] = []
+    gpu.work(Bench(torch.device("cpu"), True), [row("a", greedy), row("b", next_one)], found.append)
+    first, second = (result for result in found if "begin" not in result)
+    assert first["status"] == "failed" and "out of memory" in first["why"]
+    assert second["status"] == "done" and second["ours"] == 0
 
 
 @pytest.fixture
