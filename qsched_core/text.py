@@ -1,7 +1,7 @@
 """Makes foreign text safe to show: names, prompts and notes from any file or workflow.
 
 ``plain`` is for one line of text, ``markdown`` for what a page may render, ``csv_cell`` for a
-spreadsheet, ``drawable`` for a picture, ``shown`` for an error message.
+spreadsheet, ``drawable`` for a picture, ``shown`` and ``said`` for an error message.
 """
 
 from __future__ import annotations
@@ -90,6 +90,15 @@ def _scripts(run: str) -> str:
     letters = (c for c in run if unicodedata.category(c).startswith("L"))
     names = (unicodedata.name(c, "other").split()[0].capitalize() for c in letters)
     return "/".join(dict.fromkeys(names)) or "symbols"
+
+
+def said(error: BaseException, most: int = 200) -> str:
+    """What a library's ``error`` says, for a message of this pack: its first line, shortened.
+
+    Libraries repeat what they read, and at times say nothing: then it is the error's kind.
+    """
+    lines = str(error).strip().splitlines()
+    return plain(lines[0], most) if lines else type(error).__name__
 
 
 def shown(value: Any, most: int = 120) -> str:

@@ -14,6 +14,7 @@ from ..files import check_room
 from ..objective import QUALITY_WEIGHT, Objective
 from ..prompts import CalibrationPrompts, bundled_prompts, parse_prompts, read_prompts
 from ..scorers import SCORERS, Placement, ScorerError, load_file, load_named
+from ..text import said
 
 FAILED, STOPPED = 1, 130
 
@@ -79,7 +80,7 @@ def device_of(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         # a torch without CUDA says so with an AssertionError
-        raise ValueError(f"device={name!r} can't be used: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"device={name!r} can't be used: {said(error)}") from None
     return device
 
 

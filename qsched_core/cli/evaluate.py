@@ -19,6 +19,7 @@ from ..files import write_atomic
 from ..schedule import QSchedule
 from ..source import check_reference
 from ..task import TaskSource, load_task
+from ..text import said
 from ..trajectory import Candidate
 from .common import check_outputs, device_of, objective_of, parser, placement, prompts_of, run, say
 
@@ -122,8 +123,8 @@ def read_pictures(folder: Path) -> torch.Tensor:
         try:
             with Image.open(path) as picture:
                 picture = picture.convert("RGB")
-        except (OSError, SyntaxError) as error:  # PIL's for a damaged PNG
-            raise ValueError(f"{path} can't be read as a picture: {error}") from None
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{path} can't be read as a picture: {said(error)}") from None
         size = size or picture.size
         if picture.size != size:
             picture = picture.resize(size, Image.Resampling.LANCZOS)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from ..optional import missing, require
 from ..scorers import Placement, ScorerError, stay
+from ..text import said
 from .base import FeatureSpace
 
 FEATURE, INSTALL = "FID in Inception features", "torchvision"
@@ -112,7 +113,7 @@ def _load(weights: Weights) -> torch.nn.Module:
         # unreadable and unfitting files raise many exception types
         raise ScorerError(
             f"{weights.path} does not hold the Inception weights its name promises "
-            f"({str(error).splitlines()[0]}); delete it"
+            f"({said(error)}); delete it"
         ) from error
     model.fc, model.dropout = torch.nn.Identity(), torch.nn.Identity()
     return model.eval().requires_grad_(False)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..optional import missing, require
 from ..recent import Recent
-from ..text import shown
+from ..text import said, shown
 from .base import (
     CLIP_SCALE,
     CLIP_SCORE_FLOOR,
@@ -161,7 +161,7 @@ def load_file(
             # open_clip reports unreadable and unfitting files with many exception types
             raise ScorerError(
                 f"{path.name} could not be read as open_clip's {architecture!r}: "
-                f"{str(error).splitlines()[0]}; choose the architecture the file was made for, and a "
+                f"{said(error)}; choose the architecture the file was made for, and a "
                 "file with plain weights (safetensors, or a state dict; not a JIT archive)"
             ) from error
         tokenizer, preprocess = _named_parts(open_clip, architecture, model)

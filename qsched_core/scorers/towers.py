@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..text import said
 from .base import ScorerError
 
 VOCABULARY = 49408  # of CLIP's own tokenizer, the one that open_clip brings with it
@@ -213,8 +214,7 @@ def build(
             plan = open_clip.CLIP(**copy.deepcopy(dict(config))).state_dict()
     except Exception as error:
         # open_clip and torch refuse numbers that do not go together with many exception types
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ScorerError(f"{file}: open_clip can't build {what}: {reason}") from error
+        raise ScorerError(f"{file}: open_clip can't build {what}: {said(error)}") from error
     found = {name: value for name, value in weights.items() if not name.endswith("position_ids")}
     lacking = [name for name in plan if name not in found]
     if lacking:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from ..text import said
 from .base import Placement, ScorerError, stay
 from .towers import VOCABULARY, build, checked_config, head_counts
 
@@ -35,8 +36,8 @@ def read_weights(path: Path) -> Weights:
     except Exception as error:
         # torch and safetensors report unreadable files with many exception types
         raise ScorerError(
-            f"{path.name} can't be read as weights: {str(error).strip().splitlines()[0]}; get the "
-            "file again, as safetensors or a plain state dict"
+            f"{path.name} can't be read as weights: {said(error)}; get the file again, as "
+            "safetensors or a plain state dict"
         ) from error
     for name in WRAPPERS:
         if isinstance(weights, Mapping) and isinstance(weights.get(name), Mapping):

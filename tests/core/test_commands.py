@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from io import BytesIO
 from pathlib import Path
 
 import plain_task
@@ -119,6 +120,16 @@ def test_a_shared_study_is_searched_once(inputs, tmp_path, capsys):
         assert f"5 trials ({found} not made" in capsys.readouterr().out
     one, two = (QSchedule.load(tmp_path / f"{name}.json") for name in ("one", "two"))
     assert one.correction == two.correction
+
+
+def test_a_picture_that_claims_to_be_huge_is_named(tmp_path):
+    picture = BytesIO()
+    Image.new("RGB", (4, 4)).save(picture, "BMP")
+    data = bytearray(picture.getvalue())
+    data[18:26] = (10**5).to_bytes(4, "little") * 2  # width and height
+    (tmp_path / "huge.bmp").write_bytes(data)
+    with pytest.raises(ValueError, match=r"huge\.bmp can't be read as a picture: Image size"):
+        evaluate.read_pictures(tmp_path)
 
 
 def parts(folder: Path) -> int:

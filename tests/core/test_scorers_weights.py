@@ -183,6 +183,16 @@ def test_a_file_that_runs_code_is_not_read(tmp_path):
         read_weights(tmp_path / "code.pt")
 
 
+def test_a_damaged_header_is_not_repeated_whole(tmp_path):
+    """safetensors' error has all of the text that it did not expect."""
+    header = b'{"a":{"dtype":"' + b"x" * 5000 + b'","shape":[1],"data_offsets":[0,4]}}'
+    file = tmp_path / "scorer.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(ScorerError, match="unknown variant `xxx") as error:
+        read_weights(file)
+    assert len(str(error.value)) < 400
+
+
 def test_half_a_projection_is_told():
     weights = {"text_model.encoder.layers.0.self_attn.q_proj.weight": torch.zeros(2, 2)}
     with pytest.raises(ScorerError, match=r"only \['q'\] of q, k and v"):

@@ -19,7 +19,16 @@ from qsched_core.formats.report import LayerRow, table
 from qsched_core.prompts import PromptSet
 from qsched_core.schedule.chart import draw
 from qsched_core.schedule.summary import provenance_rows, summary
-from qsched_core.text import csv_cell, drawable, json_for_page, markdown, markup_free, plain, shown
+from qsched_core.text import (
+    csv_cell,
+    drawable,
+    json_for_page,
+    markdown,
+    markup_free,
+    plain,
+    said,
+    shown,
+)
 
 HONEST = (
     "a red cat", "\u4e00\u53ea\u7ea2\u732b", "\u0440\u044b\u0436\u0438\u0439 \u043a\u043e\u0442",
@@ -90,6 +99,20 @@ def evil(tmp_path_factory):
     arms = tuple(replace(arm, label=f"{EVIL} {arm.name}") for arm in made.arms)
     prompts = PromptSet((EVIL, *made.prompts.prompts[1:]), made.prompts.seeds)
     return replace(made, arms=arms, prompts=prompts, notes=(EVIL,))
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ValueError("no\nmore of it"), "no"),
+        (ValueError("\n "), "ValueError"),
+        (KeyError(), "KeyError"),
+        (OSError("a" * 300), "a" * 197 + "..."),
+        (OSError("\x1b[1m\u202e"), "\\x1b[1m\\u202e"),
+    ],
+)
+def test_a_librarys_error_is_one_short_line(error, text):
+    assert said(error) == text
 
 
 def test_the_report_of_an_evaluation_renders_as_it_reads(evil):

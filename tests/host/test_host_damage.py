@@ -41,6 +41,10 @@ def _without_entry(tensors, metadata):
     del tensors[_find(tensors, ".comfy_quant")]
 
 
+def _other_name(tensors, metadata):
+    tensors[f"a\n\u202e{LAYER}.comfy_quant"] = tensors.pop(_find(tensors, ".comfy_quant"))
+
+
 def _no_object(tensors, metadata):
     metadata["qsched"] = "[1]"
 
@@ -57,6 +61,7 @@ CASES = {
     _reshaped: "can't be loaded as a diffusion model",
     _without_weight: "has no weight in the file|can't be loaded",
     _without_entry: "packs float weights|has a weight of the shape|nothing in the file says|can't be",
+    _other_name: r"layer 'a\\n\\u202e.*has no tensor",
     _no_object: "'qsched' of its metadata is no JSON object",
     _no_json: "'qsched' of its metadata is no JSON object",
     _other_type: "'source_hash' in 'qsched' of its metadata is 3, no text",

@@ -151,8 +151,8 @@ def _check_tensors(
     if None in formats and len(formats) > 1:
         odd = next(key for key, found in known.items() if found is None)
         raise FormatError(
-            f"{name}: layer {odd.removesuffix(SUFFIX)} is in format "
-            f"{str(entries[odd].get('format', ''))[:60]!r}, unknown here; open the file with ComfyUI's "
+            f"{name}: layer {shown(odd.removesuffix(SUFFIX))} is in format "
+            f"{shown(entries[odd].get('format', ''), 60)}, unknown here; open the file with ComfyUI's "
             "own loader, or give the fp16 or bf16 file"
         )
     if not formats or None in formats:

@@ -28,6 +28,7 @@ from ....qsched_core.formats import FormatError, Packed, WeightFormat, get, name
 from ....qsched_core.formats.files import MappedFile
 from ....qsched_core.formats.layer_entry import SUFFIX, check_tables, read_entry
 from ....qsched_core.formats.policy import Choice
+from ....qsched_core.text import said, shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -380,7 +381,7 @@ def restore_saved(sd: dict[str, torch.Tensor], dtype: torch.dtype, file: str) ->
         form = saved_format(entry)
         if form is None:
             raise FormatError(
-                f"{file}: layer {name} is in format {entry.get('format')!r}, unknown here"
+                f"{file}: layer {shown(name)} is in format {shown(entry.get('format'))}, unknown here"
             )
         try:
             packed = _restore(sd, name, get(form), entry)
@@ -391,14 +392,14 @@ def restore_saved(sd: dict[str, torch.Tensor], dtype: torch.dtype, file: str) ->
             raise
         except KeyError as error:
             raise FormatError(
-                f"{file}: layer {name} ({form}) has no tensor {error.args[0]!r}: the file is incomplete; "
-                "save it again"
+                f"{file}: layer {shown(name)} ({form}) has no tensor {shown(error.args[0])}: the file is "
+                "incomplete; save it again"
             ) from None
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
             # what the host's tensors raise for values that do not fit together
             raise FormatError(
-                f"{file}: layer {name} ({form}) has tensors that do not go together: {error}; get the file "
-                "again"
+                f"{file}: layer {shown(name)} ({form}) has tensors that do not go together: "
+                f"{said(error)}; get the file again"
             ) from error
         tensor.qsched = stored
         sd[f"{name}.weight"] = tensor
