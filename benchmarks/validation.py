@@ -2,8 +2,8 @@
 
 ComfyUI validates a workflow on the thread that serves every page, before it is queued.  Each input
 of each node gets texts and numbers made to be slow, alone and in all inputs of the node at once;
-a row is a node, with the seconds of its slowest case (the best of several runs, so that a busy
-machine's neighbours don't count) and what that case was.
+a row is a node, with the CPU-seconds of its slowest case (the best of several runs) and what that case
+was, with the seconds of the clock beside it: on a busy machine these are its neighbours' too.
 """
 
 from __future__ import annotations
@@ -98,36 +98,39 @@ def _own_cases(base: dict, folder: Path, last: str) -> Iterator[tuple[str, dict]
 
 def slowest(node: type, folder: Path, last: str, runs: int) -> BenchRow:
     """The row of ``node``; RuntimeError for a case that raises instead of giving its reason."""
-    worst, what, count = 0.0, "", 0
+    worst, clock, what, count = 0.0, 0.0, "", 0
     for label, inputs in cases(node, folder, last):
         call = partial(node.validate_inputs, **inputs)
         try:
-            seconds = _seconds(call, runs, worst)
+            seconds, passed = _seconds(call, runs, worst)
         except Exception as error:
             raise RuntimeError(
                 f"{node.define_schema().node_id}, {label}: {type(error).__name__}: {error}"[:300]
             ) from error
         count += 1
         if seconds > worst:
-            worst, what = seconds, label
+            worst, clock, what = seconds, passed, label
     name = node.define_schema().node_id
-    what = f"the slowest of {count} hostile inputs: {what}"
+    what = f"the slowest of {count} hostile inputs: {what} ({clock:.4f} s by the clock)"
     return BenchRow(
-        f"validation.{name}", what, worst, BOUND, worst / BOUND, "s", runs, machine(), "<= 1"
+        f"validation.{name}", what, worst, BOUND, worst / BOUND, "CPU-s", runs, machine(), "<= 1"
     )
 
 
-def _seconds(call, runs: int, enough: float) -> float:
-    """The fastest of ``runs``, or of those until one is no slower than ``enough``."""
-    best = float("inf")
+def _seconds(call, runs: int, enough: float) -> tuple[float, float]:
+    """The fewest CPU-seconds of ``runs``, or of those until one takes no more than ``enough``.
+
+    And the fewest seconds of the clock."""
+    best = clock = float("inf")
     for _ in range(runs):
         gc.collect(0)
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         call()
-        best = min(best, time.perf_counter() - started)
+        best = min(best, time.process_time() - cpu)
+        clock = min(clock, time.perf_counter() - started)
         if best <= enough:
             break
-    return best
+    return best, clock
 
 
 def main() -> None:

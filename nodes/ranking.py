@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ..qsched_core.calibration.beside import beside
-from ..qsched_core.prompts import PromptSet
+from ..qsched_core.prompts import PromptError, PromptSet
 from ..qsched_core.schedule import QSchedule
 from ..qsched_core.search import CalibrationSettings
 from ..qsched_core.search.ranking import CANDIDATES, LEAST, MOST, SPREAD, Rules, ranked
@@ -27,6 +27,7 @@ from .inputs import (
 from .types import MAX_SEED, Objective, Prompts, Schedule
 
 MOST_PROMPTS = 4
+MOST_TEXT = 2**16  # characters: text out of a workflow is read on the thread that serves every page
 
 
 class QSchedRankCandidates(io.ComfyNode):
@@ -104,7 +105,7 @@ class QSchedRankCandidates(io.ComfyNode):
         try:
             if prompts is not None:
                 _prompts(prompts, 0)
-        except CalibrationError as error:
+        except (CalibrationError, PromptError) as error:
             return str(error)
         return True
 
@@ -161,7 +162,14 @@ class QSchedRankCandidates(io.ComfyNode):
 
 
 def _prompts(text: str, seed: int) -> PromptSet:
-    """The lines of ``text``, all with one seed; CalibrationError for none or too many."""
+    """The lines of ``text``, all with one seed; CalibrationError for none or too many.
+
+    PromptError for one that is no Unicode text."""
+    if len(text) > MOST_TEXT:
+        raise CalibrationError(
+            f"prompts has {len(text)} characters; at most {MOST_TEXT} are read: write 1 to "
+            f"{MOST_PROMPTS} prompts, one a line"
+        )
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not 1 <= len(lines) <= MOST_PROMPTS:
         raise CalibrationError(

@@ -270,6 +270,10 @@ def test_a_schedule_is_learned_by_rankings_round_after_round(server):
         queued("7: 1")
     with pytest.raises(ServerError, match="prompts has 0 lines"):
         queued("", prompts=" ")
+    with pytest.raises(ServerError, match=r"Custom validation failed.*half of a letter"):
+        queued("", prompts="\ud800")
+    with pytest.raises(ServerError, match="prompts has 100000 characters; at most 65536"):
+        queued("", prompts="\n" * 100_000)
     assert "0 rankings so far" in queued("", study="another")[0]
     parts = graph()
 
