@@ -21,6 +21,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
+
 from . import hosted, kept, kinds
 from .cases import Failure, Outcome, Setting
 
@@ -34,7 +36,8 @@ SHARES = {
     "scorer": 0.008, "picture": 0.01, "model": 0.01, "loading": 0.004, "early": 0.006,
 }  # fmt: skip
 CPU_SECONDS = 2.0  # that one mutant may take; a busy machine's clock counts for nothing
-STUCK_SECONDS = 60.0  # without a step forward on any clock
+STUCK_CPU_SECONDS = 60.0  # of a worker without a step forward; importing takes a third of it
+STUCK_SECONDS = 600.0  # the same by the clock, for one that waits
 MOST_A_KIND = 20  # failures after which a kind is left
 MOST_BYTES = 2**22  # of a mutant
 SLOT = struct.Struct("<QQQ")  # number, sample, and bytes of the mutant at hand, which follow
@@ -144,16 +147,17 @@ def _worker(name: str, seed: int, start: int, stop: int, folder: Path) -> tuple[
     with tempfile.TemporaryFile() as told, tempfile.TemporaryFile() as said:
         process = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=told)
         try:
-            before, since = b"", time.monotonic()
+            before, since, cpu = b"", time.monotonic(), 0.0
             while process.poll() is None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(1)
                 with open(folder / "slot", "rb") as file:
                     now = file.read(SLOT.size)
+                clock, spent = time.monotonic(), _cpu_seconds(process.pid)
                 if now != before:
-                    before, since = now, time.monotonic()
-                elif time.monotonic() - since > STUCK_SECONDS:
-                    ending = f"no end within {STUCK_SECONDS:.0f} s"
+                    before, since, cpu = now, clock, spent
+                elif spent - cpu > STUCK_CPU_SECONDS or clock - since > STUCK_SECONDS:
+                    ending = f"no end within {clock - since:.0f} s, {spent - cpu:.0f} of them CPU"
                     break
         finally:
             process.kill()
@@ -164,6 +168,14 @@ def _worker(name: str, seed: int, start: int, stop: int, folder: Path) -> tuple[
     if not ending and not any("read" in line for line in lines):
         ending = f"the process died ({process.returncode}): {errors[-300:]}"
     return lines, ending
+
+
+def _cpu_seconds(process_id: int) -> float:
+    try:
+        times = psutil.Process(process_id).cpu_times()
+    except psutil.Error:  # it ended meanwhile
+        return 0.0
+    return times.user + times.system
 
 
 if __name__ == "__main__":

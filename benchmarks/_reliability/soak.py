@@ -1,4 +1,9 @@
-"""Many small prompts on one real server: its memory must not grow, and none may fail."""
+"""Many small prompts on one real server: its memory must not grow, and none may fail.
+
+Memory is what the process holds itself.  Pages of a mapped checkpoint come and go by hundreds of MB as
+models are opened and the system likes; they are the system's cache, and are told beside it.  Nor may
+the number of maps grow.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +24,7 @@ WARM = 50  # prompts after which memory is looked at
 FORMATS = ("nf4", "int8", "int2")
 CYCLE = 10  # prompts; each cycle has the same kinds of work in another order
 LIMIT = 1.0  # MB a hundred prompts
+MOST_MAPS = 4  # more than after the first WARM prompts: what the last few have open
 
 
 def prompt_of(index: int, seed: int) -> dict:
@@ -46,9 +52,27 @@ def slope(memory: list[float]) -> float:
     return statistics.median(pairs) * 100 / CYCLE if pairs else 0.0
 
 
+def held(process: psutil.Process) -> tuple[float, float]:
+    """MB that the process holds itself, and of files that are mapped into it (0: not told here)."""
+    found = process.memory_info()
+    mapped = getattr(found, "shared", 0)  # Linux alone
+    return (found.rss - mapped) / 1e6, mapped / 1e6
+
+
+def maps(process: psutil.Process) -> int:
+    """How many model files are mapped, each as often as it is; 0 where the system does not tell."""
+    try:
+        found = process.memory_maps(grouped=False)
+    except (AttributeError, psutil.Error):
+        return 0
+    return sum(entry.path.endswith(".safetensors") for entry in found)
+
+
 def run(setting: Setting) -> Outcome:
     failures: list[Failure] = []
     memory: list[float] = []
+    mapped: list[float] = []
+    opened: list[int] = []
     with tempfile.TemporaryDirectory(dir=setting.work) as name:
         graphs.models(Path(name))
         with graphs.server(Path(name)) as server:
@@ -62,15 +86,22 @@ def run(setting: Setting) -> Outcome:
                     failures.append(Failure(ATTACK, case, str(error)[:1000]))
                     if server.process.poll() is not None:
                         break
-                memory.append(process.memory_info().rss / 1e6)
-                if index % 50 == 49:
-                    setting.tell(f"  {index + 1} prompts, {memory[-1]:.0f} MB")
-    found = slope(memory)
+                own, files = held(process)
+                memory.append(own)
+                mapped.append(files)
+                if index % WARM == WARM - 1:
+                    opened.append(maps(process))
+                    setting.tell(
+                        f"  {index + 1} prompts, {own:.1f} MB, {files:.0f} MB of {opened[-1]} maps"
+                    )
+    found, first = slope(memory), min(WARM, len(memory) // 2)
     note = (
-        f"{len(memory)} prompts, {len(failures)} errors; resident memory "
-        f"{memory[min(WARM, len(memory) // 2)]:.0f} MB after the first {min(WARM, len(memory) // 2)}, "
-        f"{memory[-1]:.0f} MB at the end"
+        f"{len(memory)} prompts, {len(failures)} errors; memory {memory[first]:.1f} MB after the first "
+        f"{first}, {memory[-1]:.1f} MB at the end; mapped files {min(mapped):.0f} to {max(mapped):.0f} MB"
     )
+    if opened and opened[-1] > opened[0] + MOST_MAPS:
+        case = {"seed": setting.seed, "size": len(memory), "maps": opened}
+        failures.append(Failure(ATTACK, case, f"models stay mapped: {opened} every {WARM} prompts"))
     if found > LIMIT and len(memory) >= 3 * WARM:
         case = {"seed": setting.seed, "size": len(memory), "memory": [round(m, 1) for m in memory]}
         failures.append(Failure(ATTACK, case, f"memory grows by {found:.2f} MB a hundred prompts"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import tempfile
 import time
 import urllib.error
@@ -14,11 +15,14 @@ import urllib.request
 from pathlib import Path
 
 from devtools.server import PACK_NAME, ComfyServer, ServerError
+from qsched_core.files import write_atomic
 
 from . import graphs, mutate
 from .cases import Failure, Outcome, Setting
+from .kinds import GOLDEN
 
 ATTACK = "workflows"
+MODEL = "int8.safetensors"
 SECONDS = 2.0  # for an answer; a busy machine gets another chance
 RUNS = 0.5  # seconds that an accepted workflow has before it is stopped
 ENDS = 120.0  # seconds within which it must have stopped
@@ -40,11 +44,29 @@ def samples() -> list[bytes]:
     text["9"] = graphs.node("QSchedShowSchedule", schedule=["8", 0])
     text["10"] = graphs.node("QSchedSaveSchedule", schedule=["8", 0], name="mutants/x")
     text["11"] = graphs.node("QSchedQuantizationReport", model=["1", 0])
+    files = {
+        "1": graphs.node(
+            "QSchedLoadDiffusionModel", unet_name=MODEL, weight_format="int8", layers=""
+        ),
+        "2": graphs.node("QSchedQuantizationReport", model=["1", 0]),
+        "3": graphs.node("QSchedLoadSchedule", schedule_name="of a user.json"),
+        "4": graphs.node("QSchedShowSchedule", schedule=["3", 0]),
+    }
     made = [
         graphs.sampling("int8", 1), text, graphs.evaluating("nf4", 1), graphs.calibrating("int2", 1),
-        graphs.saving("int8", "mutants/model", "joint_blocks.0=keep"),
+        graphs.saving("int8", "mutants/model", "joint_blocks.0=keep"), graphs.wired("nf4", 1),
+        graphs.ranking("int2", 1), graphs.rounding("int3"), files,
     ]  # fmt: skip
     return [json.dumps(prompt).encode() for prompt in made]
+
+
+def place(base: Path) -> None:
+    """The files that the samples name, in a server's base folder."""
+    graphs.models(base)
+    models = base / "models" / "diffusion_models"
+    models.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(GOLDEN / "models" / MODEL, models / MODEL)
+    write_atomic(base / "models" / "qsched" / "of a user.json", json.dumps(SCHEDULE))
 
 
 def mutant_of(found: list[bytes], seed: int, index: int) -> bytes:
@@ -123,7 +145,7 @@ def run(setting: Setting) -> Outcome:
     found, failures, accepted = samples(), [], 0
     with tempfile.TemporaryDirectory(dir=setting.work) as name:
         base = Path(name)
-        graphs.models(base)
+        place(base)
         with graphs.server(base) as server:
             for body in found:
                 server.run(json.loads(body))
@@ -154,7 +176,7 @@ def _files(base: Path) -> set[str]:
 
 def again(failure: Failure) -> str:
     with tempfile.TemporaryDirectory() as name:
-        graphs.models(Path(name))
+        place(Path(name))
         with graphs.server(Path(name)) as server:
             try:
                 return problem_of(server, failure.data)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
+from pathlib import Path
 
 import pytest
 
 from benchmarks import reliability
-from benchmarks._reliability import cases, disk, kills, kinds, mutants, mutate, soak
+from benchmarks._reliability import cases, disk, kills, kinds, mutants, mutate, soak, workflows
 from benchmarks._reliability.cases import Failure, Setting
 
+ROOT = Path(__file__).resolve().parents[2]
 QUIET = {"tell": lambda line: None}
 SLOW = dict.fromkeys((*mutants.kept.KINDS, *mutants.hosted.KINDS), pytest.mark.full)
 
@@ -62,6 +66,21 @@ def test_a_worker_that_dies_is_gone_past_and_its_mutant_kept(tmp_path, monkeypat
     assert (count, read, failure.case["index"]) == (10, 3, 0) and "-11" in failure.problem
 
 
+def test_a_worker_that_goes_no_further_is_ended_and_its_mutant_named(tmp_path, monkeypatch):
+    """By its CPU's clock: on a busy machine a slow start is no hang."""
+    busy = "import sys; sys.stdout.flush()\nwhile True: pass"
+    popen = mutants.subprocess.Popen
+    monkeypatch.setattr(
+        mutants.subprocess,
+        "Popen",
+        lambda command, **more: popen([command[0], "-c", busy], **more),
+    )
+    monkeypatch.setattr(mutants, "STUCK_CPU_SECONDS", 0.5)
+    (tmp_path / "slot").write_bytes(bytes(mutants.SLOT.size))
+    lines, ending = mutants._worker("layers", 1, 0, 10, tmp_path)
+    assert lines == [] and ending.startswith("no end within")
+
+
 @pytest.mark.parametrize("edit", [mutate.of_bytes, mutate.of_json, mutate.any_byte])
 def test_mutants_follow_from_their_seed(edit):
     sample = b'{"a": [1, 2, {"b": "c"}], "d": null}'
@@ -81,6 +100,14 @@ def test_a_failure_is_a_file_to_rerun(tmp_path, capsys):
         Failure.load(path)
 
 
+def test_every_node_is_in_some_workflow_that_is_damaged():
+    texts = (path.read_text(encoding="utf-8") for path in (ROOT / "nodes").glob("*.py"))
+    named = {name for text in texts for name in re.findall(r'node_id="(\w+)"', text)}
+    prompts = (json.loads(sample) for sample in workflows.samples())
+    assert len(named) > 20
+    assert named <= {node["class_type"] for prompt in prompts for node in prompt.values()}
+
+
 def test_sizes_shrink_with_the_minutes():
     for name, whole in reliability.SIZES.items():
         assert reliability.size_of(name, reliability.MINUTES) == whole
@@ -91,6 +118,13 @@ def test_the_slope_of_memory():
     flat = [900.0 + i % 7 for i in range(300)]
     assert soak.slope([400.0] * 20 + flat) == pytest.approx(0, abs=0.3)
     assert soak.slope([value + i / 50 for i, value in enumerate(flat)]) == pytest.approx(2, abs=0.3)
+
+
+def test_memory_is_told_without_the_files_that_are_mapped():
+    here = soak.psutil.Process()
+    own, mapped = soak.held(here)
+    assert own > 20 and own + mapped == pytest.approx(here.memory_info().rss / 1e6, rel=0.05)
+    assert soak.maps(here) == 0
 
 
 def test_a_full_disk(tmp_path):
