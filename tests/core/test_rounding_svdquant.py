@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from comfy_kitchen import tensor
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qsched_core.formats import get
@@ -122,9 +122,11 @@ def test_baking_keeps_what_the_inputs_are_rounded_to():
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6), st.floats(0.01, 100), st.booleans())
+@example(0, 0.01171875, True)
 def test_rounded_inputs_are_never_more_than_half_a_step_away(seed, size, unsigned):
     x = gaussian(4, IN, seed=seed) * size
     x = x.abs() - SHIFT * 0.9 if unsigned else x
+    x = x.bfloat16().float()  # as a model gives them; rounding to that is none of these steps
     grid = type(grid_of("svdquant_w4a4"))(FORM, unsigned=unsigned)
     top = 15 if unsigned else 7
     groups = (x + SHIFT if unsigned else x).view(4, -1, 64)
