@@ -113,7 +113,7 @@ def wired(weight_format: str, seed: int) -> dict:
 
 def ranking(weight_format: str, seed: int) -> dict:
     """A round of candidates to rank."""
-    inputs = _trajectory(prompts=CAPTION, ranking="", study="of a mutant", seed=seed, candidates=2)
+    inputs = _trajectory(prompts=CAPTION, ranking="", study="of a mutant", seed=seed, candidates=3)
     inputs.pop("objective")
     return {
         "1": node("QSchedLoadCheckpoint", ckpt_name=CHECKPOINT, weight_format=weight_format),
@@ -161,10 +161,10 @@ def models(base: Path) -> None:
 
 
 @contextmanager
-def server(base: Path, *more: str) -> Iterator[ComfyServer]:
+def server(base: Path, *more: str, **environment: str) -> Iterator[ComfyServer]:
     """A real server on ``base``, with ComfyUI from COMFYUI_PATH."""
     comfyui = Path(os.environ["COMFYUI_PATH"])
-    variables = {"OMP_NUM_THREADS": "1", "QSCHED_GRACE_SECONDS": "20"}
+    variables = {"OMP_NUM_THREADS": "1", "QSCHED_GRACE_SECONDS": "20"} | environment
     with ComfyServer(
         comfyui, base, extra_args=(*device_args(), *more), environment=variables
     ) as running:

@@ -2,7 +2,8 @@
 
 Memory is what the process holds itself.  Pages of a mapped checkpoint come and go by hundreds of MB as
 models are opened and the system likes; they are the system's cache, and are told beside it.  Nor may
-the number of maps grow.
+the number of maps grow.  glibc is told to give large blocks back at once: left alone it keeps freed
+ones of up to 32 MB in its heap, which then grows in steps of their size with nothing held in them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,12 @@ FORMATS = ("nf4", "int8", "int2")
 CYCLE = 10  # prompts; each cycle has the same kinds of work in another order
 LIMIT = 1.0  # MB a hundred prompts
 MOST_MAPS = 4  # more than after the first WARM prompts: what the last few have open
+
+
+# Of malloc: blocks from this size on are maps of their own.
+RETURNED = {
+    "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "2",
+}  # fmt: skip
 
 
 def prompt_of(index: int, seed: int) -> dict:
@@ -75,7 +82,7 @@ def run(setting: Setting) -> Outcome:
     opened: list[int] = []
     with tempfile.TemporaryDirectory(dir=setting.work) as name:
         graphs.models(Path(name))
-        with graphs.server(Path(name)) as server:
+        with graphs.server(Path(name), **RETURNED) as server:
             process = psutil.Process(server.process.pid)
             for index in range(setting.size):
                 prompt = prompt_of(index, setting.seed)

@@ -108,6 +108,14 @@ def test_every_node_is_in_some_workflow_that_is_damaged():
     assert named <= {node["class_type"] for prompt in prompts for node in prompt.values()}
 
 
+def test_workflows_that_end_comfyuis_own_worker_are_left_out():
+    found = workflows.samples()
+    assert not any(workflows.kills_the_host(sample) for sample in found)
+    assert workflows.kills_the_host(b'{"1": {"class_type": "QSchedShowSchedule"}}')
+    made = [workflows.mutant_of(found, 1, index)[len(b'{"prompt": ') : -1] for index in range(300)]
+    assert len(set(made)) > 250 and not any(map(workflows.kills_the_host, made))
+
+
 def test_sizes_shrink_with_the_minutes():
     for name, whole in reliability.SIZES.items():
         assert reliability.size_of(name, reliability.MINUTES) == whole
