@@ -268,7 +268,7 @@ for i in range(15):
 def test_servers_on_one_folder_overwrite_nothing(tmp_path, links):
     script = SERVER
     if not links:
-        script = f"import os\ndef no(*_): raise PermissionError\nos.link = no\n{SERVER}"
+        script = f"import os\ndef no(*_, **__): raise PermissionError\nos.link = no\n{SERVER}"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     servers = [
         subprocess.Popen([sys.executable, "-c", script, ROOT, str(tmp_path), name], **pipes)
