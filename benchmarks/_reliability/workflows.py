@@ -122,12 +122,14 @@ def problem_of(server: ComfyServer, body: bytes) -> str:
         return f"the answer took {took:.1f} s, three times"
     if status not in (200, 400):
         # the host's own reader of workflows fails so, before it asks a node of this pack
-        tail = server.log_tail(40)
-        return f"status {status}: {tail[-600:]}" if f"{PACK_NAME}/" in tail else ""
+        last = server.log_tail(40).rpartition("Traceback (most recent")[2]
+        return f"status {status}: {last[-600:]}" if f"{PACK_NAME}/" in last else ""
     content = json.loads(answer)
     for found in (content.get("node_errors") or {}).values():
         for error in found["errors"]:
-            if error["type"] == "exception_during_validation" and "QSched" in found["class_type"]:
+            # A link to nowhere makes the host's own check raise, for any pack's node.
+            trace = "".join(error.get("extra_info", {}).get("traceback", ()))
+            if error["type"] == "exception_during_validation" and f"{PACK_NAME}/" in trace:
                 return f"validation raised: {error['details'][:300]}"
     return _stopped(server, content["prompt_id"]) if "prompt_id" in content else ""
 
