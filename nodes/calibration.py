@@ -23,7 +23,6 @@ from .host.pictures import as_tensor
 from .host.progress import on_node
 from .host.remember import LEARNED, recalled, remember
 from .inputs import (
-    check_objective,
     negative_input,
     option_inputs,
     source_of,
@@ -31,6 +30,7 @@ from .inputs import (
     with_options,
 )
 from .types import MAX_SEED, Schedule
+from .wired import wired
 
 SEARCH_OWN = "search's own"
 BUDGET = Choice(
@@ -144,6 +144,7 @@ class QSchedJAQCalibrator(io.ComfyNode):
     @classmethod
     @with_choices(BUDGET, LOW, HIGH, LEVEL_GRID)
     @with_options
+    @wired("model", "clip", "vae", "prompts", "objective", reference_model="model")
     def execute(
         cls, model, clip, vae, prompts, objective, solver, scheduler, steps, cfg, width, height,
         search, seed, guard, budget=None, negative="", low=None, high=None, radius=0.1,
@@ -153,7 +154,6 @@ class QSchedJAQCalibrator(io.ComfyNode):
         before = recalled(learned, cls.hidden.prompt, cls.hidden.unique_id)
         if before is not None:
             return cls._as_before(before)
-        check_objective(objective)
         search, budget = chosen(preset, search, budget or 0)
         settings = _settings(
             search,

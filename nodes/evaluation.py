@@ -36,7 +36,6 @@ from .host.pictures import as_png, as_tensor
 from .host.progress import EvaluationLive, on_node
 from .host.scoring import ManagedPlacement
 from .inputs import (
-    check_objective,
     negative_input,
     option_inputs,
     source_of,
@@ -44,6 +43,7 @@ from .inputs import (
     with_options,
 )
 from .types import Schedule
+from .wired import wired
 
 HELDOUT, CALIBRATION, ALL = "held-out", "calibration", "all"
 
@@ -144,12 +144,12 @@ class QSchedEvaluate(io.ComfyNode):
 
     @classmethod
     @with_options
+    @wired("model", "clip", "vae", "prompts", "objective", "schedule", reference_model="model")
     def execute(
         cls, model, clip, vae, prompts, objective, solver, scheduler, steps, cfg, width, height,
         schedule=None, negative="", compare=False, reference_model=None, reference_images=None,
         evaluate_on=HELDOUT, csv_name="", options=None,
     ) -> io.NodeOutput:  # fmt: skip
-        check_objective(objective)
         sampling = (solver, scheduler, steps, cfg, width, height, negative, options)
         source = source_of(model, clip, vae, *sampling, memory=SOURCE_BYTES)
         scheduled, note = None, ""

@@ -9,10 +9,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..qsched_core import objective as jaq
-from ..qsched_core.scorers import ScorerError
 from ..qsched_core.solvers import SOLVERS, get_solver
-from ..qsched_core.text import shown
 from ..qsched_core.trajectory import MEMO_BYTES
 from .choices import Choice, with_choices
 from .host.source import ComfySource
@@ -150,9 +147,3 @@ def source_of(
         model, clip, vae, trajectory, cfg=cfg, negative=negative, width=width, height=height,
         memory=memory, scheduler=scheduler,
     )  # fmt: skip
-
-
-def check_objective(objective) -> None:
-    """ScorerError for what does not come from an objective node."""
-    if not isinstance(objective, jaq.Objective):
-        raise ScorerError(f"objective={shown(objective)} must come from a JAQ Objective node")

@@ -18,6 +18,7 @@ from .host.weights.files import model_path, weight_files
 from .host.weights.provenance import INFO, describe, layer_rows, model_info, report_title
 from .host.weights.saving import next_paths, save_model, workflow_metadata
 from .host.weights.text import quantize_text_encoder
+from .wired import wired
 
 ALIASES = (
     "quantize", "quantized", "nf4", "4-bit", "8-bit", "2-bit", "int8", "fp8", "low vram",
@@ -173,6 +174,7 @@ class QSchedQuantizeModel(io.ComfyNode):
         return _check_layers(layers)
 
     @classmethod
+    @wired("model")
     def execute(cls, model, weight_format, layers="") -> io.NodeOutput:
         module, device = model.model.diffusion_model, model.load_device
         request, note = recommended.for_module(module, device, weight_format, layers)
@@ -207,6 +209,7 @@ class QSchedQuantizeTextEncoder(io.ComfyNode):
         return _check_layers(layers)
 
     @classmethod
+    @wired("clip")
     def execute(cls, clip, weight_format, layers="") -> io.NodeOutput:
         patcher = clip.patcher
         request, note = recommended.for_module(
@@ -244,6 +247,7 @@ class QSchedQuantizationReport(io.ComfyNode):
         )
 
     @classmethod
+    @wired("model")
     def execute(cls, model) -> io.NodeOutput:
         rows = layer_rows(model.model.diffusion_model)
         picture = draw(rows, report_title(model))
@@ -293,6 +297,7 @@ class QSchedSaveModel(io.ComfyNode):
         return True
 
     @classmethod
+    @wired("model", "clip", "vae")
     def execute(
         cls, model, filename_prefix, merge_loras=True, clip=None, vae=None
     ) -> io.NodeOutput:

@@ -13,6 +13,7 @@ from ..qsched_core.text import shown
 from .host import scoring
 from .host.progress import on_node
 from .types import Objective
+from .wired import wired
 
 NONE = "none"
 OWN_WEIGHTS = [entry for entry in SCORERS.values() if entry.needs_file]
@@ -203,6 +204,7 @@ class QSchedJAQScore(io.ComfyNode):
         )
 
     @classmethod
+    @wired("objective")
     def execute(cls, images, objective, prompts) -> io.NodeOutput:
         lines = _lines(prompts, len(images))
         scores = objective.score(images[..., :3].cpu(), lines)

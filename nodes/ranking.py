@@ -17,7 +17,6 @@ from .host.pictures import as_tensor
 from .host.progress import on_node
 from .host.ranking import sheet
 from .inputs import (
-    check_objective,
     negative_input,
     option_inputs,
     source_of,
@@ -25,6 +24,7 @@ from .inputs import (
     with_options,
 )
 from .types import MAX_SEED, Objective, Prompts, Schedule
+from .wired import wired
 
 MOST_PROMPTS = 4
 MOST_TEXT = 2**16  # characters: text out of a workflow is read on the thread that serves every page
@@ -111,6 +111,7 @@ class QSchedRankCandidates(io.ComfyNode):
 
     @classmethod
     @with_options
+    @wired("model", "clip", "vae", "objective", heldout="prompts")
     def execute(
         cls, model, clip, vae, prompts, ranking, study, solver, scheduler, steps, cfg, width, height,
         seed, candidates=CANDIDATES, spread=SPREAD, negative="", objective=None, heldout=None,
@@ -121,8 +122,6 @@ class QSchedRankCandidates(io.ComfyNode):
         if (objective is None) != (heldout is None):
             lacks = "objective" if objective is None else "heldout"
             raise CalibrationError(f"{lacks} is not connected; objective and heldout go together")
-        if objective is not None:
-            check_objective(objective)
         rules, members = Rules(candidates, spread, seed=seed), _prompts(prompts, seed)
         source = source_of(
             model, clip, vae, solver, scheduler, steps, cfg, width, height, negative, options

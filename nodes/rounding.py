@@ -22,7 +22,6 @@ from .host.weights.calibrated import ComfySubject, ReportFile
 from .host.weights.loading import Request
 from .host.weights.provenance import model_info
 from .inputs import (
-    check_objective,
     negative_input,
     option_inputs,
     source_of,
@@ -30,6 +29,7 @@ from .inputs import (
     with_options,
 )
 from .types import MAX_SEED, Objective
+from .wired import wired
 
 OWN_SIZE = "of the format"
 REPORT = "{model}-{format}-report"
@@ -171,13 +171,12 @@ class QSchedCalibrateWeights(io.ComfyNode):
 
     @classmethod
     @with_options
+    @wired("model", "clip", "vae", "prompts", "objective")
     def execute(
         cls, model, clip, vae, prompts, solver, scheduler, steps, cfg, width, height, weight_format,
         objective=None, states_per_prompt=4, size=OWN_SIZE, amount=3.0, layers="", seed=0,
         negative="", report_name="", options=None,
     ) -> io.NodeOutput:  # fmt: skip
-        if objective is not None:
-            check_objective(objective)
         request = Request(weight_format, layers)
         request.check_device()
         named = weight_format if size == OWN_SIZE else f"{amount:g}-{SIZES[size]}"

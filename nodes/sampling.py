@@ -12,6 +12,7 @@ from .host.sampling import ksampler, make_around_sampler, make_sampler
 from .host.trajectories import AS_LEARNED, SCHEDULERS
 from .inputs import cfg_input, checked_options, option_inputs, with_options
 from .types import Schedule
+from .wired import wired
 
 HIDDEN = [io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo]
 MODE_TOOLTIP = (
@@ -108,6 +109,7 @@ class QSchedSampler(io.ComfyNode):
 
     @classmethod
     @with_options
+    @wired("schedule")
     def execute(cls, schedule, solver, mode=MODES[0], options=None) -> io.NodeOutput:
         chosen = checked_options(solver, options)
         return io.NodeOutput(make_sampler(schedule, solver, mode, cls.hidden.unique_id, **chosen))
@@ -133,6 +135,7 @@ class QSchedAroundSampler(io.ComfyNode):
         )
 
     @classmethod
+    @wired("schedule", "sampler")
     def execute(cls, schedule, sampler, mode=MODES[0]) -> io.NodeOutput:
         return io.NodeOutput(make_around_sampler(schedule, sampler, mode, cls.hidden.unique_id))
 
@@ -188,6 +191,7 @@ class QSchedKSampler(io.ComfyNode):
 
     @classmethod
     @with_options
+    @wired("model", "schedule")
     def execute(
         cls, model, seed, steps, cfg, solver, scheduler, positive, negative, latent_image,
         denoise=1.0, mode=MODES[0], schedule=None, options=None,
@@ -249,6 +253,7 @@ class QSchedKSamplerAdvanced(io.ComfyNode):
 
     @classmethod
     @with_options
+    @wired("model", "schedule")
     def execute(
         cls, model, add_noise, noise_seed, steps, cfg, solver, scheduler, positive,
         negative, latent_image, start_at_step, end_at_step, return_with_leftover_noise,

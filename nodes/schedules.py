@@ -25,6 +25,7 @@ from .host.progress import on_node
 from .host.trajectories import SCHEDULERS, sigmas_and_flow, sigmas_of
 from .inputs import collected
 from .types import Schedule
+from .wired import wired
 
 PARAMETERS = DEFAULT.parameters
 OUT = "For the samplers of this pack, Show Schedule and Save Q-Sched Schedule."
@@ -103,6 +104,7 @@ class QSchedRamp(io.ComfyNode):
         )
 
     @classmethod
+    @wired("model")
     def execute(cls, model, solver, scheduler, steps, **ends) -> io.NodeOutput:
         sigmas, flow = sigmas_and_flow(model, scheduler, steps)
         trajectory = Trajectory.of(sigmas.tolist(), solver, flow)
@@ -191,6 +193,7 @@ class QSchedSaveSchedule(io.ComfyNode):
         return True
 
     @classmethod
+    @wired("schedule")
     def execute(cls, schedule, name, overwrite=False) -> io.NodeOutput:
         path = _saved(schedule, name, overwrite)
         return io.NodeOutput(schedule, ui=on_node(f"saved to {path}\n{schedule.describe()}"))
@@ -258,6 +261,7 @@ class QSchedEditSchedule(io.ComfyNode):
     @classmethod
     @with_choices(STEP)
     @with_changes
+    @wired("schedule")
     def execute(cls, schedule, mode, changes, step=None) -> io.NodeOutput:
         edited = schedule.edited({n: by or None for n, by in changes.items()}, step or 0, mode)
         return io.NodeOutput(edited, ui=on_node(edited.describe()))
@@ -332,6 +336,7 @@ class QSchedSigmas(io.ComfyNode):
 
     @classmethod
     @with_choices(STEPS)
+    @wired("model", "schedule")
     def execute(
         cls, schedule=None, model=None, scheduler="simple", steps=None, denoise=1.0
     ) -> io.NodeOutput:

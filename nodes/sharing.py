@@ -9,6 +9,7 @@ from ..qsched_core.text import json_for_page
 from .host.pictures import as_tensor
 from .host.progress import on_node, progress_text
 from .types import Schedule
+from .wired import wired
 
 
 class QSchedScheduleFromText(io.ComfyNode):
@@ -90,6 +91,7 @@ class QSchedShowSchedule(io.ComfyNode):
         )
 
     @classmethod
+    @wired("schedule")
     def execute(cls, schedule) -> io.NodeOutput:
         image, text = as_tensor(chart.draw(schedule)), schedule.to_json()
         told = summary.summary(schedule)

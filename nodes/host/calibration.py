@@ -46,8 +46,9 @@ class CalibrationLive:
         self.bar: comfy.utils.ProgressBar | None = None
         self.standing: Standing | None = None
         self.preview: Image.Image | None = None
-        self.text = ""
+        self.text = "loading the models"
         self.thumbnails: Thumbnails = {}
+        progress_text(node_id, self.text)
 
     def monitor(self) -> Monitor:
         return Monitor(self.trial_done, self.moved, self.pictures_made, self.waiting)

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 
-import inside  # noqa: F401  ComfyUI and the pack become importable
+import inside  # ComfyUI and the pack become importable
 import pytest
 
-inputs = importlib.import_module("qsched_pack.nodes.inputs")
+folders = importlib.import_module("qsched_pack.nodes.host.folders")
 loading = importlib.import_module("qsched_pack.nodes.loading")
-scorers = importlib.import_module("qsched_pack.qsched_core.scorers")
+objectives = importlib.import_module("qsched_pack.nodes.objective")
+wired = importlib.import_module("qsched_pack.nodes.wired")
 
 
+FAMILIES = [
+    path.stem
+    for path in sorted((inside.REPO / "nodes").glob("*.py"))
+    if "\nNODES = (" in path.read_text(encoding="utf-8")
+]
 LOADERS = (
     loading.QSchedLoadDiffusionModel,
     loading.QSchedLoadCheckpoint,
@@ -27,6 +34,38 @@ def test_a_wired_choice_of_layers_is_left_to_the_run(node):
 
 
 def test_a_long_objective_is_not_shown_whole():
-    with pytest.raises(scorers.ScorerError, match="JAQ Objective node") as error:
-        inputs.check_objective("\u202ex" * 100_000)
+    with pytest.raises(wired.LinkError, match="JAQ Objective; connect it") as error:
+        objectives.QSchedJAQScore.execute(images=None, objective="\u202ex" * 100_000, prompts="")
     assert len(str(error.value)) < 300 and str(error.value).isprintable()
+
+
+folders.register_folders()  # as the pack does when it is loaded: schemas list files
+NODES = {
+    node.define_schema().node_id: node
+    for module in FAMILIES
+    for node in importlib.import_module(f"qsched_pack.nodes.{module}").NODES
+}
+LINKS = ("MODEL", "CLIP", "VAE", "SAMPLER", "QSCHED_SCHEDULE", "QSCHED_PROMPTS", "QSCHED_OBJECTIVE")
+ASKED = [
+    (name, each.id)
+    for name, node in NODES.items()
+    for each in node.define_schema().inputs
+    if each.get_io_type() in LINKS
+]
+
+
+@pytest.mark.parametrize(("name", "asked"), ASKED)
+@pytest.mark.parametrize("value", [3, {"patcher": 1}, "text", ["9", 0]])
+def test_a_plain_value_where_a_link_belongs_is_named(name, asked, value):
+    """Graphs for scripts can have one, and ComfyUI hands it on."""
+    node = NODES[name]
+    names = {each.id for each in node.define_schema().inputs}
+    signature = inspect.signature(node.execute).parameters
+    given = {n: None for n in signature if n in names} | {asked: value}
+    with pytest.raises(wired.LinkError, match=f"^{asked}=") as error:
+        node.execute(**given)
+    assert type(error.value).__module__ == "qsched"
+
+
+def test_there_are_links_to_ask_for():
+    assert len(ASKED) > 30
