@@ -49,7 +49,10 @@ def test_every_node_with_options_has_its_widget(nodes):
     assert len(nodes) == 5
     for name, node in nodes.items():
         widget = node.INPUT_TYPES()["optional"]["drift"][1]
-        assert (widget["default"], widget["min"], widget["max"]) == (-1.0, -1.0, 3.0), name
+        own, number = widget["options"]
+        assert (own["key"], own["inputs"]) == ("solver's own", {"required": {}}), name
+        (field,) = number["inputs"]["required"].values()
+        assert (field[1]["default"], field[1]["min"], field[1]["max"]) == (0.25, 0.0, 3.0), name
         assert "drifting (0.25): How far it drifts." in widget["tooltip"]
         assert "drift" in inspect.getfullargspec(node.execute).args, name
 
@@ -57,7 +60,7 @@ def test_every_node_with_options_has_its_widget(nodes):
 @pytest.mark.parametrize(
     ("solver", "drift", "says"),
     [
-        ("drifting", 3.5, "drift=3.5 for solver drifting must be a number from 0 to 3"),
+        ("drifting", 3.5, 'drift=3.5 must be "solver\'s own" or a number from 0 to 3'),
         ("euler", 0.5, "drift=0.5 is no option of solver euler"),
         ("drifting", 0.5, None),
         ("euler", -1.0, None),
