@@ -2,7 +2,8 @@
 
 Memory is what the process holds itself.  Pages of a mapped checkpoint come and go by hundreds of MB as
 models are opened and the system likes; they are the system's cache, and are told beside it.  Nor may
-the number of maps grow.  glibc is told to give large blocks back at once: left alone it keeps freed
+the number of maps grow.  ComfyUI's history of its last 10 000 prompts is its own, and is emptied every
+few prompts.  glibc is told to give large blocks back at once: left alone it keeps freed
 ones of up to 32 MB in its heap, which then grows in steps of their size with nothing held in them.
 """
 
@@ -96,6 +97,8 @@ def run(setting: Setting) -> Outcome:
                 own, files = held(process)
                 memory.append(own)
                 mapped.append(files)
+                if index % CYCLE == CYCLE - 1:
+                    server.request("/history", {"clear": True})
                 if index % WARM == WARM - 1:
                     opened.append(maps(process))
                     setting.tell(

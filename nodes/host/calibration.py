@@ -26,6 +26,7 @@ PREVIEWS = 12
 logger = logging.getLogger(__name__)
 
 Thumbnails = dict[tuple[Candidate, int], torch.Tensor]  # uint8 pictures by candidate and seed
+BEGUN = 1  # a step of the bar: loading a text encoder takes seconds, at a bar that shows nothing
 
 
 class CalibrationLive:
@@ -89,10 +90,10 @@ class CalibrationLive:
         self._draw(standing, standing.text)
 
     def _draw(self, standing: Standing, text: str) -> None:
-        total = round(standing.total) + len(self.texts)
+        total = BEGUN + round(standing.total) + len(self.texts)
         if self.bar is None:
             self.bar = comfy.utils.ProgressBar(total, node_id=self.node_id)
-        self.bar.update_absolute(round(standing.done) + len(self.encoded), total)
+        self.bar.update_absolute(BEGUN + round(standing.done) + len(self.encoded), total)
         if text != self.text:
             self.text = text
             progress_text(self.node_id, text)

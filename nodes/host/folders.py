@@ -44,6 +44,11 @@ def start_cleaning() -> Thread:
     return thread
 
 
+def is_name(name: object) -> bool:
+    """Whether a file may be called so; a graph for scripts may have anything where a list has names."""
+    return isinstance(name, str) and len(name) <= MOST_NAME
+
+
 def schedule_files() -> list[str]:
     """Schedules in every folder registered for them, by their path inside it."""
     return _listed(SCHEDULE_FOLDER, (".json",))
@@ -52,9 +57,9 @@ def schedule_files() -> list[str]:
 def schedule_path(name: str) -> Path:
     """Where the schedule file ``name`` is; ScheduleError if there is none."""
     found = None
-    if len(name) <= MOST_NAME:
+    if is_name(name):
         found = folder_paths.get_full_path(SCHEDULE_FOLDER, name)
-    if found is None and len(name) <= MOST_NAME:  # a workflow may come from Windows
+    if found is None and is_name(name):  # a workflow may come from Windows
         found = folder_paths.get_full_path(SCHEDULE_FOLDER, name.replace("\\", "/"))
     if found is None or not found.lower().endswith(".json"):
         raise ScheduleError(
@@ -82,7 +87,7 @@ def new_schedule_path(name: str) -> Path:
 def input_file(name: str) -> Path:
     """The file called ``name`` in the input folder; PromptError if it is not there."""
     path = None
-    if name.strip() and len(name) <= MOST_NAME:
+    if is_name(name) and name.strip():
         path = inside(Path(folder_paths.get_input_directory()), name.strip())
     if path is None or not path.is_file():
         raise PromptError(
@@ -108,7 +113,7 @@ def _listed(folder: str, endings: tuple[str, ...]) -> list[str]:
 def prompt_set(name: str) -> Path:
     """Where the user's file of prompts ``name`` is; PromptError if there is none."""
     found = None
-    if len(name) <= MOST_NAME and name.lower().endswith(PROMPT_FILES):
+    if is_name(name) and name.lower().endswith(PROMPT_FILES):
         # ComfyUI looks for no name outside of the folder; a workflow may come from Windows.
         for written in (name, name.replace("\\", "/")):
             found = found or folder_paths.get_full_path(PROMPT_FOLDER, written)

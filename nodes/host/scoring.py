@@ -9,7 +9,6 @@ import comfy.model_patcher
 import folder_paths
 import torch
 
-from ...qsched_core.files import MOST_NAME
 from ...qsched_core.scorers import (
     NAMED,
     DualEncoder,
@@ -19,7 +18,7 @@ from ...qsched_core.scorers import (
     load_named,
 )
 from ...qsched_core.text import shown
-from .folders import SCORER_FOLDER
+from .folders import SCORER_FOLDER, is_name
 
 BY_NAME = "(by open_clip's name)"
 DOWNLOADS = "open_clip_downloads"  # a folder in models/clip_score
@@ -69,7 +68,7 @@ def is_by_name(name: str) -> bool:
 
 def scorer_path(name: str, called: str = "clip_name") -> Path:
     """The path of the weights ``name``; ScorerError, which names the input ``called``, if there are none."""
-    found = folder_paths.get_full_path(SCORER_FOLDER, name) if len(name) <= MOST_NAME else None
+    found = folder_paths.get_full_path(SCORER_FOLDER, name) if is_name(name) else None
     if found is None:
         raise ScorerError(
             f"{called}={shown(name)} is not in models/{SCORER_FOLDER}; refresh the list, or copy it there"

@@ -11,6 +11,9 @@ import pytest
 folders = importlib.import_module("qsched_pack.nodes.host.folders")
 loading = importlib.import_module("qsched_pack.nodes.loading")
 objectives = importlib.import_module("qsched_pack.nodes.objective")
+schedules = importlib.import_module("qsched_pack.nodes.schedules")
+scoring = importlib.import_module("qsched_pack.nodes.host.scoring")
+files = importlib.import_module("qsched_pack.nodes.host.weights.files")
 wired = importlib.import_module("qsched_pack.nodes.wired")
 
 
@@ -69,3 +72,20 @@ def test_a_plain_value_where_a_link_belongs_is_named(name, asked, value):
 
 def test_there_are_links_to_ask_for():
     assert len(ASKED) > 30
+
+
+@pytest.mark.parametrize("name", [["a", "b", "c"], 3, {"a": 1}, None, "x" * 5000])
+def test_what_is_no_name_is_no_file(name):
+    """Where a list has names, a graph for scripts may have anything."""
+    for find in (
+        folders.schedule_path,
+        folders.input_file,
+        folders.prompt_set,
+        scoring.scorer_path,
+    ):
+        with pytest.raises(ValueError, match=r"name=|file=|source="):
+            find(name)
+    with pytest.raises(ValueError, match="unet_name="):
+        files.model_path("diffusion_models", name, "unet_name")
+    said = schedules.QSchedLoadSchedule.validate_inputs(schedule_name=name)
+    assert said is True if name is None else "schedule_name=" in said

@@ -13,12 +13,12 @@ import comfy.utils
 import folder_paths
 import torch
 
-from ....qsched_core.files import MOST_NAME
 from ....qsched_core.formats import FormatError
 from ....qsched_core.formats.files import DTYPES, Entry, MappedFile, check_unquantized
 from ....qsched_core.formats.layer_entry import SUFFIX, read_entry
 from ....qsched_core.formats.policy import Policy
 from ....qsched_core.text import plain, shown
+from ..folders import is_name
 from . import layouts
 
 HALF = (torch.float16, torch.bfloat16)
@@ -36,7 +36,7 @@ def weight_files(folder: str) -> list[str]:
 
 def model_path(folder: str, name: str, label: str) -> str:
     """Where ComfyUI keeps the file; ValueError names the input if it is not there."""
-    path = folder_paths.get_full_path(folder, name) if len(name) <= MOST_NAME else None
+    path = folder_paths.get_full_path(folder, name) if is_name(name) else None
     if path is None:
         raise ValueError(
             f"{label}={shown(name)} is not in ComfyUI's {folder} folders "
