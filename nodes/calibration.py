@@ -30,7 +30,7 @@ from .inputs import (
     with_options,
 )
 from .types import MAX_SEED, Schedule
-from .wired import wired
+from .wired import text_only, wired
 
 SEARCH_OWN = "search's own"
 BUDGET = Choice(
@@ -133,6 +133,7 @@ class QSchedJAQCalibrator(io.ComfyNode):
 
     @classmethod
     @own_inputs
+    @text_only
     def validate_inputs(cls, storage=""):
         """One input alone, for ComfyUI gives an error for each that is asked for here."""
         try:

@@ -43,7 +43,7 @@ from .inputs import (
     with_options,
 )
 from .types import Schedule
-from .wired import wired
+from .wired import text_only, wired
 
 HELDOUT, CALIBRATION, ALL = "held-out", "calibration", "all"
 
@@ -134,6 +134,7 @@ class QSchedEvaluate(io.ComfyNode):
 
     @classmethod
     @own_inputs
+    @text_only
     def validate_inputs(cls, csv_name=""):
         """One input alone, for ComfyUI gives an error for each that is asked for here."""
         try:

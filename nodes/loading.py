@@ -18,7 +18,7 @@ from .host.weights.files import model_path, weight_files
 from .host.weights.provenance import INFO, describe, layer_rows, model_info, report_title
 from .host.weights.saving import next_paths, save_model, workflow_metadata
 from .host.weights.text import quantize_text_encoder
-from .wired import wired
+from .wired import text_only, wired
 
 ALIASES = (
     "quantize", "quantized", "nf4", "4-bit", "8-bit", "2-bit", "int8", "fp8", "low vram",
@@ -98,6 +98,7 @@ class QSchedLoadDiffusionModel(io.ComfyNode):
         )
 
     @classmethod
+    @text_only
     def validate_inputs(cls, layers=""):
         return _check_layers(layers)
 
@@ -139,6 +140,7 @@ class QSchedLoadCheckpoint(io.ComfyNode):
         )
 
     @classmethod
+    @text_only
     def validate_inputs(cls, layers=""):
         return _check_layers(layers)
 
@@ -170,6 +172,7 @@ class QSchedQuantizeModel(io.ComfyNode):
         )
 
     @classmethod
+    @text_only
     def validate_inputs(cls, layers=""):
         return _check_layers(layers)
 
@@ -205,6 +208,7 @@ class QSchedQuantizeTextEncoder(io.ComfyNode):
         )
 
     @classmethod
+    @text_only
     def validate_inputs(cls, layers=""):
         return _check_layers(layers)
 
@@ -288,6 +292,7 @@ class QSchedSaveModel(io.ComfyNode):
         )
 
     @classmethod
+    @text_only
     def validate_inputs(cls, filename_prefix=None):
         try:
             if filename_prefix is not None:  # not wired

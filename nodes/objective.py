@@ -13,7 +13,7 @@ from ..qsched_core.text import shown
 from .host import scoring
 from .host.progress import on_node
 from .types import Objective
-from .wired import wired
+from .wired import text_only, wired
 
 NONE = "none"
 OWN_WEIGHTS = [entry for entry in SCORERS.values() if entry.needs_file]
@@ -124,6 +124,7 @@ class QSchedJAQObjective(io.ComfyNode):
         )
 
     @classmethod
+    @text_only
     def validate_inputs(cls, quality):
         """One input alone, for ComfyUI gives an error for each that is asked for here."""
         if quality is None:  # wired: checked when it runs

@@ -24,7 +24,7 @@ from .inputs import (
     with_options,
 )
 from .types import MAX_SEED, Objective, Prompts, Schedule
-from .wired import wired
+from .wired import text_only, wired
 
 MOST_PROMPTS = 4
 MOST_TEXT = 2**16  # characters: text out of a workflow is read on the thread that serves every page
@@ -100,6 +100,7 @@ class QSchedRankCandidates(io.ComfyNode):
 
     @classmethod
     @own_inputs
+    @text_only
     def validate_inputs(cls, prompts=None):
         """One input alone, for ComfyUI gives an error for each that is asked for here."""
         try:

@@ -29,7 +29,7 @@ from .inputs import (
     with_options,
 )
 from .types import MAX_SEED, Objective
-from .wired import wired
+from .wired import text_only, wired
 
 OWN_SIZE = "of the format"
 REPORT = "{model}-{format}-report"
@@ -159,6 +159,7 @@ class QSchedCalibrateWeights(io.ComfyNode):
 
     @classmethod
     @own_inputs
+    @text_only
     def validate_inputs(cls, weight_format=None):
         """One input alone, for ComfyUI gives an error for each that is asked for here."""
         if weight_format is None:  # wired: checked when it runs

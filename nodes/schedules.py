@@ -25,7 +25,7 @@ from .host.progress import on_node
 from .host.trajectories import SCHEDULERS, sigmas_and_flow, sigmas_of
 from .inputs import collected
 from .types import Schedule
-from .wired import wired
+from .wired import text_only, wired
 
 PARAMETERS = DEFAULT.parameters
 OUT = "For the samplers of this pack, Show Schedule and Save Q-Sched Schedule."
@@ -137,6 +137,7 @@ class QSchedLoadSchedule(io.ComfyNode):
         return hashlib.sha256(schedule_path(schedule_name).read_bytes()).hexdigest()
 
     @classmethod
+    @text_only
     def validate_inputs(cls, schedule_name=None):
         if schedule_name is None:  # wired: checked when it runs
             return True
@@ -182,6 +183,7 @@ class QSchedSaveSchedule(io.ComfyNode):
         )
 
     @classmethod
+    @text_only
     def validate_inputs(cls, name=None):
         """One input alone, for ComfyUI gives an error for each that is asked for here."""
         if name is None:  # wired: checked when it runs

@@ -9,7 +9,7 @@ from ..qsched_core.text import json_for_page
 from .host.pictures import as_tensor
 from .host.progress import on_node, progress_text
 from .types import Schedule
-from .wired import wired
+from .wired import text_only, wired
 
 
 class QSchedScheduleFromText(io.ComfyNode):
@@ -44,6 +44,7 @@ class QSchedScheduleFromText(io.ComfyNode):
         )
 
     @classmethod
+    @text_only
     def validate_inputs(cls, text=None):
         if text is None:  # wired: checked when it runs
             return True

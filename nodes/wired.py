@@ -1,4 +1,4 @@
-"""Inputs that must come from another node: a graph for scripts may have a plain value in their place."""
+"""Inputs that are links or text: a graph for scripts may have any value in their place."""
 
 from __future__ import annotations
 
@@ -60,3 +60,21 @@ def wired(*names: str, **kinds: str) -> Callable:
         return called
 
     return decorate
+
+
+def text_only(function: Callable) -> Callable:
+    """Decorator of ``validate_inputs``, of inputs that are text: says so of one that is not.
+
+    Unconnected and wired ones (None) pass.
+    """
+    signature = inspect.signature(function)
+
+    @wraps(function)
+    def called(*args, **given):
+        for name, value in signature.bind_partial(*args, **given).arguments.items():
+            if name != "cls" and value is not None and not isinstance(value, str):
+                return f"{name}={shown(value)} must be text"
+        return function(*args, **given)
+
+    called.__signature__ = signature
+    return called

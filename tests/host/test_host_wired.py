@@ -89,3 +89,19 @@ def test_what_is_no_name_is_no_file(name):
         files.model_path("diffusion_models", name, "unet_name")
     said = schedules.QSchedLoadSchedule.validate_inputs(schedule_name=name)
     assert said is True if name is None else "schedule_name=" in said
+
+
+CHECKED = [
+    (name, asked)
+    for name, node in NODES.items()
+    for asked in inspect.signature(node.validate_inputs).parameters
+    if "validate_inputs" in vars(node) and asked not in ("denoise", "kwargs")
+]
+
+
+@pytest.mark.parametrize(("name", "asked"), CHECKED)
+@pytest.mark.parametrize("value", [["a", "b", "c"], {"a": 1}, 3])
+def test_what_is_no_text_is_told_before_a_graph_runs(name, asked, value):
+    said = NODES[name].validate_inputs(**{asked: value})
+    assert said == f"{asked}={value!r} must be text"
+    assert NODES[name].validate_inputs(**{asked: None}) is True
