@@ -56,11 +56,7 @@ def schedule_files() -> list[str]:
 
 def schedule_path(name: str) -> Path:
     """Where the schedule file ``name`` is; ScheduleError if there is none."""
-    found = None
-    if is_name(name):
-        found = folder_paths.get_full_path(SCHEDULE_FOLDER, name)
-    if found is None and is_name(name):  # a workflow may come from Windows
-        found = folder_paths.get_full_path(SCHEDULE_FOLDER, name.replace("\\", "/"))
+    found = _found(SCHEDULE_FOLDER, name)
     if found is None or not found.lower().endswith(".json"):
         raise ScheduleError(
             f"schedule_name={shown(name)} is no schedule in models/{SCHEDULE_FOLDER}; refresh the "
@@ -110,14 +106,19 @@ def _listed(folder: str, endings: tuple[str, ...]) -> list[str]:
     return [name for name in names if name.lower().endswith(endings)]
 
 
+def _found(folder: str, name: str) -> str | None:
+    """Where ``name`` is in the registered ``folder``: ComfyUI looks for none outside of it."""
+    if not is_name(name):
+        return None
+    found = folder_paths.get_full_path(folder, name)
+    # a workflow may come from Windows
+    return found or folder_paths.get_full_path(folder, name.replace("\\", "/"))
+
+
 def prompt_set(name: str) -> Path:
     """Where the user's file of prompts ``name`` is; PromptError if there is none."""
-    found = None
-    if is_name(name) and name.lower().endswith(PROMPT_FILES):
-        # ComfyUI looks for no name outside of the folder; a workflow may come from Windows.
-        for written in (name, name.replace("\\", "/")):
-            found = found or folder_paths.get_full_path(PROMPT_FOLDER, written)
-    if found is None:
+    found = _found(PROMPT_FOLDER, name)
+    if found is None or not found.lower().endswith(PROMPT_FILES):
         raise PromptError(
             f"source={shown(name)} is no file of prompts in models/{PROMPT_FOLDER}; refresh the "
             f"list, or put a file ({' or '.join(PROMPT_FILES)}) of that name there"

@@ -267,15 +267,16 @@ class SolverSpace:
 
     def candidate(self, point):
         own, correction = self.trajectory, self._ramp.candidate(point).correction
-        solvers = [
-            self._step(own.solvers[i], f"solver {i + 1}", f"{CORRECTOR} {i + 1}", point)
-            for i in range(own.steps)
-        ]
+        menus, solvers = self._menus, []
+        for i, step in enumerate(own.solvers, start=1):
+            menu = menus.get(f"solver {i}")
+            chosen = step if menu is None else menu[round(point[f"solver {i}"])]
+            solvers.append(self._learned(chosen, point.get(f"{CORRECTOR} {i}", 0.0), point))
         return Candidate(replace(own, solvers=tuple(solvers)), correction)
 
-    def _step(self, own: StepSolver, place: str, corrector: str, point: Point) -> StepSolver:
-        step = self._menus[place][round(point[place])] if place in self._menus else own
-        wanted = {CORRECTOR: round(point.get(corrector, 0.0)), SECOND_ORDER: point[SECOND_ORDER]}
+    def _learned(self, step: StepSolver, corrector: float, point: Point) -> StepSolver:
+        """``step`` with those of its options that differ from their defaults."""
+        wanted = {CORRECTOR: round(corrector), SECOND_ORDER: point[SECOND_ORDER]}
         learned = {
             option.name: float(wanted[option.name])
             for option in step.solver.learned

@@ -226,10 +226,12 @@ def integrate(
             x, denoised = correction(i, x, denoised, mask)
         seen = None
         if asked and i + 1 < steps:
-            kept = {"x": x, "denoised": denoised}
-            told = {name: tensor for name, tensor in kept.items() if name in asked}
-            eps = (x - denoised).div_(sigma) if "eps" in asked else None
-            seen = Before(sigma, told.get("x"), told.get("denoised"), eps)
+            seen = Before(
+                sigma,
+                x if "x" in asked else None,
+                denoised if "denoised" in asked else None,
+                (x - denoised).div_(sigma) if "eps" in asked else None,
+            )
         x = updates[i](Step(x, denoised, sigma, sigmas[i + 1], predict, mask, before))
         before = seen
     return x
