@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.numpy import save
 
 from ..errors import plainly_named
 from ..files import disk_error, write_atomic
@@ -132,7 +132,10 @@ def _digest(tensors: Mapping[str, torch.Tensor], content: str) -> str:
 
 
 def _sealed(tensors: Mapping[str, torch.Tensor], content: str) -> bytes:
-    return save(dict(tensors), {CONTENT: content, SUM: _digest(tensors, content)})
+    # As numpy arrays: safetensors.torch's save makes a ctypes type for each new number of bytes, which
+    # Python never frees, and every picture has another number.
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    return save(arrays, {CONTENT: content, SUM: _digest(tensors, content)})
 
 
 def _intact(file) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import weakref
 
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_iter
 
 from qsched_core.evaluation import Arm, FeatureSpace
 from qsched_core.evaluation.frechet import frechet_distance, moments
+from qsched_core.evaluation.study import keep_features, kept_features
 from qsched_core.recent import Recent
 
 
@@ -96,6 +98,21 @@ def test_memory_does_not_grow_with_the_prompts(tmp_path, monkeypatch):
     few, many = peak(180), peak(540)
     features = 360 * dim * 4
     assert many - few < features / 8
+
+
+def test_files_of_any_number_of_bytes_leave_no_types_behind(tmp_path):
+    """ctypes never frees the type of an array, and each number of elements is another type."""
+
+    def kept() -> int:
+        gc.collect()
+        return len(ctypes.Array.__subclasses__())
+
+    keep_features(tmp_path / "first.safetensors", torch.zeros(1, 3))
+    before = kept()
+    for count in range(1201, 1211):
+        keep_features(tmp_path / f"{count}.safetensors", torch.zeros(1, count))
+    assert kept() == before
+    assert kept_features(tmp_path / "1210.safetensors").shape == (1, 1210)
 
 
 def test_thirty_thousand_features_are_never_in_memory_at_once():
