@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from ..errors import plainly_named
 from ..files import disk_error, write_atomic
@@ -132,6 +131,8 @@ def _digest(tensors: Mapping[str, torch.Tensor], content: str) -> str:
 
 
 def _sealed(tensors: Mapping[str, torch.Tensor], content: str) -> bytes:
+    from safetensors.numpy import save  # ComfyUI has not imported it at start
+
     # As numpy arrays: safetensors.torch's save makes a ctypes type for each new number of bytes, which
     # Python never frees, and every picture has another number.
     arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
