@@ -1,24 +1,28 @@
 """Many small prompts on one real server: its memory must not grow, and none may fail.
 
-Memory is what the process holds itself.  Pages of a mapped checkpoint come and go by hundreds of MB as
-models are opened and the system likes; they are the system's cache, and are told beside it.  Nor may
-the number of maps grow.  ComfyUI's history of its last 10 000 prompts is its own, and is emptied every
-few prompts.  glibc is told to give large blocks back at once: left alone it keeps freed
-ones of up to 32 MB in its heap, which then grows in steps of their size with nothing held in them.
+Memory is what the process has allocated (allocated.py) after the same prompt at the end of each cycle.
+Python allocates by malloc here, so that its objects count with the tensors.  Resident memory is told
+beside it, without mapped files: pages of a mapped checkpoint come and go as the system likes.  Where
+malloc can't be asked, resident memory is the measure.  Nor may the number of mapped files grow.
+
+ComfyUI's history of its last 10 000 prompts is its own, and is emptied after each cycle.
 """
 
 from __future__ import annotations
 
 import random
+import shutil
 import statistics
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
-from devtools.server import ServerError
+from devtools.server import ComfyServer, ServerError
 
-from . import graphs
+from . import allocated, graphs
 from .cases import Failure, Outcome, Setting
 
 ATTACK = "soak"
@@ -29,9 +33,10 @@ LIMIT = 1.0  # MB a hundred prompts
 MOST_MAPS = 4  # more than after the first WARM prompts: what the last few have open
 
 
-# Of malloc: blocks from this size on are maps of their own.
-RETURNED = {
-    "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "2",
+# Python's own allocator would hide its objects from malloc; blocks above the threshold go back at once.
+ALLOCATOR = {
+    "PYTHONMALLOC": "malloc", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_ARENA_MAX": "2",
 }  # fmt: skip
 
 
@@ -48,16 +53,15 @@ def prompt_of(index: int, seed: int) -> dict:
     return graphs.sampling(form, seed * 100_000 + index, save=kind == 2)
 
 
-def slope(memory: list[float]) -> float:
-    """MB a hundred prompts: Theil and Sen's median over the cycles' medians, after ``WARM``."""
-    kept = memory[min(WARM, len(memory) // 2) :]
-    cycles = [statistics.median(kept[i : i + CYCLE]) for i in range(0, len(kept), CYCLE)]
+def slope(memory: Sequence[float], step: int = CYCLE) -> float:
+    """MB a hundred prompts, of a look every ``step`` prompts: Theil and Sen's median, after ``WARM``."""
+    kept = memory[min(WARM // step, len(memory) // 2) :]
     pairs = [
         (later - earlier) / (j - i)
-        for i, earlier in enumerate(cycles)
-        for j, later in enumerate(cycles[i + 1 :], i + 1)
+        for i, earlier in enumerate(kept)
+        for j, later in enumerate(kept[i + 1 :], i + 1)
     ]
-    return statistics.median(pairs) * 100 / CYCLE if pairs else 0.0
+    return statistics.median(pairs) * 100 / step if pairs else 0.0
 
 
 def held(process: psutil.Process) -> tuple[float, float]:
@@ -76,46 +80,86 @@ def maps(process: psutil.Process) -> int:
     return sum(entry.path.endswith(".safetensors") for entry in found)
 
 
+@dataclass
+class Seen:
+    """What is looked at: at the end of every cycle in MB, at every ``WARM`` prompts the number of maps."""
+
+    used: list[float] = field(default_factory=list)
+    heap: list[float] = field(default_factory=list)
+    resident: list[float] = field(default_factory=list)
+    files: list[float] = field(default_factory=list)
+    opened: list[int] = field(default_factory=list)
+
+    def look(self, server: ComfyServer, process: psutil.Process) -> None:
+        own, files = held(process)
+        told = server.get(allocated.ROUTE) or {"used": own, "heap": 0.0}
+        self.used.append(told["used"])
+        self.heap.append(told["heap"])
+        self.resident.append(own)
+        self.files.append(files)
+
+    def note(self) -> str:
+        first = min(WARM // CYCLE, len(self.used) // 2)
+        return (
+            f"allocated {self.used[first]:.1f} MB after the first {first * CYCLE}, "
+            f"{self.used[-1]:.1f} MB at the end; resident {self.resident[first]:.0f} and "
+            f"{self.resident[-1]:.0f} MB ({slope(self.resident):+.2f} per 100 prompts) with a heap of "
+            f"{self.heap[first]:.1f} and {self.heap[-1]:.1f} MB; mapped files {min(self.files):.0f} to "
+            f"{max(self.files):.0f} MB"
+        )
+
+
+def _install(base: Path) -> None:
+    """Put the node that tells what is allocated into a server's folder."""
+    target = base / "custom_nodes" / "qsched_bench_allocated.py"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(allocated.__file__, target)
+
+
 def run(setting: Setting) -> Outcome:
     failures: list[Failure] = []
-    memory: list[float] = []
-    mapped: list[float] = []
-    opened: list[int] = []
+    seen, count = Seen(), 0
     with tempfile.TemporaryDirectory(dir=setting.work) as name:
         graphs.models(Path(name))
-        with graphs.server(Path(name), **RETURNED) as server:
+        _install(Path(name))
+        with graphs.server(Path(name), **ALLOCATOR) as server:
             process = psutil.Process(server.process.pid)
             for index in range(setting.size):
-                prompt = prompt_of(index, setting.seed)
-                try:
-                    server.run(prompt)
-                except (ServerError, OSError) as error:
-                    case = {"prompt": prompt, "index": index, "seed": setting.seed}
-                    failures.append(Failure(ATTACK, case, str(error)[:1000]))
-                    if server.process.poll() is not None:
-                        break
-                own, files = held(process)
-                memory.append(own)
-                mapped.append(files)
-                if index % CYCLE == CYCLE - 1:
+                ends = index % CYCLE == CYCLE - 1 or index == setting.size - 1
+                prompts = [prompt_of(index, setting.seed)]
+                if ends:  # the same each time: what is loaded then is the same
+                    prompts.append(graphs.sampling("int8", setting.seed * 100_000 + index))
+                count += 1
+                for prompt in prompts:
+                    try:
+                        server.run(prompt)
+                    except (ServerError, OSError) as error:
+                        case = {"prompt": prompt, "index": index, "seed": setting.seed}
+                        failures.append(Failure(ATTACK, case, str(error)[:1000]))
+                if server.process.poll() is not None:
+                    break
+                if ends:
                     server.request("/history", {"clear": True})
+                    seen.look(server, process)
                 if index % WARM == WARM - 1:
-                    opened.append(maps(process))
+                    seen.opened.append(maps(process))
                     setting.tell(
-                        f"  {index + 1} prompts, {own:.1f} MB, {files:.0f} MB of {opened[-1]} maps"
+                        f"  {count} prompts, {seen.used[-1]:.2f} MB, {seen.resident[-1]:.1f} MB resident, "
+                        f"{seen.files[-1]:.0f} MB of {seen.opened[-1]} maps"
                     )
-    found, first = slope(memory), min(WARM, len(memory) // 2)
-    note = (
-        f"{len(memory)} prompts, {len(failures)} errors; memory {memory[first]:.1f} MB after the first "
-        f"{first}, {memory[-1]:.1f} MB at the end; mapped files {min(mapped):.0f} to {max(mapped):.0f} MB"
-    )
+    found, note = slope(seen.used), f"{count} prompts, {len(failures)} errors"
+    if seen.used:
+        note += f"; {seen.note()}"
+    case = {"seed": setting.seed, "size": count}
+    opened = seen.opened
     if opened and opened[-1] > opened[0] + MOST_MAPS:
-        case = {"seed": setting.seed, "size": len(memory), "maps": opened}
-        failures.append(Failure(ATTACK, case, f"models stay mapped: {opened} every {WARM} prompts"))
-    if found > LIMIT and len(memory) >= 3 * WARM:
-        case = {"seed": setting.seed, "size": len(memory), "memory": [round(m, 1) for m in memory]}
-        failures.append(Failure(ATTACK, case, f"memory grows by {found:.2f} MB a hundred prompts"))
-    return Outcome(len(memory), failures, note, found, LIMIT, "MB per 100 prompts")
+        problem = f"models stay mapped: {opened} every {WARM} prompts"
+        failures.append(Failure(ATTACK, case | {"maps": opened}, problem))
+    if found > LIMIT and count >= 3 * WARM:
+        used = [round(m, 2) for m in seen.used]
+        problem = f"memory grows by {found:.2f} MB a hundred prompts"
+        failures.append(Failure(ATTACK, case | {"memory": used}, problem))
+    return Outcome(count, failures, note, found, LIMIT, "MB per 100 prompts")
 
 
 def again(failure: Failure) -> str:
