@@ -24,6 +24,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -85,12 +86,12 @@ class Scores:
 
     def mean(self) -> float:
         """The set's JAQ."""
-        return sum(self.jaq) / len(self.jaq)
+        return fmean(self.jaq)  # not sum(), which Python 3.12 rounds otherwise
 
     def means(self) -> dict[str, float]:
         """Mean of alignment, quality, jaq and of every term."""
         columns = {"alignment": self.alignment, "quality": self.quality, "jaq": self.jaq}
-        return {name: sum(v) / len(v) for name, v in {**columns, **self.terms}.items()}
+        return {name: fmean(v) for name, v in {**columns, **self.terms}.items()}
 
     def to_dict(self) -> dict[str, Any]:
         return {
