@@ -52,17 +52,36 @@ class OnGPU(torch.Tensor):
     def numpy(self, **_):
         raise TypeError("can't convert cuda:0 device type tensor to numpy: use Tensor.cpu()")
 
+    # Where its values are: who asks compares addresses.
+    def data_ptr(self):
+        return self.inner.data_ptr()
+
+    def untyped_storage(self):
+        return self.inner.untyped_storage()
+
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        return _run(func, args, kwargs or {})
+        return _run(func, types, args, kwargs or {})
+
+
+# Its name is the one of what it stands for: who looks for tensors of a strange kind finds none here.
+OnGPU.__name__ = "Tensor"
 
 
 class _Mode(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return _run(func, args, kwargs or {})
+        return _run(func, types, args, kwargs or {})
 
 
-def _run(func, args, kwargs):
+def _computes_itself(kind: type) -> bool:
+    """Whether this is a tensor with arithmetic of its own, such as ComfyUI's QuantizedTensor."""
+    plain = torch._C._disabled_torch_dispatch_impl
+    return not issubclass(kind, OnGPU) and getattr(kind, "__torch_dispatch__", plain) is not plain
+
+
+def _run(func, types, args, kwargs):
+    if any(map(_computes_itself, types)):
+        return NotImplemented
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     there = [t for t in tensors if isinstance(t, OnGPU)]
     here = [t for t in tensors if not isinstance(t, OnGPU) and t.ndim]
@@ -76,20 +95,28 @@ def _run(func, args, kwargs):
             f"Expected all tensors to be on the same device, but found cuda:0 and cpu in {func}"
         )
     asked = kwargs.get("device")
+    if asked is None:  # some operations take it by its place
+        asked = next((value for value in args if isinstance(value, torch.device)), None)
     if asked is None:
         on_gpu = bool(there) and (
             func is not torch.ops.aten.copy_.default or _is_one_of(args[0], there)
         )
     else:
         on_gpu = torch.device(asked).type == "cuda"
-    moved = {**kwargs, "device": CPU} if asked is not None else kwargs
-    inner = tree_map(lambda t: t.inner if isinstance(t, OnGPU) else t, (args, moved))
+    moved = {**kwargs, "device": CPU} if kwargs.get("device") is not None else kwargs
+    inner = tree_map(_on_cpu, (args, moved))
     out = func(*inner[0], **inner[1])
     if _written(func):  # in place: the same tensor comes back
         return args[0]
     if not on_gpu:
         return out
     return tree_map(lambda t: OnGPU(t) if isinstance(t, torch.Tensor) else t, out)
+
+
+def _on_cpu(value):
+    if isinstance(value, torch.device):
+        return CPU
+    return value.inner if isinstance(value, OnGPU) else value
 
 
 def _is_one_of(tensor, tensors) -> bool:
@@ -111,8 +138,14 @@ def simulated_gpu() -> Iterator[torch.device]:
     overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # Module.to makes new ones
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=...) makes and then moves
+    generator = torch.Generator
     try:
-        with patch.object(torch.cuda, "_lazy_init", lambda: None), _Mode():
+        with (
+            patch.object(torch.cuda, "_lazy_init", lambda: None),
+            patch.object(torch.cuda, "synchronize", lambda *_: None),
+            patch.object(torch, "Generator", lambda device=None: generator()),
+            _Mode(),
+        ):
             yield GPU
     finally:
         torch._C._set_only_lift_cpu_tensors(before)

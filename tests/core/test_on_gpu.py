@@ -47,14 +47,12 @@ PROMPTS = PromptSet(("a red circle", "two blue squares"), (3, 4))
 
 
 @pytest.fixture(params=["simulated", pytest.param("real", marks=GPU)])
-def gpu(request, monkeypatch) -> Iterator[torch.device]:
+def gpu(request) -> Iterator[torch.device]:
     if request.param == "real":
         yield torch.device("cuda")
         return
     if torch.cuda.is_available():
         pytest.skip("a real GPU is here")
-    generator = torch.Generator
-    monkeypatch.setattr(torch, "Generator", lambda device=None: generator())
     with simulated_gpu() as device:
         yield device
 

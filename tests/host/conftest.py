@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,7 +13,15 @@ from hostpath import comfyui_folder
 # First, as in a real server: both ComfyUI and the pack have something named `nodes`.
 sys.path.insert(0, str(comfyui_folder()))
 
-from inside import Request, comfy_sample, comfy_sd, loading, save_file, weights
+from inside import DEVICE, Request, comfy_sample, comfy_sd, loading, save_file, weights
+from simulated_host import simulated_host
+
+
+@pytest.fixture(scope="session", autouse=True)
+def device():
+    """The whole session on a GPU that is not there, if that is asked for."""
+    with simulated_host() if DEVICE == "simulated" else nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 REPO = Path(__file__).resolve().parents[2]
+# cpu, cuda, or simulated: see simulated_host.py.
 DEVICE = os.environ.get("QSCHED_TEST_DEVICE", "cpu")
 
 
 def _import_host():
     """ComfyUI on DEVICE, and the pack's loading side under a package name of its own."""
-    importlib.import_module("comfy.cli_args").args.cpu = DEVICE == "cpu"
+    importlib.import_module("comfy.cli_args").args.cpu = DEVICE != "cuda"
     for name, folder in (("qsched_pack", REPO), ("qsched_pack.nodes", REPO / "nodes")):
         package = types.ModuleType(name)
         package.__path__ = [str(folder)]
@@ -35,8 +36,9 @@ formats = importlib.import_module("qsched_pack.qsched_core.formats")
 save_file = importlib.import_module("safetensors.torch").save_file
 
 Request = loading.Request
-LOAD_DEVICE = management.get_torch_device()
-NAMES = [n for n in formats.names() if formats.get(n).available(DEVICE) is None]
+_SIMULATED = torch.device("cuda:0")
+LOAD_DEVICE = _SIMULATED if DEVICE == "simulated" else management.get_torch_device()
+NAMES = [n for n in formats.names() if formats.get(n).available(LOAD_DEVICE) is None]
 # Relative distance of a 4-step sample to the unquantized model's, random weights.
 DISTANCE = {
     "nf4": 0.17, "fp4": 0.2, "llm_int8": 0.015, "int8": 0.015, "int8_convrot": 0.02, "w4a8": 0.12,

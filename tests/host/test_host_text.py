@@ -6,12 +6,7 @@ import importlib
 
 import pytest
 import torch
-from inside import (
-    Request,
-    comfy_sd,
-    relative,
-    same_state,
-)
+from inside import NAMES, Request, comfy_sd, relative, same_state
 
 text = importlib.import_module("qsched_pack.nodes.host.weights.text")
 # Relative distance of the encoding, random weights of CLIP-L's shapes.
@@ -42,7 +37,9 @@ def stored(model):
     }
 
 
-@pytest.mark.parametrize("name", ["nf4", "w4a8", "int8", "svdquant_w4a4", "int2"])
+@pytest.mark.parametrize(
+    "name", sorted({"nf4", "w4a8", "int8", "svdquant_w4a4", "int2"} & {*NAMES})
+)
 def test_it_encodes_close_to_the_original_which_stays_as_it_is(name, clip):
     wanted, before = clip.encode(PROMPT), stored(clip.cond_stage_model)
     quantized = text.quantize_text_encoder(clip, Request(name))
