@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -16,11 +17,14 @@ sys.path.insert(0, str(comfyui_folder()))
 from inside import DEVICE, Request, comfy_sample, comfy_sd, loading, save_file, weights
 from simulated_host import simulated_host
 
+hooks = importlib.import_module("comfy.hooks")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def device():
     """The whole session on a GPU that is not there, if that is asked for."""
-    with simulated_host() if DEVICE == "simulated" else nullcontext():
+    simulated = DEVICE in ("simulated", "dynamic")
+    with simulated_host(dynamic=DEVICE == "dynamic") if simulated else nullcontext():
         yield
 
 
@@ -93,3 +97,31 @@ def files(tmp_path_factory) -> Callable:
         return models[small.name].clone()
 
     return opened
+
+
+@pytest.fixture(scope="session")
+def hooked(conditioning, lora):
+    """A sample with one hook on the positive side and its opposite on the negative, by turns.
+
+    From the second step on the host takes patched weights from its cache, until a keyframe changes
+    their strength.
+    """
+
+    def run(model, strength=1.0, keyframes=False):
+        other = {k: -v if ".lora_B." in k else v for k, v in lora.items()}
+        conds = []
+        for part in (lora, other):
+            group = hooks.create_hook_lora(part, strength, 0.0)
+            if keyframes:
+                frames = hooks.HookKeyframeGroup()
+                frames.add(hooks.HookKeyframe(1.0, 0.0))
+                frames.add(hooks.HookKeyframe(0.2, 0.5))
+                group.set_keyframes_on_hooks(frames)
+            conds.append(hooks.set_hooks_for_conditioning(conditioning, group))
+        empty = torch.zeros(1, 16, 12, 12)
+        noise = comfy_sample.prepare_noise(empty, 3)
+        return comfy_sample.sample(
+            model, noise, 4, 2.0, "euler", "simple", *conds, empty, seed=3, disable_pbar=True
+        )  # fmt: skip
+
+    return run

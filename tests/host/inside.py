@@ -12,7 +12,7 @@ import pytest
 import torch
 
 REPO = Path(__file__).resolve().parents[2]
-# cpu, cuda, or simulated: see simulated_host.py.
+# cpu, cuda, or simulated and dynamic: see simulated_host.py.
 DEVICE = os.environ.get("QSCHED_TEST_DEVICE", "cpu")
 
 
@@ -37,7 +37,7 @@ save_file = importlib.import_module("safetensors.torch").save_file
 
 Request = loading.Request
 _SIMULATED = torch.device("cuda:0")
-LOAD_DEVICE = _SIMULATED if DEVICE == "simulated" else management.get_torch_device()
+LOAD_DEVICE = _SIMULATED if DEVICE in ("simulated", "dynamic") else management.get_torch_device()
 NAMES = [n for n in formats.names() if formats.get(n).available(LOAD_DEVICE) is None]
 # Relative distance of a 4-step sample to the unquantized model's, random weights.
 DISTANCE = {

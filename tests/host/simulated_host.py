@@ -2,18 +2,25 @@
 
 ComfyUI moves models, latents and text to it and back, and so does the pack.  What was left on the
 other side raises as it does on CUDA.  Formats that need a kernel of some GPU are not to be had on it.
+
+``dynamic`` is how ComfyUI loads on NVIDIA GPUs unless told otherwise: weights stay where they are, and
+each layer copies its own to the GPU when it runs, and again when they had to make room.  ComfyUI has
+comfy-aimdo keep the copies; here it is ``Copies``.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import mmap
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
-from simulated_gpu import GPU, simulated_gpu
+from simulated_gpu import GPU, OnGPU, simulated_gpu
 
 TOTAL, FREE = 24e9, 20e9
 NAME = "NVIDIA GPU, simulated"
@@ -30,10 +37,106 @@ def _facts() -> dict[str, object]:
     }
 
 
+class Copies:
+    """The copies of one model's weights on the GPU; ``room`` bytes of them fit on it (None: all)."""
+
+    room: int | None = None
+
+    def __init__(self, size: int, device: int):
+        self.bytes: list[torch.Tensor] = []
+        self.made: dict[int, int] = {}  # which copy of a weight is there; evicted ones are not
+        self.count = 0
+
+    def __deepcopy__(self, memo):
+        raise TypeError("a handle of the driver was copied: it would be freed twice")
+
+    def alloc(self, size: int):
+        self.bytes.append(torch.zeros(size, dtype=torch.uint8))
+        return self, len(self.bytes) - 1, size
+
+    def fault(self, index: int, size: int) -> bytes | None:
+        """The copy's signature, of another one after each eviction; None if there is no room."""
+        if index not in self.made:
+            if self.room is not None and self.loaded_size() + size > self.room:
+                return None
+            self.count += 1
+            self.made[index] = self.count
+            self.bytes[index].random_()
+        return self.made[index].to_bytes(8, "little")
+
+    def unpin(self, index: int, size: int) -> None: ...
+
+    def prioritize(self) -> None: ...
+
+    def loaded_size(self) -> int:
+        return sum(self.bytes[index].numel() for index in self.made)
+
+    def free_memory(self, wanted: float) -> int:
+        freed = 0
+        while self.made and freed < wanted:
+            freed += self.bytes[self.made.popitem()[0]].numel()
+        return freed
+
+
+def _on_gpu(alloc, device) -> torch.Tensor:
+    copies, index, size = alloc
+    return OnGPU(copies.bytes[index][:size])
+
+
+class _NoPins:
+    """Stands for memory that CUDA reads faster: there is none."""
+
+    def __init__(self, *_):
+        self.size = 0
+
+    __deepcopy__ = Copies.__deepcopy__
+
+    def truncate(self, size: int, do_unregister: bool = True) -> None: ...
+
+
+class _Mapped:
+    def __init__(self, path: str):
+        self._file = open(path, "rb")  # noqa: SIM115
+        self._map = mmap.mmap(self._file.fileno(), 0, mmap.MAP_PRIVATE)
+
+    def get(self) -> int:
+        return ctypes.addressof(ctypes.c_uint8.from_buffer(self._map))
+
+    def get_file_handle(self) -> int:
+        return self._file.fileno()
+
+    def bounce(self) -> bool:
+        return True
+
+
+def _read_to_gpu(file, offset, size, stream, address, device, mark_cold=True) -> None:
+    ctypes.memmove(address, os.pread(file, size, offset), size)
+
+
+def _copies_of_weights(stack: ExitStack, room: int | None) -> None:
+    names = ("model_vbar", "torch", "host_buffer", "model_mmap")
+    bars, tensors, buffers, maps = (importlib.import_module(f"comfy_aimdo.{n}") for n in names)
+    patcher = importlib.import_module("comfy.model_patcher")
+    stack.enter_context(patch.object(Copies, "room", room))
+    for owner, name, value in (
+        (bars, "ModelVBAR", Copies),
+        (tensors, "aimdo_to_tensor", _on_gpu),
+        (buffers, "HostBuffer", _NoPins),
+        (buffers, "read_file_to_device", _read_to_gpu),
+        (maps, "ModelMMAP", _Mapped),
+        (patcher, "CoreModelPatcher", patcher.ModelPatcherDynamic),
+        (importlib.import_module("comfy.memory_management"), "aimdo_enabled", True),
+        (importlib.import_module("comfy.cli_args").args, "disable_pinned_memory", True),
+    ):
+        stack.enter_context(patch.object(owner, name, value))
+
+
 @contextmanager
-def simulated_host() -> Iterator[torch.device]:
+def simulated_host(dynamic: bool = False, room: int | None = None) -> Iterator[torch.device]:
     """Inside, ComfyUI computes on ``cuda:0`` and keeps on the CPU what it has no use for."""
     management = importlib.import_module("comfy.model_management")
+    if management.get_torch_device() == GPU:
+        raise RuntimeError("a GPU is simulated already")
 
     def free(device=None, torch_free_too: bool = False):
         return (FREE, FREE) if torch_free_too else FREE
@@ -55,4 +158,6 @@ def simulated_host() -> Iterator[torch.device]:
             stack.enter_context(patch.object(management, name, value))
         for name, value in _facts().items():
             stack.enter_context(patch.object(torch.cuda, name, value))
+        if dynamic:
+            _copies_of_weights(stack, room)
         yield device

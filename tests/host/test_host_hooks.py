@@ -58,34 +58,6 @@ def test_no_weight_lies_in_the_file(name, dynamic, file, sample, tmp_path, monke
     assert torch.isfinite(sample(plainly)).all() and torch.isfinite(sample(saved)).all()
 
 
-@pytest.fixture(scope="module")
-def hooked(conditioning, lora):
-    """A sample with one hook on the positive side and its opposite on the negative, by turns.
-
-    From the second step on the host takes patched weights from its cache, until a keyframe changes
-    their strength.
-    """
-
-    def run(model, strength=1.0, keyframes=False):
-        other = {k: -v if ".lora_B." in k else v for k, v in lora.items()}
-        conds = []
-        for weights in (lora, other):
-            group = hooks.create_hook_lora(weights, strength, 0.0)
-            if keyframes:
-                frames = hooks.HookKeyframeGroup()
-                frames.add(hooks.HookKeyframe(1.0, 0.0))
-                frames.add(hooks.HookKeyframe(0.2, 0.5))
-                group.set_keyframes_on_hooks(frames)
-            conds.append(hooks.set_hooks_for_conditioning(conditioning, group))
-        empty = torch.zeros(1, 16, 12, 12)
-        noise = comfy_sample.prepare_noise(empty, 3)
-        return comfy_sample.sample(
-            model, noise, 4, 2.0, "euler", "simple", *conds, empty, seed=3, disable_pbar=True
-        )  # fmt: skip
-
-    return run
-
-
 @ALL
 def test_hook_loras_do_what_they_do_to_the_unquantized_model(name, loaded, plain, sample, hooked):
     model = loaded(name)

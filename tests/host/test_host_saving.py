@@ -41,6 +41,7 @@ layouts = importlib.import_module("qsched_pack.nodes.host.weights.layouts")
 saving = importlib.import_module("qsched_pack.nodes.host.weights.saving")
 report = importlib.import_module("qsched_pack.qsched_core.formats.report")
 workspace = importlib.import_module("qsched_pack.qsched_core.workspace")
+comfy_utils = importlib.import_module("comfy.utils")
 folder_paths = importlib.import_module("folder_paths")
 chart = importlib.import_module("qsched_pack.qsched_core.formats.chart")
 
@@ -263,7 +264,7 @@ def test_a_disk_that_fills_up_while_saving_is_named_and_nothing_is_left(
 def test_two_servers_that_save_at_once_keep_both_models(loaded, tmp_path, monkeypatch):
     """The other one takes the next free name while this one writes."""
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
-    model, save = loaded("nf4"), comfy_sd.save_checkpoint
+    model, save = loaded("nf4"), comfy_utils.save_torch_file
 
     def meanwhile(*args, **kwargs):
         monkeypatch.undo()
@@ -272,7 +273,7 @@ def test_two_servers_that_save_at_once_keep_both_models(loaded, tmp_path, monkey
         return save(*args, **kwargs)
 
     places = []
-    monkeypatch.setattr(comfy_sd, "save_checkpoint", meanwhile)
+    monkeypatch.setattr(comfy_utils, "save_torch_file", meanwhile)
     places.append(saving.save_model(model, saving.next_paths("sub/model"))[0])
     assert [p.name for p in places] == ["model_00001_.safetensors", "model_00002_.safetensors"]
     kept = [json.loads(metadata(p)["qsched"])["format"] for p in places]
@@ -281,13 +282,13 @@ def test_two_servers_that_save_at_once_keep_both_models(loaded, tmp_path, monkey
 
 
 def test_a_model_that_is_being_saved_is_not_taken_for_abandoned(loaded, tmp_path, monkeypatch):
-    save = comfy_sd.save_checkpoint
+    save = comfy_utils.save_torch_file
 
     def cleaned(*args, **kwargs):
         save(*args, **kwargs)
         assert workspace.remove_abandoned(tmp_path, deep=True) == 0
 
-    monkeypatch.setattr(comfy_sd, "save_checkpoint", cleaned)
+    monkeypatch.setattr(comfy_utils, "save_torch_file", cleaned)
     saving.save_model(loaded("nf4"), tmp_path / "saved.safetensors")
     assert [p.name for p in tmp_path.iterdir()] == ["saved.safetensors"]
 

@@ -183,8 +183,7 @@ class _Load:
             merged_patches=before.get("merged_patches") or "",
         )
         model.model_options[INFO] |= {k: before[k] for k in KEPT_FACTS if k in before}
-        if any(map(loras.is_calibrated, model.model.diffusion_model.modules())):
-            loras.at_run_time(model)
+        loras.at_run_time(model)
 
 
 def _own_memory(module: torch.nn.Module, record: LoadRecord) -> None:
@@ -340,7 +339,7 @@ def quantize_model(
         # Of a mix the request's own format is one of several.
         out.model_options[INFO]["format"] = rounded.provenance.get("format", request.weight_format)
         out.model_options[INFO]["rounding"] = rounding_facts(rounded)
-        loras.at_run_time(out)
+    loras.at_run_time(out)
     return out
 
 

@@ -1,21 +1,25 @@
-"""LoRAs on calibrated layers of a MODEL (ComfyUI 0.30.0): added while the model runs.
+"""LoRAs on quantized layers of a MODEL (ComfyUI 0.30.0) that are added while the model runs.
 
 Each code of a calibrated layer makes up for the errors of others.  Rounding the weight again, with a
 LoRA in it, would lose that.  So ComfyUI's patch is applied to the dequantized weight at each run, as
 ComfyUI does by itself for layers that it offloads.
+
+Where ComfyUI loads dynamically (NVIDIA GPUs, unless told otherwise) it would round each patched layer
+again from its dequantized weight.  Fewer than ``KEPT_BITS`` bits lose more by that than a LoRA is
+worth: there it is added while the model runs, too.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-import comfy.model_management
 from comfy.model_patcher import LowVramPatch
 from comfy.patcher_extension import CallbacksMP
 
+from ....qsched_core.formats import get
+
 KEY = "qsched_loras"
+KEPT_BITS = 8  # from here on rounding again costs little, and keeps the format's fast products
 
 
 class RunTimePatch(LowVramPatch):
@@ -34,44 +38,35 @@ class RunTimePatch(LowVramPatch):
 
 
 def at_run_time(patcher) -> None:
-    """Have LoRAs on calibrated layers of ``patcher`` and its clones applied while they run."""
+    """Have LoRAs on quantized layers of ``patcher`` and its clones applied while they run, if they must."""
     if not patcher.get_callbacks(CallbacksMP.ON_LOAD, KEY):
         patcher.add_callback_with_key(CallbacksMP.ON_LOAD, KEY, _loaded)
 
 
 def _loaded(patcher, *_) -> None:
-    """ComfyUI has placed the weights, and left the calibrated ones as they were."""
-    if patcher.is_dynamic():  # it applies every patch at run time
-        return
+    """ComfyUI has placed the weights, or, loading dynamically, has said what happens to each."""
     for name, layer in patcher.model.named_modules():
+        if getattr(layer, "stored", None) is None:
+            continue
         key = f"{name}.weight"
-        if key in patcher.patches and is_calibrated(layer) and not layer.merges_patches:
-            layer.weight_function = [
-                *layer.weight_function,
-                RunTimePatch(layer, key, patcher.patches),
-            ]
+        functions = [f for f in layer.weight_function if not isinstance(f, RunTimePatch)]
+        if key in patcher.patches and _takes_over(layer):
+            functions.append(RunTimePatch(layer, key, patcher.patches))
+        layer.weight_function = functions
+
+
+def _takes_over(layer) -> bool:
+    """Whether this layer's patches are ours to apply; ComfyUI then does not."""
+    dynamic = getattr(layer, "weight_lowvram_function", None) is not None
+    if dynamic and (is_calibrated(layer) or get(layer.choice.format).bits < KEPT_BITS):
+        layer.weight_lowvram_function = None
+        return True
+    return is_calibrated(layer)
 
 
 def is_calibrated(layer) -> bool:
     stored = getattr(layer, "stored", None)
     return stored is not None and stored.calibrated is not None
-
-
-@contextmanager
-def merged(model) -> Iterator[None]:
-    """Inside, ComfyUI rounds a MODEL's patches into its calibrated layers too, for a file."""
-    layers = [model.model.diffusion_model.get_submodule(name) for name in patched(model)]
-    if layers:  # what is loaded was loaded without
-        comfy.model_management.unload_model_and_clones(model)
-    for layer in layers:
-        layer.merges_patches = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.merges_patches = False
-        if layers:
-            comfy.model_management.unload_model_and_clones(model)
 
 
 def patched(model) -> list[str]:

@@ -115,7 +115,6 @@ def quantized_ops(
         choice = Choice(None)
         stored: Stored | None = None
         weight_only = False
-        merges_patches = False  # a calibrated layer's are applied at run time: see loras.py
 
         def _take(self, state_dict, prefix, *args) -> bool:
             """Load a weight that is quantized, or is to be; False if it stays as it is."""
@@ -206,9 +205,8 @@ def quantized_ops(
         def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kw):
             """Take a patched weight: quantized again, or rounded to the dtype it is kept in."""
             if isinstance(self.weight, PatchableTensor):
-                apart = self.stored.calibrated and not self.merges_patches
-                if apart and not (inplace_update or return_weight):
-                    return None
+                if self.stored.calibrated and not (inplace_update or return_weight):
+                    return None  # its patches are applied at run time: see loras.py
                 if (
                     inplace_update and not return_weight
                 ):  # from a hook: ComfyUI goes on using the tensor that it passed

@@ -1,4 +1,4 @@
-"""Saving quantized MODELs with ComfyUI's own writer (0.30.0): whole files or none."""
+"""Saving quantized MODELs as ComfyUI (0.30.0) saves its own: whole files or none."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from pathlib import Path
 import comfy.latent_formats
 import comfy.model_management
 import comfy.model_sampling
-import comfy.sd
+import comfy.utils
 import folder_paths
 import torch
 from comfy.cli_args import args
+from comfy_kitchen.tensor import QuantizedTensor
 from safetensors import SafetensorError
 
 from ....qsched_core.files import check_prefix, check_room, write_whole
@@ -78,16 +79,43 @@ def save_model(
 
     def write(place: Path) -> None:
         try:
-            with loras.merged(model):
-                comfy.sd.save_checkpoint(
-                    str(place), model, clip, vae, metadata=metadata, extra_keys=keys
-                )
+            comfy.utils.save_torch_file(
+                _state_dict(model, clip, vae) | keys, str(place), metadata=metadata
+            )
         except SafetensorError as error:
             raise _system_error(error) from error
         with open(place, "rb+") as file:
             os.fsync(file.fileno())
 
     return write_whole(write, chain([first], paths), needed, overwrite), provenance
+
+
+def _state_dict(model, clip, vae) -> dict[str, torch.Tensor]:
+    """What ComfyUI's ``save_checkpoint`` writes of them, with the LoRAs of ``model`` merged.
+
+    That function fails for codes of integers, unless ComfyUI holds the whole model on a GPU: it makes
+    parameters of them, which ask for gradients.
+    """
+    # What is loaded may have patches in it, of this MODEL or of a clone.
+    comfy.model_management.unload_model_and_clones(model)
+    prefix = "diffusion_model."
+    weights = model.model.diffusion_model.state_dict()
+    for key in model.patches:
+        name = key.removeprefix(prefix)
+        if name == key or name not in weights:
+            continue
+        weight = model.patch_weight_to_device(key, model.load_device, return_weight=True)
+        parts = weight.state_dict(name) if isinstance(weight, QuantizedTensor) else {name: weight}
+        weights |= {n: part.to("cpu") for n, part in parts.items() if n in weights}
+    texts = None
+    if clip is not None:
+        clip.load_model()
+        texts = clip.state_dict_for_saving()
+    pixels = None if vae is None else vae.get_sd()
+    state = model.model.state_dict_for_saving(
+        weights, clip_state_dict=texts, vae_state_dict=pixels, clip_vision_state_dict=None
+    )
+    return {key: value.contiguous() for key, value in state.items()}
 
 
 def _system_error(error: SafetensorError) -> OSError:

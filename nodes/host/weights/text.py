@@ -8,10 +8,17 @@ from dataclasses import replace
 import comfy.model_management
 import torch
 
+from . import loras
 from .files import check_matched
 from .loading import Request, check_plain, clone_with, load_again, merger, watch
 from .ops import LoadRecord, quantized_ops
 from .provenance import INFO, quantization
+
+# What ComfyUI's dynamic loading notes on a layer, and makes again when it is missing.
+LOADED = {
+    "_v", "_v_weight", "_v_bias", "_v_signature", "_pin_state", "_pins", "_prefetch",
+    "weight_lowvram_function", "bias_lowvram_function",
+}  # fmt: skip
 
 
 def quantize_text_encoder(clip, request: Request):
@@ -51,10 +58,11 @@ def _quantize_patcher(patcher, request: Request, disable_dynamic: bool = False):
             shared[id(linear)] = new
     check_matched(policy, record.kinds)
     # A copy of the module tree with quantized layers; all other tensors are shared with the original.
-    out = clone_with(patcher, copy.deepcopy(patcher.model, shared), disable_dynamic)
+    out = clone_with(patcher, _copied(patcher.model, shared), disable_dynamic)
     kept = {n for n, c in record.choices.items() if c.format is None}
     merged -= {f"{name}.weight" for name in kept}
     out.patches = {key: p for key, p in out.patches.items() if key not in merged}
+    loras.at_run_time(out)
     again = patcher.cached_patcher_init
     out.cached_patcher_init = again and (_quantize_again, (again, patcher.patches, request))
     out.model_options[INFO] = {
@@ -64,6 +72,23 @@ def _quantize_patcher(patcher, request: Request, disable_dynamic: bool = False):
         "unquantized_bytes": comfy.model_management.module_size(patcher.model),
         "weight_bytes": comfy.model_management.module_size(out.model),
     }
+    return out
+
+
+def _copied(model: torch.nn.Module, memo: dict[int, object]) -> torch.nn.Module:
+    """A deep copy of ``model`` without what ComfyUI's dynamic loading holds of it on a GPU.
+
+    That is handles of the driver, each of which is freed once; the copy gets its own when it is loaded.
+    """
+    for name, empty in (("dynamic_vbars", {}), ("dynamic_pins", {}), ("dynamic_patchers", set())):
+        if hasattr(model, name):
+            memo[id(getattr(model, name))] = empty
+    for module in model.modules():
+        memo |= {id(value): None for name, value in vars(module).items() if name in LOADED}
+    out = copy.deepcopy(model, memo)
+    for module in out.modules():
+        for name in LOADED & vars(module).keys():
+            delattr(module, name)
     return out
 
 

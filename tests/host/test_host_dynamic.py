@@ -1,0 +1,218 @@
+"""ComfyUI's dynamic loading, which it has on NVIDIA GPUs unless told otherwise: see simulated_host.py.
+
+Compared with loading whole models to the same GPU, which the other files test.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from families import SD15
+from inside import (
+    DEVICE,
+    QUICK,
+    Request,
+    comfy_sd,
+    loading,
+    relative,
+    same_state,
+    save_file,
+    with_lora,
+)
+from simulated_host import simulated_host
+from small_encoders import CONFIGS, FILES, KINDS, SHORT
+from test_host_calibrating import FLUX_SCHNELL, Pictures, Words, lora_for, made, sampled
+
+patchers = importlib.import_module("comfy.model_patcher")
+candidates = importlib.import_module("qsched_pack.qsched_core.trajectory")
+prompt_sets = importlib.import_module("qsched_pack.qsched_core.prompts")
+saving = importlib.import_module("qsched_pack.nodes.host.weights.saving")
+sources = importlib.import_module("qsched_pack.nodes.host.source")
+text = importlib.import_module("qsched_pack.nodes.host.weights.text")
+trajectories = importlib.import_module("qsched_pack.nodes.host.trajectories")
+
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="simulates a GPU itself")
+ROOM = 3_000_000  # bytes: less than each of the models here takes
+EACH = pytest.mark.parametrize("name", QUICK)
+
+
+@pytest.fixture
+def dynamic():
+    with simulated_host(dynamic=True):
+        yield
+
+
+def opened(file, name):
+    return loading.load_diffusion_model(file, Request(name))
+
+
+@pytest.fixture(scope="module")
+def whole(file, sample, lora):
+    """``whole(format)``: its picture, and the one with a LoRA, of models that are loaded whole."""
+    pictures: dict = {}
+
+    def drawn(name: str):
+        if name not in pictures:
+            with simulated_host():
+                model = opened(file, name) if name else comfy_sd.load_diffusion_model(file)
+                pictures[name] = sample(model), sample(with_lora(model, lora))
+        return pictures[name]
+
+    return drawn
+
+
+@pytest.mark.parametrize("room", [None, ROOM])
+@EACH
+def test_it_samples_what_it_samples_when_loaded_whole(name, room, file, sample, whole):
+    wanted = whole(name)[0]
+    with simulated_host(dynamic=True, room=room):
+        model = opened(file, name)
+        assert isinstance(model, patchers.ModelPatcherDynamic)
+        assert torch.equal(sample(model), wanted)
+        assert torch.equal(sample(model), wanted)
+
+
+@pytest.mark.parametrize("room", [None, ROOM])
+@EACH
+def test_a_lora_is_as_good_as_in_a_model_that_is_loaded_whole(
+    name, room, file, sample, whole, lora
+):
+    """Rounded again by ComfyUI, as it would be, nf4 has .25 and int2 .50 instead of .17 and .38."""
+    reference, baked = whole("")[1], whole(name)[1]
+    with simulated_host(dynamic=True, room=room):
+        model = opened(file, name)
+        before = sample(model)
+        patched = with_lora(model, lora)
+        first, again = sample(patched), sample(patched)
+        assert torch.equal(sample(model), before), "without the LoRA it is what it was"
+        assert torch.equal(sample(with_lora(model, lora)), again)
+    bound = 1.05 if name != "int8" else 2.0  # ComfyUI rounds 8 bits again
+    assert relative(again, reference) < bound * relative(baked, reference)
+    assert relative(first, again) < 0.03
+
+
+@EACH
+def test_a_saved_model_comes_back_bit_for_bit(name, file, sample, lora, tmp_path, dynamic):
+    """While it is loaded, partly or not at all, and with a LoRA."""
+    model = opened(file, name)
+    saving.save_model(model, tmp_path / "before.safetensors")
+    wanted = sample(model)
+    saving.save_model(model, tmp_path / "after.safetensors")
+    for file_name in ("before", "after"):
+        again = opened(str(tmp_path / f"{file_name}.safetensors"), name)
+        assert same_state(stored(again), stored(model))
+        assert torch.equal(sample(again), wanted)
+    patched = with_lora(model, lora)
+    saving.save_model(patched, tmp_path / "merged.safetensors")
+    merged = sample(opened(str(tmp_path / "merged.safetensors"), name))
+    assert relative(merged, wanted) > 0.3, "the LoRA is in it"
+    assert torch.equal(sample(model), wanted)
+
+
+def stored(model):
+    state = model.model.diffusion_model.state_dict()
+    return {k: v.detach().cpu().flatten().view(torch.uint8).clone() for k, v in state.items()}
+
+
+@pytest.mark.parametrize("name", ["int8", "nf4"])
+def test_a_lora_is_merged_into_a_model_whose_source_is_gone(
+    name, file, sample, lora, tmp_path, dynamic
+):
+    saving.save_model(opened(file, name), tmp_path / "first.safetensors")
+    model = opened(str(tmp_path / "first.safetensors"), name)
+    model.cached_patcher_init = None
+    patched, bare = with_lora(model, lora), sample(model)
+    wanted = sample(patched)
+    saving.save_model(patched, tmp_path / "merged.safetensors")
+    merged = sample(opened(str(tmp_path / "merged.safetensors"), name))
+    assert relative(merged, wanted) < 0.6 * relative(bare, wanted)
+
+
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_hooks_use_a_model_that_is_loaded_whole(name, file, hooked):
+    """ComfyUI opens the model again for them, not dynamically."""
+    with simulated_host():
+        wanted = hooked(opened(file, name))
+    with simulated_host(dynamic=True):
+        assert torch.equal(hooked(opened(file, name)), wanted)
+
+
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_a_loaded_model_is_quantized_and_goes_on(name, file, sample, whole, lora):
+    (wanted, baked), reference = whole(name), whole("")[1]
+    with simulated_host(dynamic=True):
+        plain = comfy_sd.load_diffusion_model(file)
+        before = sample(plain)
+        quantized = loading.quantize_model(plain, Request(name))
+        assert isinstance(quantized, patchers.ModelPatcherDynamic)
+        assert relative(sample(quantized), wanted) < 0.02
+        assert torch.equal(sample(plain), before)
+        merged = loading.quantize_model(with_lora(plain, lora), Request(name))
+        found = sample(merged)
+    assert relative(found, reference) < 1.05 * relative(baked, reference)
+
+
+def test_calibrated_layers_keep_their_codes_under_a_lora(tmp_path, monkeypatch):
+    """From the walk through the model on, all of it loaded dynamically."""
+    monkeypatch.setattr(sources, "clip_hash", lambda clip: "words")
+    path = tmp_path / "flux.safetensors"
+    save_file(FLUX_SCHNELL.weights(), path)
+    lora = lora_for(comfy_sd.load_diffusion_model(str(path)))
+    found = []
+    for dynamically in (False, True):
+        with simulated_host(dynamic=dynamically):
+            plain = comfy_sd.load_diffusion_model(str(path))
+            folder = tmp_path / str(dynamically)
+            folder.mkdir()
+            _, result, model = made(plain, FLUX_SCHNELL, folder)
+            assert result.calibrated
+            picture = sampled(model)
+            found.append((picture, sampled(with_lora(model, lora))))
+            reference = sampled(with_lora(plain, lora))
+            assert torch.equal(sampled(model), picture)
+    (whole_picture, whole_patched), (picture, patched) = found
+    assert relative(picture, whole_picture) < 0.02
+    assert relative(patched, reference) < 1.05 * relative(whole_patched, reference)
+
+
+def test_a_text_encoder_is_quantized_while_the_original_is_loaded(tmp_path):
+    """Its copy has places of its own on the GPU."""
+    clip_type, towers = KINDS["flux"]
+    paths = [tmp_path / f"{name}.safetensors" for name in towers]
+    for name, path in zip(towers, paths, strict=True):
+        save_file(FILES[name](), path)
+    encoded = []
+    for dynamically in (False, True):
+        with simulated_host(dynamic=dynamically):
+            clip = comfy_sd.load_clip(
+                [str(path) for path in paths],
+                clip_type=getattr(comfy_sd.CLIPType, clip_type),
+                model_options=dict(CONFIGS),
+            )
+            before = clip.encode(SHORT)
+            quantized = text.quantize_text_encoder(clip, Request("nf4"))
+            assert isinstance(quantized.patcher, patchers.ModelPatcherDynamic) == dynamically
+            encoded.append(quantized.encode(SHORT))
+            assert 0.05 < relative(encoded[-1], before) < 0.6
+            assert torch.equal(clip.encode(SHORT), before)
+            assert torch.equal(quantized.encode(SHORT), encoded[-1])
+    assert relative(*encoded) < 0.01
+
+
+def test_a_search_draws_the_same_pictures(tmp_path):
+    path = tmp_path / "sd15.safetensors"
+    save_file(SD15.weights(), path)
+    found = []
+    for dynamically in (False, True):
+        with simulated_host(dynamic=dynamically):
+            model = opened(str(path), "nf4")
+            trajectory = trajectories.trajectory_of(model, "euler", "simple", 2)
+            source = sources.ComfySource(
+                model, Words(SD15), Pictures(), trajectory, width=64, height=64
+            )
+            prompts = prompt_sets.PromptSet(("1", "2"), (11, 12))
+            (pictures,) = source.images(prompts, [candidates.Candidate.identity(trajectory)])
+            found.append(pictures)
+    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
