@@ -7,8 +7,10 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -40,6 +42,22 @@ def _with_file(bench: Bench, run: Callable) -> Measured:
             importlib.import_module("comfy.model_management").unload_all_models()
 
 
+@contextmanager
+def _dynamically(bench: Bench) -> Iterator[None]:
+    """ComfyUI's dynamic loading, which its main.py turns on for NVIDIA GPUs."""
+    control = importlib.import_module("comfy_aimdo.control")
+    if not bench.cuda or control.lib is None or not control.init_devices([0]):
+        raise SkipRow("needs an NVIDIA GPU that comfy-aimdo knows")
+    patchers = importlib.import_module("comfy.model_patcher")
+    memory = importlib.import_module("comfy.memory_management")
+    with (
+        patch.object(patchers, "CoreModelPatcher", patchers.ModelPatcherDynamic),
+        patch.object(memory, "aimdo_enabled", True),
+    ):
+        yield
+        importlib.import_module("comfy.model_management").unload_all_models()
+
+
 def _arguments(bench: Bench, shared):
     x, sigma, conditions = shared.inputs(1, 4 if bench.tiny else 64)
     moved = {name: value.to(bench.device) for name, value in conditions.items()}
@@ -68,14 +86,14 @@ def load(bench: Bench) -> Measured:
 
 def step(bench: Bench) -> Measured:
     """A forward of the loaded model, ComfyUI's own over ours."""
+    return _with_file(bench, partial(_forward, bench))
 
-    def run(shared, family, ours, stock) -> Measured:
-        arguments = _arguments(bench, shared)
-        calls = [partial(shared.forward, shared.loaded(way()), arguments) for way in (ours, stock)]
-        seconds, other = bench.seconds(*calls)
-        return Measured(seconds, other, other / seconds, "s/step", bench.runs)
 
-    return _with_file(bench, run)
+def _forward(bench: Bench, shared, family, *ways) -> Measured:
+    arguments = _arguments(bench, shared)
+    calls = [partial(shared.forward, shared.loaded(way()), arguments) for way in ways]
+    seconds, other = bench.seconds(*calls)
+    return Measured(seconds, other, other / seconds, "s/step", bench.runs)
 
 
 def lora(bench: Bench) -> Measured:
@@ -96,10 +114,38 @@ def lora(bench: Bench) -> Measured:
     return _with_file(bench, run)
 
 
+def dynamic_step(bench: Bench) -> Measured:
+    """The same, both loaded dynamically."""
+
+    def run(*found) -> Measured:  # the file is written before: layers have no weights meanwhile
+        with _dynamically(bench):
+            return _forward(bench, *found)
+
+    return _with_file(bench, run)
+
+
+def dynamic_lora(bench: Bench) -> Measured:
+    """The same with a LoRA, which is added to nf4's weights in each forward."""
+
+    def run(shared, family, *ways) -> Measured:
+        comfy_sd = importlib.import_module("comfy.sd")
+        weights = shared.lora_of(family, 0)
+
+        def patched(way):
+            return comfy_sd.load_lora_for_models(way(), None, weights, 1.0, 0.0)[0]
+
+        with _dynamically(bench):
+            return _forward(bench, shared, family, *(partial(patched, way) for way in ways))
+
+    return _with_file(bench, run)
+
+
 def rows() -> Iterator[Row]:
     for name, run, what in (
         ("load", load, "a FLUX-like model through the pack's loader, over ComfyUI's own"),
         ("step", step, "its forward, ComfyUI's own over nf4's"),
         ("lora", lora, "offloaded nf4 with a LoRA at run time, over without"),
+        ("dynamic_step", dynamic_step, "the forward, both loaded dynamically"),
+        ("dynamic_lora", dynamic_lora, "the forward with a LoRA, both loaded dynamically"),
     ):
         yield Row(f"comfyui.{name}.nf4", what, 5, 30, run, ("safetensors",))

@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 import types
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -22,6 +23,9 @@ def import_pack(cpu: bool = True) -> ModuleType:
     """
     if os.environ["COMFYUI_PATH"] not in sys.path[:1]:
         sys.path.insert(0, os.environ["COMFYUI_PATH"])
+    if not cpu:  # as ComfyUI's main.py: the other modules of comfy-aimdo look for it on import
+        with suppress(ImportError):
+            importlib.import_module("comfy_aimdo.control").init()
     importlib.import_module("comfy.cli_args").args.cpu = cpu
     root = Path(__file__).resolve().parents[1]
     for name, folder in ((PACK, root), (f"{PACK}.nodes", root / "nodes")):

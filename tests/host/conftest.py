@@ -23,8 +23,7 @@ hooks = importlib.import_module("comfy.hooks")
 @pytest.fixture(scope="session", autouse=True)
 def device():
     """The whole session on a GPU that is not there, if that is asked for."""
-    simulated = DEVICE in ("simulated", "dynamic")
-    with simulated_host(dynamic=DEVICE == "dynamic") if simulated else nullcontext():
+    with simulated_host() if DEVICE == "simulated" else nullcontext():
         yield
 
 

@@ -12,12 +12,14 @@ import pytest
 import torch
 
 REPO = Path(__file__).resolve().parents[2]
-# cpu, cuda, or simulated and dynamic: see simulated_host.py.
+# cpu, cuda, or simulated: see simulated_host.py.
 DEVICE = os.environ.get("QSCHED_TEST_DEVICE", "cpu")
 
 
 def _import_host():
     """ComfyUI on DEVICE, and the pack's loading side under a package name of its own."""
+    if DEVICE == "cuda":  # as ComfyUI's main.py: the rest of comfy-aimdo looks for it on import
+        importlib.import_module("comfy_aimdo.control").init()
     importlib.import_module("comfy.cli_args").args.cpu = DEVICE != "cuda"
     for name, folder in (("qsched_pack", REPO), ("qsched_pack.nodes", REPO / "nodes")):
         package = types.ModuleType(name)
@@ -37,7 +39,7 @@ save_file = importlib.import_module("safetensors.torch").save_file
 
 Request = loading.Request
 _SIMULATED = torch.device("cuda:0")
-LOAD_DEVICE = _SIMULATED if DEVICE in ("simulated", "dynamic") else management.get_torch_device()
+LOAD_DEVICE = _SIMULATED if DEVICE == "simulated" else management.get_torch_device()
 NAMES = [n for n in formats.names() if formats.get(n).available(LOAD_DEVICE) is None]
 # Relative distance of a 4-step sample to the unquantized model's, random weights.
 DISTANCE = {

@@ -6,6 +6,8 @@ other side raises as it does on CUDA.  Formats that need a kernel of some GPU ar
 ``dynamic`` is how ComfyUI loads on NVIDIA GPUs unless told otherwise: weights stay where they are, and
 each layer copies its own to the GPU when it runs, and again when they had to make room.  ComfyUI has
 comfy-aimdo keep the copies; here it is ``Copies``.
+
+``gpu_host`` is the same on a real GPU, where the tests run on one.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from unittest.mock import patch
 
+import pytest
 import torch
 from simulated_gpu import GPU, OnGPU, simulated_gpu
 
@@ -161,3 +164,25 @@ def simulated_host(dynamic: bool = False, room: int | None = None) -> Iterator[t
         if dynamic:
             _copies_of_weights(stack, room)
         yield device
+
+
+@contextmanager
+def gpu_host(dynamic: bool = False, room: int | None = None) -> Iterator[None]:
+    """``simulated_host``, unless the tests run on a real GPU; there ``room`` is what there is."""
+    if os.environ.get("QSCHED_TEST_DEVICE") != "cuda":
+        with simulated_host(dynamic, room):
+            yield
+        return
+    management = importlib.import_module("comfy.model_management")
+    control = importlib.import_module("comfy_aimdo.control")
+    if dynamic and not control.devctxs and not control.init_devices([0]):
+        pytest.skip("comfy-aimdo, with which ComfyUI loads dynamically, does not run here")
+    patcher = importlib.import_module("comfy.model_patcher")
+    memory = importlib.import_module("comfy.memory_management")
+    loads = patcher.ModelPatcherDynamic if dynamic else patcher.ModelPatcher
+    with (
+        patch.object(patcher, "CoreModelPatcher", loads),
+        patch.object(memory, "aimdo_enabled", dynamic),
+    ):
+        yield
+        management.unload_all_models()

@@ -21,7 +21,7 @@ from inside import (
     save_file,
     with_lora,
 )
-from simulated_host import simulated_host
+from simulated_host import gpu_host
 from small_encoders import CONFIGS, FILES, KINDS, SHORT
 from test_host_calibrating import FLUX_SCHNELL, Pictures, Words, lora_for, made, sampled
 
@@ -33,15 +33,20 @@ sources = importlib.import_module("qsched_pack.nodes.host.source")
 text = importlib.import_module("qsched_pack.nodes.host.weights.text")
 trajectories = importlib.import_module("qsched_pack.nodes.host.trajectories")
 
-pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="simulates a GPU itself")
+pytestmark = pytest.mark.skipif(DEVICE == "simulated", reason="simulates a GPU itself")
 ROOM = 3_000_000  # bytes: less than each of the models here takes
+EXACT = 0.0 if DEVICE == "cpu" else 0.005  # relative distance of what is the same
 EACH = pytest.mark.parametrize("name", QUICK)
 
 
 @pytest.fixture
 def dynamic():
-    with simulated_host(dynamic=True):
+    with gpu_host(dynamic=True):
         yield
+
+
+def same(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    return relative(found, wanted) <= EXACT
 
 
 def opened(file, name):
@@ -55,7 +60,7 @@ def whole(file, sample, lora):
 
     def drawn(name: str):
         if name not in pictures:
-            with simulated_host():
+            with gpu_host():
                 model = opened(file, name) if name else comfy_sd.load_diffusion_model(file)
                 pictures[name] = sample(model), sample(with_lora(model, lora))
         return pictures[name]
@@ -67,11 +72,11 @@ def whole(file, sample, lora):
 @EACH
 def test_it_samples_what_it_samples_when_loaded_whole(name, room, file, sample, whole):
     wanted = whole(name)[0]
-    with simulated_host(dynamic=True, room=room):
+    with gpu_host(dynamic=True, room=room):
         model = opened(file, name)
         assert isinstance(model, patchers.ModelPatcherDynamic)
-        assert torch.equal(sample(model), wanted)
-        assert torch.equal(sample(model), wanted)
+        assert same(sample(model), wanted)
+        assert same(sample(model), wanted)
 
 
 @pytest.mark.parametrize("room", [None, ROOM])
@@ -81,13 +86,13 @@ def test_a_lora_is_as_good_as_in_a_model_that_is_loaded_whole(
 ):
     """Rounded again by ComfyUI, as it would be, nf4 has .25 and int2 .50 instead of .17 and .38."""
     reference, baked = whole("")[1], whole(name)[1]
-    with simulated_host(dynamic=True, room=room):
+    with gpu_host(dynamic=True, room=room):
         model = opened(file, name)
         before = sample(model)
         patched = with_lora(model, lora)
         first, again = sample(patched), sample(patched)
-        assert torch.equal(sample(model), before), "without the LoRA it is what it was"
-        assert torch.equal(sample(with_lora(model, lora)), again)
+        assert same(sample(model), before), "without the LoRA it is what it was"
+        assert same(sample(with_lora(model, lora)), again)
     bound = 1.05 if name != "int8" else 2.0  # ComfyUI rounds 8 bits again
     assert relative(again, reference) < bound * relative(baked, reference)
     assert relative(first, again) < 0.03
@@ -103,12 +108,12 @@ def test_a_saved_model_comes_back_bit_for_bit(name, file, sample, lora, tmp_path
     for file_name in ("before", "after"):
         again = opened(str(tmp_path / f"{file_name}.safetensors"), name)
         assert same_state(stored(again), stored(model))
-        assert torch.equal(sample(again), wanted)
+        assert same(sample(again), wanted)
     patched = with_lora(model, lora)
     saving.save_model(patched, tmp_path / "merged.safetensors")
     merged = sample(opened(str(tmp_path / "merged.safetensors"), name))
     assert relative(merged, wanted) > 0.3, "the LoRA is in it"
-    assert torch.equal(sample(model), wanted)
+    assert same(sample(model), wanted)
 
 
 def stored(model):
@@ -133,22 +138,22 @@ def test_a_lora_is_merged_into_a_model_whose_source_is_gone(
 @pytest.mark.parametrize("name", ["nf4", "int8"])
 def test_hooks_use_a_model_that_is_loaded_whole(name, file, hooked):
     """ComfyUI opens the model again for them, not dynamically."""
-    with simulated_host():
+    with gpu_host():
         wanted = hooked(opened(file, name))
-    with simulated_host(dynamic=True):
-        assert torch.equal(hooked(opened(file, name)), wanted)
+    with gpu_host(dynamic=True):
+        assert same(hooked(opened(file, name)), wanted)
 
 
 @pytest.mark.parametrize("name", ["nf4", "int8"])
 def test_a_loaded_model_is_quantized_and_goes_on(name, file, sample, whole, lora):
     (wanted, baked), reference = whole(name), whole("")[1]
-    with simulated_host(dynamic=True):
+    with gpu_host(dynamic=True):
         plain = comfy_sd.load_diffusion_model(file)
         before = sample(plain)
         quantized = loading.quantize_model(plain, Request(name))
         assert isinstance(quantized, patchers.ModelPatcherDynamic)
         assert relative(sample(quantized), wanted) < 0.02
-        assert torch.equal(sample(plain), before)
+        assert same(sample(plain), before)
         merged = loading.quantize_model(with_lora(plain, lora), Request(name))
         found = sample(merged)
     assert relative(found, reference) < 1.05 * relative(baked, reference)
@@ -162,7 +167,7 @@ def test_calibrated_layers_keep_their_codes_under_a_lora(tmp_path, monkeypatch):
     lora = lora_for(comfy_sd.load_diffusion_model(str(path)))
     found = []
     for dynamically in (False, True):
-        with simulated_host(dynamic=dynamically):
+        with gpu_host(dynamic=dynamically):
             plain = comfy_sd.load_diffusion_model(str(path))
             folder = tmp_path / str(dynamically)
             folder.mkdir()
@@ -171,7 +176,7 @@ def test_calibrated_layers_keep_their_codes_under_a_lora(tmp_path, monkeypatch):
             picture = sampled(model)
             found.append((picture, sampled(with_lora(model, lora))))
             reference = sampled(with_lora(plain, lora))
-            assert torch.equal(sampled(model), picture)
+            assert same(sampled(model), picture)
     (whole_picture, whole_patched), (picture, patched) = found
     assert relative(picture, whole_picture) < 0.02
     assert relative(patched, reference) < 1.05 * relative(whole_patched, reference)
@@ -185,7 +190,7 @@ def test_a_text_encoder_is_quantized_while_the_original_is_loaded(tmp_path):
         save_file(FILES[name](), path)
     encoded = []
     for dynamically in (False, True):
-        with simulated_host(dynamic=dynamically):
+        with gpu_host(dynamic=dynamically):
             clip = comfy_sd.load_clip(
                 [str(path) for path in paths],
                 clip_type=getattr(comfy_sd.CLIPType, clip_type),
@@ -196,8 +201,8 @@ def test_a_text_encoder_is_quantized_while_the_original_is_loaded(tmp_path):
             assert isinstance(quantized.patcher, patchers.ModelPatcherDynamic) == dynamically
             encoded.append(quantized.encode(SHORT))
             assert 0.05 < relative(encoded[-1], before) < 0.6
-            assert torch.equal(clip.encode(SHORT), before)
-            assert torch.equal(quantized.encode(SHORT), encoded[-1])
+            assert same(clip.encode(SHORT), before)
+            assert same(quantized.encode(SHORT), encoded[-1])
     assert relative(*encoded) < 0.01
 
 
@@ -206,7 +211,7 @@ def test_a_search_draws_the_same_pictures(tmp_path):
     save_file(SD15.weights(), path)
     found = []
     for dynamically in (False, True):
-        with simulated_host(dynamic=dynamically):
+        with gpu_host(dynamic=dynamically):
             model = opened(str(path), "nf4")
             trajectory = trajectories.trajectory_of(model, "euler", "simple", 2)
             source = sources.ComfySource(
