@@ -130,6 +130,14 @@ def _written(func) -> bool:
     return bool(alias and alias.is_write and len(returns) == 1 and returns[0].alias_info)
 
 
+def _replace(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
+    """``parameter.data = value``: it is on the GPU then, if the value is."""
+    torch.Tensor.data.__set__(parameter, value)
+    if isinstance(value, OnGPU):
+        parameter.__class__, parameter.inner = OnGPU, value.inner
+        parameter._is_param = True
+
+
 @contextmanager
 def simulated_gpu() -> Iterator[torch.device]:
     """Inside, ``torch.device("cuda:0")`` can be used for tensors."""
@@ -139,11 +147,13 @@ def simulated_gpu() -> Iterator[torch.device]:
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # Module.to makes new ones
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=...) makes and then moves
     generator = torch.Generator
+    data = property(torch.Tensor.data.__get__, _replace)
     try:
         with (
             patch.object(torch.cuda, "_lazy_init", lambda: None),
             patch.object(torch.cuda, "synchronize", lambda *_: None),
             patch.object(torch, "Generator", lambda device=None: generator()),
+            patch.object(torch.nn.Parameter, "data", data, create=True),
             _Mode(),
         ):
             yield GPU

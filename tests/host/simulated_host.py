@@ -17,7 +17,7 @@ import importlib
 import mmap
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -25,7 +25,8 @@ import pytest
 import torch
 from simulated_gpu import GPU, OnGPU, simulated_gpu
 
-TOTAL, FREE = 24e9, 20e9
+TOTAL, FREE, PINNED = 24e9, 20e9, 8e9
+BUFFER = 2**29  # bytes: more than any model here; memory is taken as it is used
 NAME = "NVIDIA GPU, simulated"
 
 
@@ -37,6 +38,12 @@ def _facts() -> dict[str, object]:
         "get_device_name": lambda *_: NAME,
         "get_device_properties": lambda *_: properties,
         "is_bf16_supported": lambda *_, **__: True,
+        "Stream": Stream,
+        "stream": lambda stream: nullcontext(),
+        "current_stream": lambda *_: Stream(),
+        "cudart": lambda: SimpleNamespace(
+            cudaHostRegister=lambda *_: 0, cudaHostUnregister=lambda *_: 0
+        ),
     }
 
 
@@ -86,15 +93,65 @@ def _on_gpu(alloc, device) -> torch.Tensor:
     return OnGPU(copies.bytes[index][:size])
 
 
-class _NoPins:
-    """Stands for memory that CUDA reads faster: there is none."""
+class Buffer:
+    """Memory that grows in place: on the GPU for what is on its way, on the CPU as what CUDA pins."""
 
-    def __init__(self, *_):
-        self.size = 0
+    def __init__(self, *_, **__):
+        self.size_, self.memory = 0, torch.empty(BUFFER, dtype=torch.uint8)
 
     __deepcopy__ = Copies.__deepcopy__
 
-    def truncate(self, size: int, do_unregister: bool = True) -> None: ...
+
+class OnTheWay(Buffer):
+    """A stream's buffer on the GPU."""
+
+    @property
+    def bytes(self):
+        return self
+
+    def __getitem__(self, offset: int) -> torch.Tensor:
+        return self.memory[offset:]
+
+    def size(self) -> int:
+        return self.size_
+
+    def get(self, size: int, offset: int = 0):
+        self.size_ = max(self.size_, offset + size)
+        return self, offset, size
+
+
+class Pinned(Buffer):
+    """Copies of weights in memory from which CUDA reads while the GPU computes."""
+
+    @property
+    def size(self) -> int:
+        return self.size_
+
+    def get_raw_address(self) -> int:
+        return self.memory.data_ptr()
+
+    def extend(self, size: int, reallocate: bool = False, register: bool = True) -> int:
+        self.size_ += size
+        return self.get_raw_address()
+
+    def truncate(self, size: int, do_unregister: bool = True) -> None:
+        self.size_ = size
+
+    def read_file_slice(self, file, place, size, offset=0, stream=0, device_ptr=0, device=-1):
+        address = self.get_raw_address() + offset
+        ctypes.memmove(address, os.pread(file, size, place), size)
+        if device_ptr:
+            ctypes.memmove(device_ptr, address, size)
+
+
+class Stream:
+    """The GPU's work in order: here it is done at once."""
+
+    def __init__(self, *_, **__): ...
+
+    def wait_stream(self, other) -> None: ...
+
+    def synchronize(self) -> None: ...
 
 
 class _Mapped:
@@ -117,19 +174,22 @@ def _read_to_gpu(file, offset, size, stream, address, device, mark_cold=True) ->
 
 
 def _copies_of_weights(stack: ExitStack, room: int | None) -> None:
-    names = ("model_vbar", "torch", "host_buffer", "model_mmap")
-    bars, tensors, buffers, maps = (importlib.import_module(f"comfy_aimdo.{n}") for n in names)
+    names = ("model_vbar", "torch", "host_buffer", "model_mmap", "vram_buffer")
+    bars, tensors, buffers, maps, rooms = (
+        importlib.import_module(f"comfy_aimdo.{n}") for n in names
+    )
     patcher = importlib.import_module("comfy.model_patcher")
     stack.enter_context(patch.object(Copies, "room", room))
     for owner, name, value in (
         (bars, "ModelVBAR", Copies),
         (tensors, "aimdo_to_tensor", _on_gpu),
-        (buffers, "HostBuffer", _NoPins),
+        (tensors, "hostbuf_to_tensor", lambda buffer: buffer.memory[: buffer.size]),
+        (rooms, "VRAMBuffer", OnTheWay),
+        (buffers, "HostBuffer", Pinned),
         (buffers, "read_file_to_device", _read_to_gpu),
         (maps, "ModelMMAP", _Mapped),
         (patcher, "CoreModelPatcher", patcher.ModelPatcherDynamic),
         (importlib.import_module("comfy.memory_management"), "aimdo_enabled", True),
-        (importlib.import_module("comfy.cli_args").args, "disable_pinned_memory", True),
     ):
         stack.enter_context(patch.object(owner, name, value))
 
@@ -155,6 +215,14 @@ def simulated_host(dynamic: bool = False, room: int | None = None) -> Iterator[t
         "get_free_memory": free,
         "get_total_memory": total,
         "soft_empty_cache": lambda *_: None,
+        "NUM_STREAMS": 2,
+        "STREAMS": {},
+        "stream_counters": {},
+        "STREAM_CAST_BUFFERS": {},
+        "STREAM_AIMDO_CAST_BUFFERS": {},
+        "MAX_PINNED_MEMORY": PINNED,
+        "TOTAL_PINNED_MEMORY": 0,
+        "PINNED_MEMORY": {},
     }
     with ExitStack() as stack, simulated_gpu() as device:
         for name, value in ours.items():

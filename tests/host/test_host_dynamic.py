@@ -14,6 +14,7 @@ from inside import (
     DEVICE,
     QUICK,
     Request,
+    comfy_sample,
     comfy_sd,
     loading,
     relative,
@@ -24,6 +25,8 @@ from inside import (
 from simulated_host import gpu_host
 from small_encoders import CONFIGS, FILES, KINDS, SHORT
 from test_host_calibrating import FLUX_SCHNELL, Pictures, Words, lora_for, made, sampled
+
+from demo.build import build_models
 
 patchers = importlib.import_module("comfy.model_patcher")
 candidates = importlib.import_module("qsched_pack.qsched_core.trajectory")
@@ -119,6 +122,28 @@ def test_a_saved_model_comes_back_bit_for_bit(name, file, sample, lora, tmp_path
 def stored(model):
     state = model.model.diffusion_model.state_dict()
     return {k: v.detach().cpu().flatten().view(torch.uint8).clone() for k, v in state.items()}
+
+
+def test_a_checkpoint_draws_and_is_saved_with_its_text_encoder_and_vae(tmp_path):
+    build_models(tmp_path)
+    (path,) = (tmp_path / "checkpoints").glob("*.safetensors")
+    again, empty = tmp_path / "again.safetensors", torch.zeros(1, 16, 12, 12)
+
+    def picture(file):
+        model, clip, vae = loading.load_checkpoint(str(file), Request("int2"))
+        text = clip.encode_from_tokens_scheduled(clip.tokenize("a red circle above a blue ring"))
+        noise = comfy_sample.prepare_noise(empty, 3)
+        latent = comfy_sample.sample(
+            model, noise, 2, 1.0, "euler", "simple", text, text, empty, seed=3, disable_pbar=True
+        )  # fmt: skip
+        saving.save_model(model, again, clip, vae)
+        return vae.decode(latent).detach()
+
+    with gpu_host():
+        wanted = picture(path)
+    with gpu_host(dynamic=True):
+        assert same(picture(path), wanted)
+        assert same(picture(again), wanted)
 
 
 @pytest.mark.parametrize("name", ["int8", "nf4"])
