@@ -17,7 +17,7 @@ from ...qsched_core.source import ModelSource, SourceError
 from ...qsched_core.trajectory import MEMO_BYTES, Trajectory
 from .encoding import encode
 from .trajectories import largest_latent, model_sampling, solver_info, trajectory_of
-from .weights.provenance import clip_hash, model_info, weights_hash
+from .weights.provenance import clip_hash, model_info, vae_hash
 
 
 class ComfySource(ModelSource):
@@ -94,7 +94,7 @@ class ComfySource(ModelSource):
         return {
             "model": model_info(self.model),
             "clip_hash": clip_hash(self.clip),
-            "vae_hash": weights_hash(self.vae.first_stage_model.state_dict()),
+            "vae_hash": vae_hash(self.vae),
             "sampling": {
                 **trajectory,
                 "cfg": self.cfg,

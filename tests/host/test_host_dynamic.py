@@ -31,6 +31,7 @@ from demo.build import build_models
 patchers = importlib.import_module("comfy.model_patcher")
 candidates = importlib.import_module("qsched_pack.qsched_core.trajectory")
 prompt_sets = importlib.import_module("qsched_pack.qsched_core.prompts")
+provenance = importlib.import_module("qsched_pack.nodes.host.weights.provenance")
 saving = importlib.import_module("qsched_pack.nodes.host.weights.saving")
 sources = importlib.import_module("qsched_pack.nodes.host.source")
 text = importlib.import_module("qsched_pack.nodes.host.weights.text")
@@ -129,21 +130,31 @@ def test_a_checkpoint_draws_and_is_saved_with_its_text_encoder_and_vae(tmp_path)
     (path,) = (tmp_path / "checkpoints").glob("*.safetensors")
     again, empty = tmp_path / "again.safetensors", torch.zeros(1, 16, 12, 12)
 
+    def known(model, clip, vae):
+        """What a study is known by."""
+        source_hash = provenance.model_info(model)["source_hash"]
+        return source_hash, provenance.clip_hash(clip), provenance.vae_hash(vae)
+
     def picture(file):
         model, clip, vae = loading.load_checkpoint(str(file), Request("int2"))
+        hashes.add(known(model, clip, vae))
         text = clip.encode_from_tokens_scheduled(clip.tokenize("a red circle above a blue ring"))
         noise = comfy_sample.prepare_noise(empty, 3)
         latent = comfy_sample.sample(
             model, noise, 2, 1.0, "euler", "simple", text, text, empty, seed=3, disable_pbar=True
         )  # fmt: skip
         saving.save_model(model, again, clip, vae)
-        return vae.decode(latent).detach()
+        pixels = vae.decode(latent).detach()
+        hashes.add(known(model, clip, vae))
+        return pixels
 
+    hashes: set = set()
     with gpu_host():
         wanted = picture(path)
     with gpu_host(dynamic=True):
         assert same(picture(path), wanted)
         assert same(picture(again), wanted)
+    assert len(hashes) == 1
 
 
 @pytest.mark.parametrize("name", ["int8", "nf4"])

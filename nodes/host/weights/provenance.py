@@ -163,12 +163,20 @@ def _tensors(value):
             yield from _tensors(item)
 
 
-def weights_hash(state: Mapping[str, torch.Tensor], patches: str = "") -> str:
-    """SHA-256 (hex) of a sample of every tensor of a state dict, and of a hash of its patches."""
+def weights_hash(
+    state: Mapping[str, torch.Tensor], patches: str = "", dtype: torch.dtype | None = None
+) -> str:
+    """SHA-256 (hex) of a sample of every tensor of a state dict, and of a hash of its patches.
+
+    With a ``dtype`` it is of the values in that.
+    """
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
         if isinstance(value, torch.Tensor):
-            sample = value.detach().flatten()[:SAMPLES].float().cpu().tolist()
+            sample = value.detach().flatten()[:SAMPLES]
+            if dtype is not None and sample.is_floating_point():
+                sample = sample.to(dtype)
+            sample = sample.float().cpu().tolist()
             digest.update(f"{name} {list(value.shape)} {sample}\n".encode())
     if patches:
         digest.update(f"patches {patches}\n".encode())
@@ -178,6 +186,14 @@ def weights_hash(state: Mapping[str, torch.Tensor], patches: str = "") -> str:
 def clip_hash(clip) -> str:
     """A hash of a CLIP's weights and patches, the same before and after ComfyUI patches in place."""
     return weights_hash(unpatched_state(clip.patcher), patches_hash(clip.patcher))
+
+
+def vae_hash(vae) -> str:
+    """A hash of a VAE's weights, in the dtype that it computes in.
+
+    Loading dynamically, ComfyUI keeps them in the file's, and casts each when it is used.
+    """
+    return weights_hash(vae.first_stage_model.state_dict(), dtype=getattr(vae, "vae_dtype", None))
 
 
 def describe(info: Mapping) -> str:
