@@ -53,44 +53,49 @@ class Copies:
     room: int | None = None
 
     def __init__(self, size: int, device: int):
-        self.bytes: list[torch.Tensor] = []
+        self.memory = torch.empty(int(size), dtype=torch.uint8)  # taken as it is used
+        self.sizes: dict[int, int] = {}
         self.made: dict[int, int] = {}  # which copy of a weight is there; evicted ones are not
-        self.count = 0
+        self.end = self.count = 0
 
     def __deepcopy__(self, memo):
         raise TypeError("a handle of the driver was copied: it would be freed twice")
 
     def alloc(self, size: int):
-        self.bytes.append(torch.zeros(size, dtype=torch.uint8))
-        return self, len(self.bytes) - 1, size
+        start, self.end = self.end, self.end + size
+        self.sizes[start] = size
+        return self, start, size
 
-    def fault(self, index: int, size: int) -> bytes | None:
-        """The copy's signature, of another one after each eviction; None if there is no room."""
-        if index not in self.made:
-            if self.room is not None and self.loaded_size() + size > self.room:
-                return None
+    def fault(self, start: int, size: int) -> bytes | None:
+        """The copies' signature, of others after each eviction; None if there is no room."""
+        asked = [place for place in self.sizes if start <= place < start + size]
+        new = [place for place in asked if place not in self.made]
+        wanted = sum(self.sizes[place] for place in new)
+        if self.room is not None and new and self.loaded_size() + wanted > self.room:
+            return None
+        for place in new:
             self.count += 1
-            self.made[index] = self.count
-            self.bytes[index].random_()
-        return self.made[index].to_bytes(8, "little")
+            self.made[place] = self.count
+            self.memory[place : place + self.sizes[place]].random_()
+        return b"".join(self.made[place].to_bytes(8, "little") for place in asked)
 
-    def unpin(self, index: int, size: int) -> None: ...
+    def unpin(self, start: int, size: int) -> None: ...
 
     def prioritize(self) -> None: ...
 
     def loaded_size(self) -> int:
-        return sum(self.bytes[index].numel() for index in self.made)
+        return sum(self.sizes[place] for place in self.made)
 
     def free_memory(self, wanted: float) -> int:
         freed = 0
         while self.made and freed < wanted:
-            freed += self.bytes[self.made.popitem()[0]].numel()
+            freed += self.sizes[self.made.popitem()[0]]
         return freed
 
 
 def _on_gpu(alloc, device) -> torch.Tensor:
-    copies, index, size = alloc
-    return OnGPU(copies.bytes[index][:size])
+    owner, start, size = alloc
+    return OnGPU(owner.memory[start : start + size])
 
 
 class Buffer:
@@ -104,13 +109,6 @@ class Buffer:
 
 class OnTheWay(Buffer):
     """A stream's buffer on the GPU."""
-
-    @property
-    def bytes(self):
-        return self
-
-    def __getitem__(self, offset: int) -> torch.Tensor:
-        return self.memory[offset:]
 
     def size(self) -> int:
         return self.size_

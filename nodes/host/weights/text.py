@@ -16,7 +16,7 @@ from .provenance import INFO, quantization
 
 # What ComfyUI's dynamic loading notes on a layer, and makes again when it is missing.
 LOADED = {
-    "_v", "_v_weight", "_v_bias", "_v_signature", "_pin_state", "_pins", "_prefetch",
+    "_v", "_v_block", "_v_weight", "_v_bias", "_v_signature", "_pin_state", "_pins", "_prefetch",
     "weight_lowvram_function", "bias_lowvram_function",
 }  # fmt: skip
 
