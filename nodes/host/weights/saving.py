@@ -93,11 +93,13 @@ def save_model(
 def _state_dict(model, clip, vae) -> dict[str, torch.Tensor]:
     """What ComfyUI's ``save_checkpoint`` writes of them, with the LoRAs of ``model`` merged.
 
-    That function fails for codes of integers, unless ComfyUI holds the whole model on a GPU: it makes
-    parameters of them, which ask for gradients.
+    That function itself fails on most models here.  It makes a parameter of each weight that is not
+    loaded whole, and torch makes none of integers, which codes are.
     """
-    # What is loaded may have patches in it, of this MODEL or of a clone.
-    comfy.model_management.unload_model_and_clones(model)
+    # What is loaded may have patches in it, of this MODEL or of a clone, or another dtype.
+    for patcher in (model, getattr(vae, "patcher", None)):
+        if patcher is not None:
+            comfy.model_management.unload_model_and_clones(patcher)
     prefix = "diffusion_model."
     weights = model.model.diffusion_model.state_dict()
     for key in model.patches:
