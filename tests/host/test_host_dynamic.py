@@ -9,7 +9,6 @@ import importlib
 
 import pytest
 import torch
-from families import SD15
 from inside import (
     DEVICE,
     QUICK,
@@ -24,15 +23,20 @@ from inside import (
 )
 from simulated_host import gpu_host
 from small_encoders import CONFIGS, FILES, KINDS, SHORT
-from test_host_calibrating import FLUX_SCHNELL, Pictures, Words, lora_for, made, sampled
+from test_host_calibrating import FLUX_SCHNELL, lora_for, made, sampled
 
 from demo.build import build_models
 
 patchers = importlib.import_module("comfy.model_patcher")
-candidates = importlib.import_module("qsched_pack.qsched_core.trajectory")
+calibration = importlib.import_module("qsched_pack.qsched_core.calibration")
+jaq = importlib.import_module("qsched_pack.qsched_core.objective")
 prompt_sets = importlib.import_module("qsched_pack.qsched_core.prompts")
 provenance = importlib.import_module("qsched_pack.nodes.host.weights.provenance")
 saving = importlib.import_module("qsched_pack.nodes.host.weights.saving")
+scorers = importlib.import_module("qsched_pack.qsched_core.scorers")
+scoring = importlib.import_module("qsched_pack.nodes.host.scoring")
+search = importlib.import_module("qsched_pack.qsched_core.search")
+studies = importlib.import_module("qsched_pack.qsched_core.study")
 sources = importlib.import_module("qsched_pack.nodes.host.source")
 text = importlib.import_module("qsched_pack.nodes.host.weights.text")
 trajectories = importlib.import_module("qsched_pack.nodes.host.trajectories")
@@ -242,18 +246,28 @@ def test_a_text_encoder_is_quantized_while_the_original_is_loaded(tmp_path):
     assert relative(*encoded) < 0.01
 
 
-def test_a_search_draws_the_same_pictures(tmp_path):
-    path = tmp_path / "sd15.safetensors"
-    save_file(SD15.weights(), path)
+def test_a_search_finds_the_same_and_is_known_by_the_same(tmp_path):
+    """With text encoder, model, VAE and scorer, each moved as ComfyUI does."""
+    build_models(tmp_path)
+    (checkpoint,), (scorer,) = (
+        sorted((tmp_path / name).glob("*.safetensors")) for name in ("checkpoints", "clip_score")
+    )
+    prompts = prompt_sets.CalibrationPrompts.of(
+        ["a red circle", "two blue squares"], ["a green ring", "a red square"]
+    )
     found = []
     for dynamically in (False, True):
         with gpu_host(dynamic=dynamically):
-            model = opened(str(path), "nf4")
-            trajectory = trajectories.trajectory_of(model, "euler", "simple", 2)
-            source = sources.ComfySource(
-                model, Words(SD15), Pictures(), trajectory, width=64, height=64
+            model, clip, vae = loading.load_checkpoint(str(checkpoint), Request("int2"))
+            place = scoring.ManagedPlacement()
+            objective = jaq.Objective(
+                scorers.load_file(scorer, "", place, False), "clip_iqa", 2.0, place, "", {}, False
             )
-            prompts = prompt_sets.PromptSet(("1", "2"), (11, 12))
-            (pictures,) = source.images(prompts, [candidates.Candidate.identity(trajectory)])
-            found.append(pictures)
-    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
+            trajectory = trajectories.trajectory_of(model, "euler", "simple", 2)
+            source = sources.ComfySource(model, clip, vae, trajectory, width=96, height=96)
+            settings = search.CalibrationSettings("gp", 4, seed=1)
+            study = studies.StudyPlace(tmp_path / str(dynamically))
+            result = calibration.calibrate(source, objective, prompts, settings, study)
+            found.append((source.describe(), [trial.value for trial in result.trials]))
+    assert found[0][0] == found[1][0]
+    assert found[0][1] == pytest.approx(found[1][1], abs=1e-5 if EXACT == 0 else 0.05)
