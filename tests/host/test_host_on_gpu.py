@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 REAL = ("dynamic", "golden", "hooks", "loading", "saving", "text")
-SIMULATED = ("golden", "hooks", "loading", "saving", "text", "sources", "encoders")
+SIMULATED = ("golden", "loading", "saving", "text", "sources", "encoders")
 
 
 def run(file: str, device: str, *more: str) -> None:
