@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 
@@ -44,16 +43,11 @@ def _with_file(bench: Bench, run: Callable) -> Measured:
 
 @contextmanager
 def _dynamically(bench: Bench) -> Iterator[None]:
-    """ComfyUI's dynamic loading, which its main.py turns on for NVIDIA GPUs."""
-    control = importlib.import_module("comfy_aimdo.control")
-    if not bench.cuda or control.lib is None or not control.init_devices([0]):
+    """ComfyUI's dynamic loading; SkipRow where there is none."""
+    host = importlib.import_module("benchmarks._host")
+    if not bench.cuda or not host.can_load_dynamically():
         raise SkipRow("needs an NVIDIA GPU that comfy-aimdo knows")
-    patchers = importlib.import_module("comfy.model_patcher")
-    memory = importlib.import_module("comfy.memory_management")
-    with (
-        patch.object(patchers, "CoreModelPatcher", patchers.ModelPatcherDynamic),
-        patch.object(memory, "aimdo_enabled", True),
-    ):
+    with host.loading_dynamically():
         yield
         importlib.import_module("comfy.model_management").unload_all_models()
 

@@ -6,9 +6,11 @@ import importlib
 import os
 import sys
 import types
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import patch
 
 PACK = "qsched_pack"
 
@@ -23,9 +25,9 @@ def import_pack(cpu: bool = True) -> ModuleType:
     """
     if os.environ["COMFYUI_PATH"] not in sys.path[:1]:
         sys.path.insert(0, os.environ["COMFYUI_PATH"])
-    if not cpu:  # as ComfyUI's main.py: the other modules of comfy-aimdo look for it on import
+    if not cpu:
         with suppress(ImportError):
-            importlib.import_module("comfy_aimdo.control").init()
+            prepare_dynamic_loading()
     importlib.import_module("comfy.cli_args").args.cpu = cpu
     root = Path(__file__).resolve().parents[1]
     for name, folder in ((PACK, root), (f"{PACK}.nodes", root / "nodes")):
@@ -33,3 +35,27 @@ def import_pack(cpu: bool = True) -> ModuleType:
         package.__path__ = [str(folder)]
         sys.modules.setdefault(name, package)
     return importlib.import_module(f"{PACK}.nodes.host.weights.loading")
+
+
+def prepare_dynamic_loading() -> None:
+    """As ComfyUI's main.py, before ComfyUI: the rest of comfy-aimdo looks for it on import."""
+    importlib.import_module("comfy_aimdo.control").init()
+
+
+def can_load_dynamically() -> bool:
+    """Whether comfy-aimdo runs here, on the first GPU."""
+    control = importlib.import_module("comfy_aimdo.control")
+    return control.lib is not None and bool(control.devctxs or control.init_devices([0]))
+
+
+@contextmanager
+def loading_dynamically(on: bool = True) -> Iterator[None]:
+    """Inside, ComfyUI loads as its main.py has it load on NVIDIA GPUs, or, not ``on``, whole models."""
+    patchers = importlib.import_module("comfy.model_patcher")
+    memory = importlib.import_module("comfy.memory_management")
+    loads = patchers.ModelPatcherDynamic if on else patchers.ModelPatcher
+    with (
+        patch.object(patchers, "CoreModelPatcher", loads),
+        patch.object(memory, "aimdo_enabled", on),
+    ):
+        yield

@@ -18,8 +18,8 @@ DEVICE = os.environ.get("QSCHED_TEST_DEVICE", "cpu")
 
 def _import_host():
     """ComfyUI on DEVICE, and the pack's loading side under a package name of its own."""
-    if DEVICE == "cuda":  # as ComfyUI's main.py: the rest of comfy-aimdo looks for it on import
-        importlib.import_module("comfy_aimdo.control").init()
+    if DEVICE == "cuda":
+        importlib.import_module("benchmarks._host").prepare_dynamic_loading()
     importlib.import_module("comfy.cli_args").args.cpu = DEVICE != "cuda"
     for name, folder in (("qsched_pack", REPO), ("qsched_pack.nodes", REPO / "nodes")):
         package = types.ModuleType(name)

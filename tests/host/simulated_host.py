@@ -25,6 +25,8 @@ import pytest
 import torch
 from simulated_gpu import GPU, OnGPU, simulated_gpu
 
+from benchmarks import _host
+
 TOTAL, FREE, PINNED = 24e9, 20e9, 8e9
 BUFFER = 2**29  # bytes: more than any model here; memory is taken as it is used
 NAME = "NVIDIA GPU, simulated"
@@ -176,7 +178,7 @@ def _copies_of_weights(stack: ExitStack, room: int | None) -> None:
     bars, tensors, buffers, maps, rooms = (
         importlib.import_module(f"comfy_aimdo.{n}") for n in names
     )
-    patcher = importlib.import_module("comfy.model_patcher")
+    stack.enter_context(_host.loading_dynamically())
     stack.enter_context(patch.object(Copies, "room", room))
     for owner, name, value in (
         (bars, "ModelVBAR", Copies),
@@ -186,8 +188,6 @@ def _copies_of_weights(stack: ExitStack, room: int | None) -> None:
         (buffers, "HostBuffer", Pinned),
         (buffers, "read_file_to_device", _read_to_gpu),
         (maps, "ModelMMAP", _Mapped),
-        (patcher, "CoreModelPatcher", patcher.ModelPatcherDynamic),
-        (importlib.import_module("comfy.memory_management"), "aimdo_enabled", True),
     ):
         stack.enter_context(patch.object(owner, name, value))
 
@@ -239,16 +239,8 @@ def gpu_host(dynamic: bool = False, room: int | None = None) -> Iterator[None]:
         with simulated_host(dynamic, room):
             yield
         return
-    management = importlib.import_module("comfy.model_management")
-    control = importlib.import_module("comfy_aimdo.control")
-    if dynamic and not control.devctxs and not control.init_devices([0]):
+    if dynamic and not _host.can_load_dynamically():
         pytest.skip("comfy-aimdo, with which ComfyUI loads dynamically, does not run here")
-    patcher = importlib.import_module("comfy.model_patcher")
-    memory = importlib.import_module("comfy.memory_management")
-    loads = patcher.ModelPatcherDynamic if dynamic else patcher.ModelPatcher
-    with (
-        patch.object(patcher, "CoreModelPatcher", loads),
-        patch.object(memory, "aimdo_enabled", dynamic),
-    ):
+    with _host.loading_dynamically(dynamic):
         yield
-        management.unload_all_models()
+        importlib.import_module("comfy.model_management").unload_all_models()

@@ -20,11 +20,13 @@ from inside import (
     relative,
     same_state,
     save_file,
+    state_bytes,
     with_lora,
 )
 from simulated_host import gpu_host
-from small_encoders import CONFIGS, FILES, KINDS, SHORT
+from small_encoders import SHORT
 from test_host_calibrating import FLUX_SCHNELL, lora_for, made, sampled
+from test_host_encoders import load
 
 from demo.build import build_models
 
@@ -126,18 +128,13 @@ def test_a_saved_model_comes_back_bit_for_bit(name, file, sample, lora, tmp_path
     saving.save_model(model, tmp_path / "after.safetensors")
     for file_name in ("before", "after"):
         again = opened(str(tmp_path / f"{file_name}.safetensors"), name)
-        assert same_state(stored(again), stored(model))
+        assert same_state(state_bytes(again), state_bytes(model))
         assert same(sample(again), wanted)
     patched = with_lora(model, lora)
     saving.save_model(patched, tmp_path / "merged.safetensors")
     merged = sample(opened(str(tmp_path / "merged.safetensors"), name))
     assert relative(merged, wanted) > 0.3, "the LoRA is in it"
     assert same(sample(model), wanted)
-
-
-def stored(model):
-    state = model.model.diffusion_model.state_dict()
-    return {k: v.detach().cpu().flatten().view(torch.uint8).clone() for k, v in state.items()}
 
 
 def test_a_checkpoint_draws_and_is_saved_with_its_text_encoder_and_vae(tmp_path):
@@ -235,18 +232,10 @@ def test_calibrated_layers_keep_their_codes_under_a_lora(tmp_path, monkeypatch):
 
 def test_a_text_encoder_is_quantized_while_the_original_is_loaded(tmp_path):
     """Its copy has places of its own on the GPU."""
-    clip_type, towers = KINDS["flux"]
-    paths = [tmp_path / f"{name}.safetensors" for name in towers]
-    for name, path in zip(towers, paths, strict=True):
-        save_file(FILES[name](), path)
     encoded = []
     for dynamically in (False, True):
         with gpu_host(dynamic=dynamically):
-            clip = comfy_sd.load_clip(
-                [str(path) for path in paths],
-                clip_type=getattr(comfy_sd.CLIPType, clip_type),
-                model_options=dict(CONFIGS),
-            )
+            clip = load("flux", tmp_path)
             before = clip.encode(SHORT)
             quantized = text.quantize_text_encoder(clip, Request("nf4"))
             assert isinstance(quantized.patcher, patchers.ModelPatcherDynamic) == dynamically

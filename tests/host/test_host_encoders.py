@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,28 +21,24 @@ DISTANCE = {"int8": 0.03, "nf4": 0.45}
 LINEAR = {"t5": 7 * LAYERS, "l": 6 * LAYERS, "g": 6 * LAYERS}
 
 
+def load(kind: str, folder: Path):
+    """A CLIP as ComfyUI's Dual- and TripleCLIPLoader load it; ``folder`` keeps its files."""
+    clip_type, towers = KINDS[kind]
+    paths = [folder / f"{name}.safetensors" for name in towers]
+    for name, path in zip(towers, paths, strict=True):
+        if not path.exists():
+            save_file(FILES[name](), path)
+    return comfy_sd.load_clip(
+        [str(path) for path in paths],
+        clip_type=getattr(comfy_sd.CLIPType, clip_type),
+        model_options=dict(CONFIGS),
+    )
+
+
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory) -> Callable:
-    """``encoder(kind)``: a CLIP as ComfyUI's Dual- and TripleCLIPLoader load it."""
-    folder, found = tmp_path_factory.mktemp("encoders"), {}
-
-    def path(name: str):
-        return folder / f"{name}.safetensors"
-
-    def loaded(kind: str):
-        if kind not in found:
-            clip_type, towers = KINDS[kind]
-            for name in towers:
-                if not path(name).exists():
-                    save_file(FILES[name](), path(name))
-            found[kind] = comfy_sd.load_clip(
-                [str(path(name)) for name in towers],
-                clip_type=getattr(comfy_sd.CLIPType, clip_type),
-                model_options=dict(CONFIGS),
-            )
-        return found[kind]
-
-    return loaded
+    """``encoder(kind)``: a CLIP, which is loaded once."""
+    return cache(partial(load, folder=tmp_path_factory.mktemp("encoders")))
 
 
 @pytest.fixture(scope="module", params=KINDS)

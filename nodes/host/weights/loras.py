@@ -50,18 +50,16 @@ def _loaded(patcher, *_) -> None:
             continue
         key = f"{name}.weight"
         functions = [f for f in layer.weight_function if not isinstance(f, RunTimePatch)]
-        if key in patcher.patches and _takes_over(layer):
+        if key in patcher.patches and _added_by_us(layer):
+            layer.weight_lowvram_function = None  # ComfyUI's own, where it loads dynamically
             functions.append(RunTimePatch(layer, key, patcher.patches))
         layer.weight_function = functions
 
 
-def _takes_over(layer) -> bool:
-    """Whether this layer's patches are ours to apply; ComfyUI then does not."""
+def _added_by_us(layer) -> bool:
     dynamic = getattr(layer, "weight_lowvram_function", None) is not None
-    if dynamic and (is_calibrated(layer) or get(layer.choice.format).bits < KEPT_BITS):
-        layer.weight_lowvram_function = None
-        return True
-    return is_calibrated(layer)
+    few_bits = get(layer.choice.format).bits < KEPT_BITS
+    return is_calibrated(layer) or (dynamic and few_bits)
 
 
 def is_calibrated(layer) -> bool:
