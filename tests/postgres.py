@@ -33,6 +33,8 @@ def why_not() -> str | None:
             pwd.getpwnam("postgres")
         except KeyError:
             return "PostgreSQL does not run as root, and there is no user postgres here"
+        if shutil.which("setpriv") is None:
+            return "PostgreSQL does not run as root, and there is no setpriv (util-linux) here"
     return None
 
 
@@ -40,8 +42,10 @@ def why_not() -> str | None:
 def postgres() -> Iterator[str]:
     """The URL of an empty database, with its password."""
     folder = Path(tempfile.mkdtemp(prefix="qsched-pg-"))
-    who = {"user": "postgres", "group": "postgres"} if os.geteuid() == 0 else {}
-    if who:
+    who: list[str] = []
+    if os.geteuid() == 0:
+        # subprocess's own `user` copies this process first, which fails where it is larger than memory.
+        who = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
         shutil.chown(folder, "postgres", "postgres")
     port, data, word = free_port(), folder / "data", folder / "word"
     word.write_text(PASSWORD, encoding="utf-8")
@@ -49,8 +53,8 @@ def postgres() -> Iterator[str]:
 
     def run(program: str, *arguments: str) -> None:
         subprocess.run(
-            [programs() / program, *arguments], check=True, cwd=folder, capture_output=True,
-            env={**os.environ, "PGPASSWORD": PASSWORD, "LC_ALL": "C"}, timeout=60, **who,
+            [*who, programs() / program, *arguments], check=True, cwd=folder, capture_output=True,
+            env={**os.environ, "PGPASSWORD": PASSWORD, "LC_ALL": "C"}, timeout=60,
         )  # fmt: skip
 
     server = ["-D", str(data), "-w", "-l", str(folder / "log")]

@@ -49,13 +49,21 @@ def _facts() -> dict[str, object]:
     }
 
 
+def _address(memory: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_uint8.from_buffer(memory))
+
+
+def _bytes(owner: Copies | Buffer, start: int, size: int) -> torch.Tensor:
+    return torch.frombuffer(owner.memory, dtype=torch.uint8, count=size, offset=start)
+
+
 class Copies:
     """The copies of one model's weights on the GPU; ``room`` bytes of them fit on it (None: all)."""
 
     room: int | None = None
 
     def __init__(self, size: int, device: int):
-        self.memory = torch.empty(int(size), dtype=torch.uint8)  # taken as it is used
+        self.memory = mmap.mmap(-1, int(size))  # taken as it is used
         self.sizes: dict[int, int] = {}
         self.made: dict[int, int] = {}  # which copy of a weight is there; evicted ones are not
         self.end = self.count = 0
@@ -78,7 +86,7 @@ class Copies:
         for place in new:
             self.count += 1
             self.made[place] = self.count
-            self.memory[place : place + self.sizes[place]].random_()
+            _bytes(self, place, self.sizes[place]).random_()
         return b"".join(self.made[place].to_bytes(8, "little") for place in asked)
 
     def unpin(self, start: int, size: int) -> None: ...
@@ -97,14 +105,15 @@ class Copies:
 
 def _on_gpu(alloc, device) -> torch.Tensor:
     owner, start, size = alloc
-    return OnGPU(owner.memory[start : start + size])
+    return OnGPU(_bytes(owner, start, size))
 
 
 class Buffer:
     """Memory that grows in place: on the GPU for what is on its way, on the CPU as what CUDA pins."""
 
     def __init__(self, *_, **__):
-        self.size_, self.memory = 0, torch.empty(BUFFER, dtype=torch.uint8)
+        # No tensor: ComfyUI makes the tensor's storage hold this buffer, so neither would be freed.
+        self.size_, self.memory = 0, mmap.mmap(-1, BUFFER)
 
     __deepcopy__ = Copies.__deepcopy__
 
@@ -128,7 +137,7 @@ class Pinned(Buffer):
         return self.size_
 
     def get_raw_address(self) -> int:
-        return self.memory.data_ptr()
+        return _address(self.memory)
 
     def extend(self, size: int, reallocate: bool = False, register: bool = True) -> int:
         self.size_ += size
@@ -160,7 +169,7 @@ class _Mapped:
         self._map = mmap.mmap(self._file.fileno(), 0, mmap.MAP_PRIVATE)
 
     def get(self) -> int:
-        return ctypes.addressof(ctypes.c_uint8.from_buffer(self._map))
+        return _address(self._map)
 
     def get_file_handle(self) -> int:
         return self._file.fileno()
@@ -183,7 +192,7 @@ def _copies_of_weights(stack: ExitStack, room: int | None) -> None:
     for owner, name, value in (
         (bars, "ModelVBAR", Copies),
         (tensors, "aimdo_to_tensor", _on_gpu),
-        (tensors, "hostbuf_to_tensor", lambda buffer: buffer.memory[: buffer.size]),
+        (tensors, "hostbuf_to_tensor", lambda buffer: _bytes(buffer, 0, buffer.size)),
         (rooms, "VRAMBuffer", OnTheWay),
         (buffers, "HostBuffer", Pinned),
         (buffers, "read_file_to_device", _read_to_gpu),

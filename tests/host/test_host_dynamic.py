@@ -5,7 +5,10 @@ Compared with loading whole models to the same GPU, which the other files test.
 
 from __future__ import annotations
 
+import gc
 import importlib
+import logging
+import weakref
 
 import pytest
 import torch
@@ -135,6 +138,24 @@ def test_a_saved_model_comes_back_bit_for_bit(name, file, sample, lora, tmp_path
     merged = sample(opened(str(tmp_path / "merged.safetensors"), name))
     assert relative(merged, wanted) > 0.3, "the LoRA is in it"
     assert same(sample(model), wanted)
+
+
+@EACH
+def test_a_model_that_is_let_go_leaves_nothing_on_the_gpu(
+    name, file, sample, lora, dynamic, caplog
+):
+    # pytest keeps what is logged; an exception that bitsandbytes logs keeps the frames it passed.
+    caplog.set_level(logging.ERROR, "bitsandbytes")
+    model = opened(file, name)
+    sample(model)
+    sample(with_lora(model, lora))
+    (copies,) = model.model.dynamic_vbars.values()
+    (pins,) = (pins for pins in model.model.dynamic_pins.values() if pins["hostbufs_initialized"])
+    pinned = [state[0] for state in pins.values() if isinstance(state, tuple)]
+    left = [weakref.ref(one) for one in (model.model, copies, *pinned)]
+    del model, copies, pins, pinned
+    gc.collect()
+    assert [there() for there in left] == [None] * len(left)
 
 
 def test_a_checkpoint_draws_and_is_saved_with_its_text_encoder_and_vae(tmp_path):
