@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from rounding_cases import arguments
 
 from qsched_core.cli import calibrate_weights as command
 from qsched_core.formats import get
@@ -329,8 +330,6 @@ def test_weighing_goes_on_where_it_was_stopped(tmp_path, task, caplog):
 
 
 def test_the_command_takes_a_size(tmp_path, capsys):
-    from test_rounding_walk import arguments
-
     out, picture = tmp_path / "weights.safetensors", tmp_path / "choice.png"
     given = [a for a in arguments(tmp_path) if a not in ("--format", "int2")]
     more = ["--bits", "3", "--ladder", "int2, int3", "--picture", str(picture), "--no-compare"]

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import rounding_task
-from test_rounding_walk import INT2, PROMPTS
+from rounding_cases import INT2, PROMPTS
 from test_webpage import HOSTILE, Tags
 
 from qsched_core.rounding import Proof, RoundedWeights, TaskSubject, calibrate_weights
