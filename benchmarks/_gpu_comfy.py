@@ -90,16 +90,17 @@ def _forward(bench: Bench, shared, family, *ways) -> Measured:
     return Measured(seconds, other, other / seconds, "s/step", bench.runs)
 
 
+def _with_lora(model, weights):
+    load = importlib.import_module("comfy.sd").load_lora_for_models
+    return load(model, None, weights, 1.0, 0.0)[0]
+
+
 def lora(bench: Bench) -> Measured:
     """Offloaded weights with a LoRA that ComfyUI adds in each forward, over those without."""
 
     def run(shared, family, ours, stock) -> Measured:
-        comfy_sd = importlib.import_module("comfy.sd")
-        arguments, found = _arguments(bench, shared), []
-        weights = shared.lora_of(family, 0)
-        plain = ours()
-        patched = comfy_sd.load_lora_for_models(plain, None, weights, 1.0, 0.0)[0]
-        for model in (patched, plain):
+        arguments, found, plain = _arguments(bench, shared), [], ours()
+        for model in (_with_lora(plain, shared.lora_of(family, 0)), plain):
             model.patch_model(device_to=torch.device(bench.device), lowvram_model_memory=1)
             found += bench.seconds(partial(shared.forward, model, arguments))
             model.unpatch_model()
@@ -109,7 +110,7 @@ def lora(bench: Bench) -> Measured:
 
 
 def dynamic_step(bench: Bench) -> Measured:
-    """The same, both loaded dynamically."""
+    """A forward of both, loaded dynamically."""
 
     def run(*found) -> Measured:  # the file is written before: layers have no weights meanwhile
         with _dynamically(bench):
@@ -119,14 +120,13 @@ def dynamic_step(bench: Bench) -> Measured:
 
 
 def dynamic_lora(bench: Bench) -> Measured:
-    """The same with a LoRA, which is added to nf4's weights in each forward."""
+    """The same with a LoRA, which is added to nf4's weights each time."""
 
     def run(shared, family, *ways) -> Measured:
-        comfy_sd = importlib.import_module("comfy.sd")
         weights = shared.lora_of(family, 0)
 
-        def patched(way):
-            return comfy_sd.load_lora_for_models(way(), None, weights, 1.0, 0.0)[0]
+        def patched(way: Callable):
+            return _with_lora(way(), weights)
 
         with _dynamically(bench):
             return _forward(bench, shared, family, *(partial(patched, way) for way in ways))

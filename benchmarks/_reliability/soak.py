@@ -116,6 +116,14 @@ def _install(base: Path) -> None:
     shutil.copyfile(allocated.__file__, target)
 
 
+def _problem(server: ComfyServer, prompt: dict) -> str:
+    try:
+        server.run(prompt)
+    except (ServerError, OSError) as error:
+        return str(error)[:1000] or type(error).__name__
+    return ""
+
+
 def run(setting: Setting) -> Outcome:
     failures: list[Failure] = []
     seen, count = Seen(), 0
@@ -131,11 +139,9 @@ def run(setting: Setting) -> Outcome:
                     prompts.append(graphs.sampling("int8", setting.seed * 100_000 + index))
                 count += 1
                 for prompt in prompts:
-                    try:
-                        server.run(prompt)
-                    except (ServerError, OSError) as error:
+                    if problem := _problem(server, prompt):
                         case = {"prompt": prompt, "index": index, "seed": setting.seed}
-                        failures.append(Failure(ATTACK, case, str(error)[:1000]))
+                        failures.append(Failure(ATTACK, case, problem))
                 if server.process.poll() is not None:
                     break
                 if ends:
@@ -171,8 +177,4 @@ def again(failure: Failure) -> str:
     with tempfile.TemporaryDirectory() as name:
         graphs.models(Path(name))
         with graphs.server(Path(name)) as server:
-            try:
-                server.run(failure.case["prompt"])
-            except ServerError as error:
-                return str(error)
-    return ""
+            return _problem(server, failure.case["prompt"])

@@ -11,11 +11,9 @@ import torch
 from qsched_core.formats.policy import Policy, parse_overrides
 from qsched_core.objective import Scores
 from qsched_core.prompts import CalibrationPrompts
-from qsched_core.rounding import RecordedStates
-from qsched_core.task import TaskSource
+from qsched_core.rounding import TaskSubject
 
 FILE = Path(rounding_task.__file__)
-ROOT = FILE.parents[2]
 INT2 = Policy("int2", parse_overrides("first=int2"))
 PROMPTS = CalibrationPrompts.of(
     [f"thing {i}" for i in range(20)], [f"other {i}" for i in range(24)]
@@ -23,7 +21,7 @@ PROMPTS = CalibrationPrompts.of(
 
 
 def states_of(task, per_prompt=0, seed=0):
-    return RecordedStates(TaskSource(task, 0), task.module, PROMPTS.calibration, per_prompt, seed)
+    return TaskSubject(task).states(PROMPTS.calibration, per_prompt, seed)
 
 
 def same(one, other):

@@ -7,18 +7,16 @@ import json
 import math
 
 import pytest
-import rounding_task
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from rounding_cases import arguments
+from rounding_cases import PROMPTS, arguments
 
 from qsched_core.cli import calibrate_weights as command
 from qsched_core.formats import get
 from qsched_core.formats.base import FormatError
 from qsched_core.formats.policy import Policy, parse_overrides
-from qsched_core.prompts import CalibrationPrompts
 from qsched_core.rounding import (
     Budget,
     LayerCost,
@@ -42,17 +40,9 @@ from qsched_core.rounding.budget import uniform
 from qsched_core.rounding.sized import log_line, rest_bytes
 from qsched_core.rounding.sweep import Sweep
 
-PROMPTS = CalibrationPrompts.of(
-    [f"thing {i}" for i in range(20)], [f"other {i}" for i in range(24)]
-)
 POLICY = Policy("int2", parse_overrides("unused=keep"))
 LADDER = ("int2", "int3", "nf4")
 SIZES = {"int2": 10, "int3": 14, "nf4": 17}
-
-
-@pytest.fixture
-def task():
-    return rounding_task.task()
 
 
 def sweep_of(task, limits=None):

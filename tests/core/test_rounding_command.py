@@ -10,9 +10,8 @@ import time
 from functools import partial
 
 import pytest
-import rounding_task
 import torch
-from rounding_cases import FILE, PROMPTS, ROOT, arguments, same
+from rounding_cases import FILE, PROMPTS, arguments, same
 
 from qsched_core.cli import calibrate_weights as command
 from qsched_core.formats.policy import Policy, parse_overrides
@@ -20,11 +19,6 @@ from qsched_core.rounding import RoundedWeights, choices, quantized, rounded_pla
 from qsched_core.rounding.proof import final_latents
 from qsched_core.rounding.walk import parameters_in
 from qsched_core.task import TaskSource
-
-
-@pytest.fixture
-def task():
-    return rounding_task.task()
 
 
 def test_the_command_writes_weights_and_says_what_they_are_worth(tmp_path, capsys):
@@ -54,7 +48,7 @@ def test_a_command_that_is_killed_goes_on(tmp_path):
     assert command.main(arguments(whole)) == 0
     process = subprocess.Popen(
         [sys.executable, "-m", "qsched_core.calibrate_weights", *arguments(killed)],
-        cwd=ROOT,
+        cwd=FILE.parents[2],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
     )

@@ -5,19 +5,16 @@ from __future__ import annotations
 import pytest
 import rounding_task
 import torch
+from rounding_cases import PROMPTS
 from torch import nn
 
 from qsched_core.formats.base import FormatError
 from qsched_core.formats.policy import Policy, parse_overrides
-from qsched_core.prompts import CalibrationPrompts
 from qsched_core.rounding import TaskSubject, calibrate_weights, choices
 from qsched_core.rounding.proof import Proof
 
 WIDTH = rounding_task.WIDTH
 INT2 = Policy("int2", parse_overrides("first=keep"))
-PROMPTS = CalibrationPrompts.of(
-    [f"thing {i}" for i in range(20)], [f"other {i}" for i in range(24)]
-)
 
 
 class Block(rounding_task.Block):

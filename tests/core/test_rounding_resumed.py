@@ -16,11 +16,6 @@ from qsched_core.formats.policy import Policy
 from qsched_core.rounding import RoundingSettings, TaskSubject, calibrate_weights, choices
 
 
-@pytest.fixture
-def task():
-    return rounding_task.task()
-
-
 class Stop(BaseException):
     pass
 

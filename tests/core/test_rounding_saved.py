@@ -28,11 +28,6 @@ from qsched_core.study.seal import digest
 from qsched_core.task import TaskSource
 
 
-@pytest.fixture
-def task():
-    return rounding_task.task()
-
-
 def test_the_file_gives_back_what_was_saved(tmp_path, task):
     result = calibrate_weights(TaskSubject(task), PROMPTS, INT2, tmp_path)
     path = result.weights.save(tmp_path / "weights.safetensors")

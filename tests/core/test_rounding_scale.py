@@ -35,17 +35,6 @@ from qsched_core.rounding.pace import Pace
 from qsched_core.rounding.plan import Need, Seen, check_rows, needs, turns
 from qsched_core.rounding.proof import distances, final_latents
 
-
-@pytest.fixture
-def task():
-    return rounding_task.task()
-
-
-@pytest.fixture
-def states(task):
-    return TaskSubject(task).states(PROMPTS.calibration, 0, 0)
-
-
 # Memory
 
 

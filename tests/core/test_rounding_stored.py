@@ -8,26 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
-import rounding_task
 import torch
-from rounding_cases import INT2, PROMPTS
+from rounding_cases import INT2
 
 from qsched_core import workspace
 from qsched_core.files import DiskError
-from qsched_core.rounding import Limits, TaskSubject, calibrate_module, passes
+from qsched_core.rounding import Limits, calibrate_module, passes
 from qsched_core.rounding.blocks import blocks_of
 from qsched_core.rounding.plan import stored_bytes
 from qsched_core.rounding.streams import Streams
-
-
-@pytest.fixture
-def task():
-    return rounding_task.task()
-
-
-@pytest.fixture
-def states(task):
-    return TaskSubject(task).states(PROMPTS.calibration, 0, 0)
 
 
 def files_in(folder: Path) -> list[Path]:

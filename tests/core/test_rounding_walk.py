@@ -30,16 +30,6 @@ from qsched_core.task import TaskError, TaskSource
 from qsched_core.trajectory import Candidate
 
 
-@pytest.fixture
-def task():
-    return rounding_task.task()
-
-
-@pytest.fixture
-def states(task):
-    return states_of(task)
-
-
 def test_blocks_and_who_uses_their_outputs_are_found(task, states):
     blocks = blocks_of(task.module, lambda: states.run(slice(0, 1)))
     assert [block.name for block in blocks] == ["blocks.0", "blocks.1", "blocks.2"]

@@ -16,8 +16,8 @@ from .provenance import INFO, quantization
 
 # What ComfyUI's dynamic loading notes on a layer, and makes again when it is missing.
 LOADED = {
-    "_v", "_v_block", "_v_weight", "_v_bias", "_v_signature", "_pin_state", "_pins", "_prefetch",
-    "weight_lowvram_function", "bias_lowvram_function",
+    "_v", "_v_block", "_v_block_faulted", "_v_weight", "_v_bias", "_v_signature", "_pin_state",
+    "_pins", "_prefetch", "weight_lowvram_function", "bias_lowvram_function",
 }  # fmt: skip
 
 
@@ -84,7 +84,9 @@ def _copied(model: torch.nn.Module, memo: dict[int, object]) -> torch.nn.Module:
         if hasattr(model, name):
             memo[id(getattr(model, name))] = empty
     for module in model.modules():
-        memo |= {id(value): None for name, value in vars(module).items() if name in LOADED}
+        notes = [value for name, value in vars(module).items() if name in LOADED]
+        # Not True: there is one, and other attributes have it too.
+        memo |= {id(note): None for note in notes if not isinstance(note, bool)}
     out = copy.deepcopy(model, memo)
     for module in out.modules():
         for name in LOADED & vars(module).keys():
