@@ -12,6 +12,7 @@ import weakref
 
 import pytest
 import torch
+from hostpath import comfyui_folder
 from inside import (
     DEVICE,
     QUICK,
@@ -20,6 +21,7 @@ from inside import (
     comfy_sd,
     formats,
     loading,
+    management,
     relative,
     same_state,
     save_file,
@@ -31,8 +33,11 @@ from small_encoders import SHORT
 from test_host_calibrating import FLUX_SCHNELL, lora_for, made, sampled
 from test_host_encoders import load
 
+from benchmarks import _gpu_comfy, _host
+from benchmarks._gpu_plan import Bench
 from demo.build import build_models
 
+cli = importlib.import_module("comfy.cli_args")
 patchers = importlib.import_module("comfy.model_patcher")
 calibration = importlib.import_module("qsched_pack.qsched_core.calibration")
 jaq = importlib.import_module("qsched_pack.qsched_core.objective")
@@ -270,6 +275,19 @@ def test_a_text_encoder_is_quantized_while_the_original_is_loaded(tmp_path):
             assert same(clip.encode(SHORT), before)
             assert same(quantized.encode(SHORT), encoded[-1])
     assert relative(*encoded) < 0.01
+
+
+@pytest.mark.parametrize("row", ["dynamic_step", "dynamic_lora"])
+def test_the_gpu_bench_measures_it(row, monkeypatch):
+    """In which only a real card's figures mean anything."""
+    monkeypatch.setenv("COMFYUI_PATH", str(comfyui_folder()))
+    monkeypatch.setattr(cli.args, "cpu", cli.args.cpu)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(_host, "can_load_dynamically", lambda: True)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    with gpu_host(dynamic=True), _host.loading_dynamically(False):
+        found = getattr(_gpu_comfy, row)(Bench(management.get_torch_device(), tiny=True))
+    assert found.ours > 0 and found.other > 0 and found.unit == "s/step"
 
 
 def test_a_search_finds_the_same_and_is_known_by_the_same(tmp_path):
