@@ -25,6 +25,9 @@ ATTACK = "workflows"
 MODEL = "int8.safetensors"
 SECONDS = 2.0  # for an answer; a busy machine gets another chance
 RUNS = 0.5  # seconds that an accepted workflow has before it is stopped
+OURS = (
+    f"custom_nodes/{PACK_NAME}/"  # in a traceback; the host may lie in a folder of the pack's name
+)
 ENDS = 120.0  # seconds within which it must have stopped
 # Errors of this pack, and of what its docstrings name beside them.
 DOCUMENTED = ("qsched.", "ValueError", "FileExistsError", "InterruptProcessingException")
@@ -123,13 +126,13 @@ def problem_of(server: ComfyServer, body: bytes) -> str:
     if status not in (200, 400):
         # the host's own reader of workflows fails so, before it asks a node of this pack
         last = server.log_tail(40).rpartition("Traceback (most recent")[2]
-        return f"status {status}: {last[-600:]}" if f"{PACK_NAME}/" in last else ""
+        return f"status {status}: {last[-600:]}" if OURS in last else ""
     content = json.loads(answer)
     for found in (content.get("node_errors") or {}).values():
         for error in found["errors"]:
             # A link to nowhere makes the host's own check raise, for any pack's node.
             trace = "".join(error.get("extra_info", {}).get("traceback", ()))
-            if error["type"] == "exception_during_validation" and f"{PACK_NAME}/" in trace:
+            if error["type"] == "exception_during_validation" and OURS in trace:
                 return f"validation raised: {error['details'][:300]}"
     return _stopped(server, content["prompt_id"]) if "prompt_id" in content else ""
 

@@ -293,8 +293,8 @@ def largest_magnitude(weight: torch.Tensor) -> torch.Tensor:
 def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """int8 codes of x [..., features] and fp32 scales [..., 1]: symmetric, a token at a time.
 
-    The division is in fp32: in bf16 the largest value of a token can round up to 128 and wrap.
-    Rounding has no gradient, so nothing here does.
+    A token of zeros has the scale 1e-30.  The division is in fp32: in bf16 the largest value of a token
+    can round up to 128 and wrap.  Rounding has no gradient, so nothing here does.
     """
     tokens = x.reshape(-1, x.shape[-1])
     step = block_rows(tokens.shape[1], x.device)

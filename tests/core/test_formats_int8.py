@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qsched_core import formats
@@ -47,11 +47,12 @@ def exact(x: torch.Tensor, packed, bias: torch.Tensor | None = None) -> torch.Te
     scale=st.sampled_from([1e-4, 1.0, 3e3]),
     seed=st.integers(0, 999),
 )
+@example(rows=6, features=1, scale=1e-4, seed=381)  # a token that is zero in fp16
 @settings(max_examples=60, deadline=None)
 def test_tokens_round_to_their_largest_magnitude(dtype, rows, features, scale, seed):
     x = (gaussian(rows, features, seed=seed) * scale).to(dtype)
     codes, found = quantize_tokens(x)
-    wanted = x.float().abs().amax(1, keepdim=True) / 127
+    wanted = (x.float().abs().amax(1, keepdim=True) / 127).clamp(min=1e-30)
     assert torch.equal(found, wanted)
     assert torch.equal(codes, (x.float() / wanted).round().clamp(-127, 127).to(torch.int8))
 
